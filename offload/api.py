@@ -1,0 +1,324 @@
+"""What a user imports: `load` a checkpoint that does not fit, or `wrap` a module that is in memory already."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.budgets import Division, Size, divide, from_max_memory, resolve
+from offload.checkpoint import describe, find, open_checkpoint
+from offload.errors import ModelError, StrictError, UsageError
+from offload.io.engine import Engine
+from offload.io.extents import Extent
+from offload.planner.placement import Tier
+from offload.runtime.discovery import dissect
+from offload.runtime.probe import disk_rate
+from offload.runtime.session import Session, token_check
+from offload.specs import Budgets, ModelSpec, Workload
+from offload.tiers.device import Device, create
+from offload.tiers.layout import Piece, Source
+from offload.tiers.swap import swap_out
+from offload.units import parse_rate
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, bytes done, bytes in all)."""
+
+IGNORED = frozenset({"low_cpu_mem_usage", "offload_state_dict", "use_safetensors", "_fast_init"})  # always so here
+
+
+class Offloaded:
+    """A model under offload. A context manager that gives the model; also calls and generates itself.
+
+    Attributes:
+        model: the module. Its weights are in memory only while they are used.
+        session: its runtime, with counters and the timeline.
+        spec, budgets, division: what was decided, and from what.
+        ready_s: seconds from the call until the model could be used.
+        disk_bytes_per_s: measured read rate; None when nothing is read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        session: Session,
+        spec: ModelSpec,
+        budgets: Budgets,
+        division: Division,
+        work: Workload,
+        link_bytes_per_s: float | None,
+    ) -> None:
+        self.model: Any = model
+        self.session, self.spec, self.budgets, self.division, self.work = session, spec, budgets, division, work
+        self.link_bytes_per_s = link_bytes_per_s
+        self.disk_bytes_per_s: float | None = None
+        self.ready_s = 0.0
+        self.checkpoint_nbytes = 0
+        self._restore: Callable[[], None] | None = None
+
+    def __enter__(self) -> Any:
+        return self.model
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own generate."""
+        return self.model.generate(*args, **kwargs)
+
+    @property
+    def resident_nbytes(self) -> int:
+        """Bytes of weights that stay in memory, on any tier."""
+        home = self.division.placement.home
+        return sum(s.nbytes for n, s in self.session.store.sources.items() if home[n] is not Tier.DISK)
+
+    @property
+    def streamed_nbytes(self) -> int:
+        """Bytes of weights that live on disk. Tables among them are read by the row."""
+        return self.spec.nbytes - self.resident_nbytes
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """What did not go the fast way, a sentence each."""
+        return self.session.fallbacks
+
+    def close(self) -> None:
+        """Stops everything and gives memory and files back. A wrapped module gets its parameters back."""
+        if self._restore is not None:
+            restore, self._restore = self._restore, None
+            restore()
+        self.session.close()
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    cpu_memory: Size = None,
+    gpu_memory: Size = None,
+    resident: Size = None,
+    device: str | None = None,
+    link: str | float | None = None,
+    dtype: str | torch.dtype = "auto",
+    batch: int = 1,
+    context: int | None = None,
+    prompt_tokens: int | None = None,
+    slots: int | None = None,
+    io: str = "threads",
+    strict: bool = False,
+    progress: Progress | None = None,
+    device_map: Any = None,
+    max_memory: Mapping[Any, Size] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    torch_dtype: str | torch.dtype | None = None,
+    **model_kwargs: Any,
+) -> Offloaded:
+    """A transformers model from a checkpoint, with as much of it in memory as the budgets allow and the rest streamed.
+
+    Args:
+        model: a folder with config.json and safetensors, or a hub id.
+        cpu_memory: what the whole process may use, as in "4GiB"; default: what the machine and its cgroup have free.
+        gpu_memory: the same for the GPU; default: what it has free.
+        resident: how much of the weights stays in memory: "auto", a fraction such as 0.25, or bytes.
+        device: cpu, cuda, cuda:N or emulated; default: cuda when there is one.
+        link: pace of the emulated device's link, as in "8GB/s".
+        dtype: as transformers: "auto", a name or a torch dtype.
+        batch, context: memory is set aside for this many sequences of so many tokens (default: 2048, or the model's
+            own context if that is less). A pass beyond them is refused with BudgetError.
+        prompt_tokens: tokens of a sequence that run at once, at most; default: a quarter of `context`.
+        slots: depth of the rings; 1 turns prefetching off. Default: two, more where slots are small.
+        io: I/O backend: threads, uring or aiofiles.
+        strict: a fall-back to something slower is an error.
+        progress: called while long work goes on.
+        device_map, max_memory, offload_folder, torch_dtype: transformers' spellings; "auto" and None for device_map.
+        model_kwargs: handed to transformers, such as attn_implementation.
+
+    Returns:
+        A context manager around the model.
+
+    Raises:
+        CheckpointError, BudgetError, UsageError, StorageError, StrictError: see offload.errors.
+    """
+    began = time.perf_counter()
+    if device_map not in (None, "auto", "sequential", "balanced"):
+        raise UsageError(f'device_map={device_map!r}: only "auto" is understood; say device= and the budgets instead')
+    if max_memory is not None:
+        sizes = from_max_memory(max_memory)
+        cpu_memory = cpu_memory if cpu_memory is not None else sizes.get("cpu_memory")
+        gpu_memory = gpu_memory if gpu_memory is not None else sizes.get("gpu_memory")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    budgets = resolve(cpu_memory=cpu_memory, gpu_memory=gpu_memory, resident=resident, device=device)
+    kwargs = {k: v for k, v in model_kwargs.items() if k not in IGNORED}
+    if progress is not None:
+        progress("opening", 0, 0)
+    engine = Engine(io, strict=strict)
+    try:
+        opened = open_checkpoint(find(model), engine, dtype=dtype if torch_dtype is None else torch_dtype, **kwargs)
+        spec = opened.spec
+        total = context or min(2048, spec.max_tokens or 2048)
+        work = Workload(batch=batch, total_tokens=total, prompt_tokens=prompt_tokens or max(1, total // 4))
+        division = divide(spec, budgets, work, slots=slots)
+        where = _device(device, budgets, division, link)
+        session = Session(opened.model, opened.anatomy, opened.sources, division.placement, engine, where)
+    except BaseException:
+        engine.close()
+        raise
+    rate = parse_rate(link, "link") if link is not None else None
+    handle = Offloaded(opened.model, session, spec, budgets, division, work, rate)
+    handle.checkpoint_nbytes = opened.checkpoint.nbytes
+    _start(handle, progress, strict)
+    if spec.kv_bytes_per_token:
+        session.before_pass(token_check(opened.model, batch * total, spec.kv_bytes_per_token))
+    handle.ready_s = time.perf_counter() - began
+    return handle
+
+
+def wrap(
+    module: nn.Module,
+    *,
+    cpu_memory: Size = None,
+    gpu_memory: Size = None,
+    resident: Size = None,
+    device: str | None = None,
+    link: str | float | None = None,
+    offload_dir: str | os.PathLike[str] | None = None,
+    workspace: Size = "256MiB",
+    slots: int | None = None,
+    io: str = "threads",
+    strict: bool = False,
+    progress: Progress | None = None,
+    max_memory: Mapping[Any, Size] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+) -> Offloaded:
+    """Runs a module that is in memory with only part of its weights there. On exit it is as it was.
+
+    What does not stay is written to a swap file in `offload_dir`, which is unlinked at once, so that nothing remains
+    even if the process is killed. Parameters are frozen meanwhile: for inference, not for training.
+
+    Args:
+        module: any nn.Module, on the CPU.
+        offload_dir: a folder on a fast disk; default: the folder for temporary files. `offload_folder` is the same.
+        workspace: memory to set aside for activations.
+        cpu_memory: what the process may use from then on; other arguments as for `load`.
+
+    Raises:
+        ModelError: the module has no parameters, or they are not on the CPU.
+        StorageError: offload_dir is not writable or full; the module is untouched then.
+        BudgetError: the budget is too small.
+    """
+    began = time.perf_counter()
+    if not any(True for _ in module.parameters()):
+        raise ModelError("the module has no parameters, so there is nothing to offload")
+    foreign = sorted({str(p.device) for p in module.parameters() if p.device.type != "cpu"})
+    if foreign:
+        raise ModelError(f"the module has parameters on {', '.join(foreign)}; move it to the CPU first: module.cpu()")
+    if max_memory is not None:
+        sizes = from_max_memory(max_memory)
+        cpu_memory = cpu_memory if cpu_memory is not None else sizes.get("cpu_memory")
+        gpu_memory = gpu_memory if gpu_memory is not None else sizes.get("gpu_memory")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    budgets = resolve(cpu_memory=cpu_memory, gpu_memory=gpu_memory, resident=resident, device=device)
+    anatomy = dissect(module)
+    given = {n: o[0].module._parameters[o[0].attribute] for n, o in anatomy.owners.items()}
+    parameters = {n: p for n, p in given.items() if p is not None}
+    nowhere = {
+        n: Piece(Extent("", 0, p.numel() * p.element_size()), p.dtype, 0, p.numel()) for n, p in parameters.items()
+    }
+    sources = {n: Source(n, p.dtype, tuple(p.shape), (nowhere[n],)) for n, p in parameters.items()}
+    config = getattr(module, "config", None)
+    spec = describe(anatomy, sources, config if hasattr(config, "get_text_config") else None)
+    spec = ModelSpec(units=spec.units, loose=spec.loose, params=spec.params)  # activations are what `workspace` says
+    work = Workload(batch=1, prompt_tokens=0, total_tokens=0)
+    extra = int(Budgets(cpu_memory=resolve_size(workspace)).cpu_memory)
+    division = divide(spec, budgets, work, slots=slots, own_nbytes=spec.nbytes, extra_nbytes=extra)
+    home = division.placement.home
+    engine = Engine(io, strict=strict)
+    try:
+        away = {n: p.detach() for n, p in parameters.items() if home[n] is Tier.DISK}
+        contiguous = {n: t.contiguous() for n, t in away.items()}
+        folder = offload_dir or offload_folder or os.environ.get("TMPDIR") or "/tmp"
+        files = {}
+        if away:
+            written, file = swap_out(contiguous, folder, engine)
+            sources |= written
+            files[file.path] = file
+        where = _device(device, budgets, division, link)
+        session = Session(module, anatomy, sources, division.placement, engine, where, parameters, files)
+    except BaseException:
+        engine.close()
+        raise
+    rate = parse_rate(link, "link") if link is not None else None
+    handle = Offloaded(module, session, spec, budgets, division, work, rate)
+    handle.checkpoint_nbytes = spec.nbytes
+    handle._restore = _Restore(handle, parameters, away)
+    del away, contiguous
+    handle._restore.empty()
+    _start(handle, progress, strict)
+    handle.ready_s = time.perf_counter() - began
+    return handle
+
+
+class _Restore:
+    """Gives a wrapped module its own parameters back, the same objects with the same values."""
+
+    def __init__(self, handle: Offloaded, parameters: Mapping[str, nn.Parameter], away: Mapping[str, Any]) -> None:
+        self._handle, self._parameters = handle, parameters
+        self._owners = handle.session.anatomy.owners
+        self._away = {n: (t.shape, t.stride()) for n, t in away.items()}
+
+    def empty(self) -> None:
+        """Frees the memory of the parameters that were written to disk."""
+        for name in self._away:
+            self._parameters[name].data = torch.empty(0, dtype=self._parameters[name].dtype)
+
+    def __call__(self) -> None:
+        session = self._handle.session
+        for name, (shape, stride) in self._away.items():
+            values = torch.empty_strided(shape, stride, dtype=self._parameters[name].dtype)
+            self._parameters[name].data = values.copy_(session.store.whole(name))
+        session.close()
+        for name, owners in self._owners.items():
+            for owner in owners:
+                owner.module._parameters[owner.attribute] = self._parameters[name]
+
+
+def resolve_size(value: Size) -> int:
+    """Bytes of a size that must be given."""
+    return resolve(cpu_memory=value).cpu_memory
+
+
+def _device(name: str, budgets: Budgets, division: Division, link: str | float | None) -> Device:
+    rate = parse_rate(link, "link") if link is not None else None
+    if rate is not None and name != "emulated":
+        raise UsageError(f'link={link!r} sets the pace of device="emulated" only; the device is {name}')
+    return create(name, memory_nbytes=division.device_nbytes, link_bytes_per_s=rate)
+
+
+def _start(handle: Offloaded, progress: Progress | None, strict: bool) -> None:
+    """Fills what stays, starts the lanes, and learns the disk's rate on the way."""
+    session = handle.session
+    total = session.store.fill_nbytes()
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress("filling memory", done, total)
+
+    try:
+        session.store.fill(count)
+        handle.disk_bytes_per_s = disk_rate(session.store)
+        session.start()
+        if strict and session.fallbacks:
+            raise StrictError("strict mode: " + "; ".join(session.fallbacks))
+    except BaseException:
+        handle.close()
+        raise

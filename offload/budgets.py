@@ -1,0 +1,150 @@
+"""From what a user says about memory to bytes for weights on each tier, with the arithmetic at hand for a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from offload.errors import BudgetError, UsageError
+from offload.hardware import auto_cpu_budget, gpus, host_memory, rss_bytes
+from offload.planner.placement import Placement, place
+from offload.planner.workspace import LIBRARIES, MARGIN, Workspace, workspace
+from offload.specs import Budgets, ModelSpec, Workload
+from offload.units import MIB, format_bytes, parse_bytes
+
+GPU_MARGIN = 256 * MIB  # context, cuBLAS workspaces and fragmentation
+Size = str | int | float | None
+
+
+def resolve(*, cpu_memory: Size = None, gpu_memory: Size = None, resident: Size = None, device: str = "cpu") -> Budgets:
+    """Budgets in bytes; what is not named is taken from the machine, its cgroup and its GPU.
+
+    Raises:
+        UsageError: a size or fraction that makes no sense.
+    """
+    sources = {}
+    memory = host_memory()
+    if cpu_memory is None:
+        cpu, sources["cpu_memory"] = auto_cpu_budget(memory)
+    else:
+        cpu, sources["cpu_memory"] = parse_bytes(cpu_memory, "cpu_memory"), "as asked"
+    gpu: int | None = None
+    if device.startswith("cuda"):
+        if gpu_memory is None:
+            index = int(device.partition(":")[2] or 0)
+            free = gpus()[index].free
+            gpu, sources["gpu_memory"] = max(0, free - GPU_MARGIN), f"free memory less {format_bytes(GPU_MARGIN)}"
+        else:
+            gpu, sources["gpu_memory"] = parse_bytes(gpu_memory, "gpu_memory"), "as asked"
+    elif device == "emulated":
+        if gpu_memory is None:
+            raise UsageError('device="emulated" needs gpu_memory: how much memory should the device have?')
+        gpu, sources["gpu_memory"] = parse_bytes(gpu_memory, "gpu_memory"), "as asked, emulated"
+    elif gpu_memory is not None:
+        raise UsageError(
+            f"gpu_memory={gpu_memory!r} was given, but the model would compute on the CPU: no GPU was found. "
+            'Leave it out, or try device="emulated"'
+        )
+    return Budgets(cpu_memory=cpu, gpu_memory=gpu, resident=parse_resident(resident), sources=sources)
+
+
+def parse_resident(value: Size) -> float | int | None:
+    """None and "auto" mean as much as fits; a number up to 1.0 with a point is a fraction; all else is bytes.
+
+    Raises:
+        UsageError: a fraction outside 0..1 or not a size.
+    """
+    if value is None or value == "auto":
+        return None
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return parse_bytes(value, "resident")
+        value = number if "." in value or number <= 1 else int(number)
+    if isinstance(value, float) and 0 <= value <= 1:
+        return value
+    if isinstance(value, float) and not value.is_integer():
+        raise UsageError(
+            f'resident={value} is not a fraction; use a number from 0 to 1, a size such as "2GiB", or "auto"'
+        )
+    return parse_bytes(value, "resident")
+
+
+def from_max_memory(max_memory: Mapping[Any, Size]) -> dict[str, Size]:
+    """transformers' max_memory={0: "8GiB", "cpu": "24GiB"} in our names.
+
+    Raises:
+        UsageError: a key that is neither "cpu" nor 0.
+    """
+    unknown = [k for k in max_memory if k not in ("cpu", 0, "disk")]
+    if unknown:
+        raise UsageError(f"max_memory has {unknown}; known are 0 (the GPU) and 'cpu'")
+    names = {"cpu": "cpu_memory", 0: "gpu_memory"}
+    return {names[k]: v for k, v in max_memory.items() if k in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """Where the memory goes.
+
+    Attributes:
+        placement: what follows from it.
+        workspace: what the run needs beside weights.
+        base_nbytes: the process as it is now, without weights.
+        host_nbytes: what is left in main memory for weights and the ring.
+        device_nbytes: the same on the device, or None.
+    """
+
+    placement: Placement
+    workspace: Workspace
+    base_nbytes: int
+    host_nbytes: int
+    device_nbytes: int | None
+
+
+def divide(
+    spec: ModelSpec,
+    budgets: Budgets,
+    work: Workload,
+    *,
+    slots: int | None = None,
+    own_nbytes: int = 0,
+    extra_nbytes: int = 0,
+) -> Division:
+    """Sets memory aside for the process and the run, and places the weights in the rest.
+
+    Args:
+        own_nbytes: weights that are in the process already and will be placed anew (a user's module).
+        extra_nbytes: other memory that the caller knows will be taken.
+
+    Raises:
+        BudgetError: it cannot fit; says which budget would do.
+    """
+    base = max(0, rss_bytes() - own_nbytes)
+    need = workspace(spec, work)
+    reserve = base + LIBRARIES + int(MARGIN * budgets.cpu_memory) + extra_nbytes
+    host = budgets.cpu_memory - reserve
+    device: int | None = None
+    if budgets.gpu_memory is None:
+        host -= need.nbytes
+    else:
+        device = budgets.gpu_memory - need.nbytes
+    target = budgets.resident
+    if isinstance(target, float):
+        target = int(target * spec.nbytes)
+    if target is not None and device is not None:
+        target = max(0, target - device)
+    try:
+        placement = place(spec, host_nbytes=host, device_nbytes=device, slots=slots, host_target=target)
+    except BudgetError as error:
+        gpu = f" and gpu_memory={format_bytes(budgets.gpu_memory)}" if budgets.gpu_memory is not None else ""
+        where = "on the device" if device is not None else "of it"
+        raise BudgetError(
+            f"cpu_memory={format_bytes(budgets.cpu_memory)}{gpu} is too small for this run. The process itself takes "
+            f"{format_bytes(base)}, libraries and margin {format_bytes(reserve - base)}; the run needs "
+            f"{format_bytes(need.nbytes)} {where} ({need.explain()}) for {work.batch} sequences of {work.total_tokens} "
+            f"tokens. {error}"
+        ) from None
+    return Division(placement=placement, workspace=need, base_nbytes=base, host_nbytes=host, device_nbytes=device)

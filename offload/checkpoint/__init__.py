@@ -1,0 +1,189 @@
+"""Opens a transformers checkpoint for streaming: the model on meta, and where each of its tensors lies. Reads headers
+and small buffers only."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.checkpoint.conversion import locate
+from offload.checkpoint.skeleton import build, read_config, resolve_dtype
+from offload.errors import CheckpointError
+from offload.io.buffers import Buffer
+from offload.io.engine import Engine
+from offload.io.safetensors import Checkpoint, read_checkpoint
+from offload.runtime.discovery import Anatomy, dissect
+from offload.specs import ModelSpec, TensorSpec, UnitSpec
+from offload.tiers.host import as_tensor
+from offload.tiers.layout import Source, assemble, lay_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A checkpoint that is ready to be placed.
+
+    Attributes:
+        model: the transformers model; parameters on meta, buffers real.
+        anatomy: its units.
+        sources: parameter name -> where it is stored.
+        spec: the same as numbers.
+        checkpoint: the files.
+    """
+
+    model: nn.Module
+    anatomy: Anatomy
+    sources: dict[str, Source]
+    spec: ModelSpec
+    checkpoint: Checkpoint
+
+
+def find(model: str | os.PathLike[str]) -> Path:
+    """The folder of a model: a path, or a hub id that is looked up in the cache and then downloaded.
+
+    Raises:
+        CheckpointError: there is no such folder and no such model can be had.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    text = os.fspath(model)
+    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise CheckpointError(
+            f"{text} is not a folder; a model is a folder with config.json and safetensors, or a hub id"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{text} is neither a folder here nor a model that could be downloaded: {reason}"
+        ) from error
+
+
+def open_checkpoint(
+    directory: Path, engine: Engine, *, dtype: str | torch.dtype = "auto", **model_kwargs: Any
+) -> Opened:
+    """Builds the model and finds its tensors.
+
+    Args:
+        directory: with config.json and safetensors.
+        engine: reads the few buffers that a checkpoint stores.
+        dtype: of the parameters; "auto" takes the configuration's.
+        model_kwargs: handed to transformers, such as attn_implementation.
+
+    Raises:
+        CheckpointError: something is missing, broken or does not fit.
+        ModelError: it is stored in a layout that cannot be streamed.
+    """
+    config = read_config(directory)
+    checkpoint = read_checkpoint(directory)
+    stored = Counter(e.dtype for e in checkpoint.entries.values()).most_common(1)
+    model = build(config, resolve_dtype(dtype, config, stored[0][0] if stored else None), **model_kwargs)
+    located = locate(model, checkpoint.entries, resolve_dtype(dtype, config, stored[0][0] if stored else None))
+    anatomy = dissect(model)
+    sources = _by_parameter(model, anatomy, located)
+    _load_buffers(model, located, engine)
+    _take_generation_config(model, directory)
+    return Opened(
+        model=model,
+        anatomy=anatomy,
+        sources=sources,
+        spec=describe(anatomy, sources, getattr(model, "config", None)),
+        checkpoint=checkpoint,
+    )
+
+
+def describe(anatomy: Anatomy, sources: dict[str, Source], config: Any = None) -> ModelSpec:
+    """A model as the planner sees it: numbers from its tensors and, where there is one, its configuration."""
+    mean = sum(s.nbytes for s in sources.values()) / max(1, len(anatomy.units))
+
+    def spec(name: str) -> TensorSpec:
+        source = sources[name]
+        is_table = name in anatomy.tables and source.nbytes * 64 > mean and len(source.pieces) == 1
+        return TensorSpec(
+            name=name,
+            nbytes=source.nbytes,
+            read_nbytes=source.read_nbytes,
+            slot_nbytes=source.slot_nbytes,
+            is_table=is_table,
+        )
+
+    units = tuple(UnitSpec(name=u.name, tensors=tuple(map(spec, u.tensors))) for u in anatomy.units)
+    itemsize = max((s.dtype.itemsize for s in sources.values()), default=2)
+    itemsize = min(itemsize, 4)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    hidden = getattr(text, "hidden_size", 0) or 0
+    heads = getattr(text, "num_attention_heads", None) or 1
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    layers = getattr(text, "num_hidden_layers", 0) or 0
+    matrices = [s.shape for u in anatomy.units for n in u.tensors if len((s := sources[n]).shape) == 2]
+    widest = max((max(shape) for shape in matrices if shape[0] != getattr(text, "vocab_size", None)), default=hidden)
+    return ModelSpec(
+        units=units,
+        loose=tuple(spec(name) for name in anatomy.loose),
+        params=sum(s.nbytes // s.dtype.itemsize for s in sources.values()),
+        kv_bytes_per_token=2 * layers * kv_heads * head_dim * itemsize,
+        kv_layers=layers,
+        hidden_nbytes=hidden * itemsize,
+        widest_nbytes=widest * itemsize,
+        logits_nbytes=(getattr(text, "vocab_size", 0) or 0) * (itemsize + 8),
+        max_tokens=getattr(text, "max_position_embeddings", None),
+    )
+
+
+def _by_parameter(model: nn.Module, anatomy: Anatomy, located: dict[str, Source]) -> dict[str, Source]:
+    """One source for each parameter; a tied one may be stored under any of its names."""
+    modules = {id(m): n for n, m in model.named_modules()}
+    sources, missing = {}, []
+    for name, owners in anatomy.owners.items():
+        names = [".".join(filter(None, (modules[id(o.module)], o.attribute))) for o in owners]
+        found = next((located[n] for n in names if n in located), None)
+        if found is None:
+            missing.append(name)
+        else:
+            sources[name] = Source(name, found.dtype, found.shape, found.pieces)
+    if missing:
+        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        raise CheckpointError(f"the checkpoint lacks {len(missing)} tensors that the model needs: {shown}")
+    return sources
+
+
+def _load_buffers(model: nn.Module, located: dict[str, Source], engine: Engine) -> None:
+    """Reads the buffers that the checkpoint stores; the others are as the constructor made them."""
+    for name, _ in list(model.named_buffers()):
+        source = located.get(name)
+        if source is None:
+            continue
+        layout = lay_out([source])
+        buffer = Buffer(layout.nbytes)
+        for op in layout.reads:
+            view = buffer.view[layout.final_nbytes * op.is_staging + op.at :][: op.nbytes]
+            engine.read(engine.open(op.path), op.offset, view, need=op.need).result()
+        area = as_tensor(buffer.view)
+        assemble(layout, area, area[layout.final_nbytes :])
+        path, _, attribute = name.rpartition(".")
+        model.get_submodule(path)._buffers[attribute] = layout.views[name].of(area).clone()
+
+
+def _take_generation_config(model: Any, directory: Path) -> None:
+    from transformers import GenerationConfig
+
+    if hasattr(model, "generation_config") and (directory / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{directory}/generation_config.json cannot be used: {error}") from error
+    if hasattr(model, "name_or_path"):
+        model.name_or_path = os.fspath(directory)

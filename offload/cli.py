@@ -1,0 +1,105 @@
+"""The command line. Thin: it reads options, calls the library and prints."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Run and fine-tune models larger than memory.",
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps `offload run` a command of its own while there are few of them."""
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="folder with config.json and safetensors, or a hub id")],
+    prompt: Annotated[str | None, typer.Option(help="text; - reads standard input, @FILE reads a file")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(help="token ids such as 3,4,5 instead of a text")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="keep a conversation going")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="do not apply the chat template")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="new tokens for each sequence")] = 128,
+    batch: Annotated[int, typer.Option(help="run the prompt as this many sequences")] = 1,
+    cpu_memory: Annotated[str | None, typer.Option(help="main memory the process may use, such as 4GiB")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="GPU memory it may use")] = None,
+    resident: Annotated[str | None, typer.Option(help="weights kept in memory: auto, 0.25, or 2GiB")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or emulated")] = None,
+    link: Annotated[str | None, typer.Option(help="pace of the emulated device's link, such as 8GB/s")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")] = "auto",
+    sample: Annotated[bool, typer.Option("--sample", help="sample instead of taking the likeliest token")] = False,
+    temperature: Annotated[float | None, typer.Option(help="with --sample")] = None,
+    top_p: Annotated[float | None, typer.Option(help="with --sample")] = None,
+    seed: Annotated[int, typer.Option(help="with --sample")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on past the end token")] = False,
+    slots: Annotated[int | None, typer.Option(help="depth of the rings; 1 turns prefetching off")] = None,
+    io: Annotated[str, typer.Option(help="I/O backend: threads, uring or aiofiles")] = "threads",
+    strict: Annotated[bool, typer.Option("--strict", help="a fall-back to something slower is an error")] = False,
+    trace: Annotated[str | None, typer.Option(help="write a Chrome trace to this file")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="print the schedule of one pass and stop")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")] = False,
+) -> None:
+    """Generate text with a model larger than memory."""
+    from offload.commands.run import Request, execute
+
+    values = {k: v for k, v in locals().items() if k in Request.__dataclass_fields__}
+    raise typer.Exit(execute(Request(**values)))
+
+
+@app.command()
+def doctor(
+    offload_dir: Annotated[str | None, typer.Option(help="a folder to examine besides the current one")] = None,
+) -> None:
+    """Tell what this machine has and lacks."""
+    from rich.console import Console
+
+    from offload.doctor import examine, render
+
+    findings = examine(offload_dir)
+    render(findings, Console())
+    raise typer.Exit(1 if any(f.status == "missing" and f.area == "python" for f in findings) else 0)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script: errors of the library end with their message and status 1, Ctrl-C with 130."""
+    from offload.errors import OffloadError, UsageError
+
+    try:
+        app(args=arguments, standalone_mode=False)
+    except OffloadError as error:
+        _say(f"offload: {error}")
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        _say("offload: interrupted")
+        sys.exit(130)
+    except typer.Abort:
+        sys.exit(130)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except Exception as error:  # a wrong option, as click reports it; all else keeps its traceback
+        _exit_for_click(error)
+
+
+def _exit_for_click(error: Any) -> None:
+    show = getattr(error, "show", None)
+    if show is None:
+        raise error
+    show()
+    sys.exit(getattr(error, "exit_code", 2))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

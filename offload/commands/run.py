@@ -1,0 +1,269 @@
+"""`offload run`: load, generate, stream the text to the terminal, say how fast it was and how fast it could be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+
+from offload.api import Offloaded, load
+from offload.checkpoint import find
+from offload.errors import UsageError
+from offload.generate import Generated, check_length, encode, generate, tokenizer_of
+from offload.hardware import peak_rss_bytes, versions
+from offload.planner.schedule import explain
+from offload.units import format_bytes, format_rate, format_seconds
+
+CHAT_CONTEXT = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The options of `offload run`; see its help."""
+
+    model: str
+    prompt: str | None = None
+    prompt_ids: str | None = None
+    chat: bool = False
+    raw: bool = False
+    max_new_tokens: int = 128
+    batch: int = 1
+    cpu_memory: str | None = None
+    gpu_memory: str | None = None
+    resident: str | None = None
+    device: str | None = None
+    link: str | None = None
+    dtype: str = "auto"
+    sample: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+    ignore_eos: bool = False
+    slots: int | None = None
+    io: str = "threads"
+    strict: bool = False
+    trace: str | None = None
+    explain: bool = False
+    json: bool = False
+
+
+def execute(request: Request) -> int:
+    """Runs the request; returns the exit status. Errors are raised."""
+    transformers.utils.logging.set_verbosity_error()
+    console = Console(stderr=True, quiet=request.json)
+    _check(request)
+    directory = find(request.model)
+    tokenizer = tokenizer_of(directory)
+    if tokenizer is None and request.prompt_ids is None:
+        raise UsageError(f"{request.model} has no tokenizer, so give the prompt as token ids: --prompt-ids 3,4,5")
+    ids = _prompt(request, tokenizer)
+    handle = _load(request, directory, ids, console)
+    with handle:
+        if request.explain:
+            print(explain(handle.session.schedule))
+            return 0
+        _announce(handle, console)
+        if request.chat:
+            _converse(request, handle, tokenizer, console)
+        else:
+            check_length(len(ids), request.max_new_tokens, handle.spec.max_tokens)
+            result = _generate(request, handle, tokenizer, ids, console)
+            if request.json:
+                print(json.dumps(report(request, handle, tokenizer, result)))
+            else:
+                _summarise(handle, result, console)
+        if request.trace:
+            handle.session.timeline.write_chrome_trace(request.trace)
+            console.print(f"trace written to {request.trace}")
+    return 0
+
+
+def report(request: Request, handle: Offloaded, tokenizer: Any, result: Generated) -> dict[str, Any]:
+    """The object that --json prints."""
+    text = [tokenizer.decode(row, skip_special_tokens=True) for row in result.tokens] if tokenizer else None
+    budgets = handle.budgets
+    return {
+        "model": request.model,
+        "params": handle.spec.params,
+        "checkpoint_bytes": handle.checkpoint_nbytes,
+        "budgets": {"cpu_memory": budgets.cpu_memory, "gpu_memory": budgets.gpu_memory, "sources": budgets.sources},
+        "device": handle.session.device.name,
+        "batch": request.batch,
+        "text": text[0] if text and request.batch == 1 else text,
+        "ready_s": handle.ready_s,
+        **result.as_dict(),
+        "resident_bytes": handle.resident_nbytes,
+        "streamed_bytes": handle.streamed_nbytes,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "device_peak_bytes": handle.session.statistics().device_peak_bytes,
+        "disk_bytes_per_s": handle.disk_bytes_per_s,
+        "link_bytes_per_s": handle.link_bytes_per_s,
+        "fallbacks": list(handle.fallbacks),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def _check(request: Request) -> None:
+    given = [o for o, v in (("--prompt", request.prompt), ("--prompt-ids", request.prompt_ids)) if v is not None]
+    if len(given) == 2:
+        raise UsageError("--prompt and --prompt-ids were both given; give one of them")
+    if not given and not request.chat and not request.explain:
+        raise UsageError('nothing to run: give --prompt "...", --prompt-ids 3,4,5, or --chat')
+    if request.batch < 1 or (request.slots is not None and request.slots < 1):
+        raise UsageError(f"--batch {request.batch} --slots {request.slots}: both must be at least 1")
+    if request.chat and (request.json or request.batch > 1 or request.prompt_ids):
+        raise UsageError("--chat talks in the terminal: it goes with none of --json, --batch and --prompt-ids")
+    if not request.sample and (request.temperature is not None or request.top_p is not None):
+        raise UsageError("--temperature and --top-p need --sample")
+
+
+def _prompt(request: Request, tokenizer: Any) -> list[int]:
+    if request.prompt_ids is not None:
+        try:
+            return [int(part) for part in request.prompt_ids.replace(" ", ",").split(",") if part]
+        except ValueError:
+            raise UsageError(f"--prompt-ids {request.prompt_ids!r} is not a list of numbers such as 3,4,5") from None
+    if request.prompt is None:
+        return []
+    text = request.prompt
+    if text == "-":
+        text = sys.stdin.read()
+    elif text.startswith("@"):
+        try:
+            text = Path(text[1:]).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--prompt {text}: the file cannot be read: {error}") from error
+    return encode(tokenizer, text, raw=request.raw)
+
+
+def _load(request: Request, directory: Path, ids: list[int], console: Console) -> Offloaded:
+    context = CHAT_CONTEXT if request.chat else len(ids) + request.max_new_tokens
+    with _bar(console) as progress:
+        return load(
+            directory,
+            cpu_memory=request.cpu_memory,
+            gpu_memory=request.gpu_memory,
+            resident=request.resident,
+            device=request.device,
+            link=request.link,
+            dtype=request.dtype,
+            batch=request.batch,
+            context=context,
+            prompt_tokens=CHAT_CONTEXT // 4 if request.chat else max(1, len(ids)),
+            slots=request.slots,
+            io=request.io,
+            strict=request.strict,
+            progress=progress,
+        )
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Any]:
+    """A progress bar for loading; hands out the callback that moves it."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, console=console, transient=True, disable=console.quiet) as bar:
+        task = bar.add_task("opening", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)
+
+
+def _generate(request: Request, handle: Offloaded, tokenizer: Any, ids: list[int], console: Console) -> Generated:
+    streamer = None
+    if tokenizer is not None and not request.json and request.batch == 1:
+        streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if request.sample:
+        torch.manual_seed(request.seed)
+    sampling: dict[str, Any] = {"do_sample": request.sample}
+    if request.sample:
+        sampling |= {k: v for k in ("temperature", "top_p") if (v := getattr(request, k)) is not None}
+    else:
+        sampling |= {"temperature": None, "top_p": None, "top_k": None}
+    with console.status("prefill") if streamer is None else _nothing() as status:
+
+        def on_token(count: int) -> None:
+            if status is not None:
+                status.update(f"{count} tokens")
+
+        result = generate(
+            handle.model,
+            handle.session,
+            [ids] * request.batch,
+            new_tokens=request.max_new_tokens,
+            disk_bytes_per_s=handle.disk_bytes_per_s,
+            link_bytes_per_s=handle.link_bytes_per_s,
+            stop_at_eos=not request.ignore_eos,
+            streamer=streamer,
+            on_token=on_token,
+            **sampling,
+        )
+    if streamer is None and not request.json:
+        for row in result.tokens:
+            print(tokenizer.decode(row, skip_special_tokens=True) if tokenizer else ",".join(map(str, row)))
+    return result
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield None
+
+
+def _converse(request: Request, handle: Offloaded, tokenizer: Any, console: Console) -> None:
+    """Asks, answers, and keeps the conversation, until end of file or an empty line."""
+    history: list[dict[str, str]] = []
+    text = request.prompt
+    while True:
+        if text is None:
+            try:
+                text = console.input("[bold]> [/bold]") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+            except EOFError:
+                return
+            if not text:
+                return
+        ids = encode(tokenizer, text, history=history, raw=request.raw)
+        check_length(len(ids), request.max_new_tokens, handle.spec.max_tokens)
+        result = _generate(request, handle, tokenizer, ids, console)
+        answer = tokenizer.decode(result.tokens[0], skip_special_tokens=True)
+        history += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        _summarise(handle, result, console)
+        text = None
+
+
+def _announce(handle: Offloaded, console: Console) -> None:
+    spec, placement = handle.spec, handle.division.placement
+    ring = placement.device_ring if placement.device_ring.slots else placement.host_ring
+    console.print(
+        f"{spec.params / 1e9:.2f} B parameters, {format_bytes(spec.nbytes)}: {format_bytes(handle.resident_nbytes)} in "
+        f"memory, {format_bytes(handle.streamed_nbytes)} on disk"
+        + (f", through {ring.slots} slots of {format_bytes(ring.slot_nbytes)}" if ring.slots else "; nothing streams")
+        + f"; ready in {format_seconds(handle.ready_s)}",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _summarise(handle: Offloaded, result: Generated, console: Console) -> None:
+    step = result.decode_s_per_token
+    line = f"prefill {format_seconds(result.prefill_s)}"
+    if step:
+        line += f", then {format_seconds(step)} a token ({result.tokens_per_s:.2f} tokens/s)"
+        if result.read_bytes_per_token:
+            line += f", {result.read_bytes_per_token / 1e9:.2f} GB read for each"
+        if handle.disk_bytes_per_s:
+            line += f" at a measured {format_rate(handle.disk_bytes_per_s)}"
+        if result.fraction_of_bound:
+            line += (
+                f"; bound {format_seconds(result.bound.seconds)} ({result.bound.binding}), "
+                f"{result.fraction_of_bound:.0%} of it reached"
+            )
+    console.print(line + f"; peak memory {format_bytes(peak_rss_bytes())}", style="dim", highlight=False)
+    for fallback in handle.fallbacks:
+        console.print(f"note: {fallback}", style="yellow", highlight=False)

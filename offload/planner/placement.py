@@ -1,0 +1,269 @@
+"""Which tensors stay in memory, which stream, and through how large a ring: the first placement.
+
+Every pass of a decoder uses every weight once, in the same order. A cyclic scan defeats recency caches, so a fixed
+subset is pinned and only the rest streams. The rest is spread: each unit streams a part of about the same size, so that
+reads hide behind compute evenly and the slots of the ring stay small, which leaves more memory for pinning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import accumulate
+
+from offload.errors import BudgetError
+from offload.specs import ModelSpec, TensorSpec, UnitSpec
+from offload.units import MIB, format_bytes
+
+
+class Tier(StrEnum):
+    """Where a tensor lives, fastest first."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """Equal slots that streaming bundles take in turn."""
+
+    slots: int
+    slot_nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.slots * self.slot_nbytes
+
+
+NO_RING = Ring(0, 0)
+LOOKAHEAD = 64 * MIB
+MOST_SLOTS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where every tensor lives and how it travels.
+
+    Attributes:
+        home: tensor name -> tier. Without an accelerator, `host` is where the model computes.
+        tables: streaming tensors of which only rows are gathered; they need no slot.
+        host_ring: slots in main memory for bundles read from disk.
+        device_ring: slots on the accelerator for bundles uploaded; empty without one.
+        bundles: unit name -> the tensors of it that travel in every pass.
+    """
+
+    home: Mapping[str, Tier]
+    tables: frozenset[str]
+    host_ring: Ring
+    device_ring: Ring
+    bundles: Mapping[str, tuple[TensorSpec, ...]]
+
+    def names(self, tier: Tier) -> frozenset[str]:
+        return frozenset(name for name, home in self.home.items() if home is tier)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Which tensors of a list of units stay on a tier and which come from below it."""
+
+    resident: frozenset[str]
+    streamed: Mapping[str, tuple[TensorSpec, ...]] = field(default_factory=dict)
+    tables: frozenset[str] = frozenset()
+    ring: Ring = NO_RING
+
+
+def place(
+    spec: ModelSpec,
+    *,
+    host_nbytes: int,
+    device_nbytes: int | None = None,
+    slots: int | None = None,
+    host_target: int | None = None,
+) -> Placement:
+    """Chooses a home for every tensor.
+
+    Args:
+        spec: the model.
+        host_nbytes: main memory for weights and the ring.
+        device_nbytes: the same for the accelerator, loose tensors included; None without one.
+        slots: depth of each ring; None: two, which keep the disk busy as long as a unit computes faster than it is
+            read, or more where slots are small.
+        host_target: bytes of weights that should stay in main memory, when somebody forces it.
+
+    Raises:
+        BudgetError: not even the smallest ring fits.
+    """
+    if device_nbytes is None:
+        host = split(spec.units, host_nbytes - spec.loose_nbytes, slots=slots, target=host_target)
+        device = Split(resident=frozenset())
+        below = host.streamed
+    else:
+        device = split(spec.units, device_nbytes - spec.loose_nbytes, slots=slots)
+        tables = tuple(t for u in spec.units for t in u.tensors if t.name in device.tables)
+        travelling = [UnitSpec(name=n, tensors=ts) for n, ts in device.streamed.items()]
+        if tables:
+            travelling.append(UnitSpec(name="tables", tensors=tables))
+        host = split(travelling, host_nbytes, slots=slots, target=host_target)
+        below = device.streamed
+    home = {t.name: Tier.DISK for u in spec.units for t in u.tensors}
+    home |= {t.name: Tier.HOST if device_nbytes is None else Tier.DEVICE for t in spec.loose}
+    home |= dict.fromkeys(host.resident, Tier.HOST) | dict.fromkeys(device.resident, Tier.DEVICE)
+    return Placement(
+        home=home,
+        tables=host.tables | device.tables,
+        host_ring=host.ring,
+        device_ring=device.ring,
+        bundles=below,
+    )
+
+
+def split(units: Sequence[UnitSpec], capacity: int, *, slots: int | None = None, target: int | None = None) -> Split:
+    """Keeps as much as `capacity` bytes allow, ring included; with a `target`, no more than so many bytes of weights.
+
+    Tables that are not kept cost no slot. Tensors much smaller than the others stay whenever they can: they would
+    add requests and save nothing.
+
+    Raises:
+        BudgetError: `capacity` is too small for the smallest ring and what cannot stream.
+    """
+    tensors = [t for u in units for t in u.tensors]
+    total = sum(t.nbytes for t in tensors)
+    limit = capacity if target is None else min(capacity, target)
+    if total <= limit:
+        return Split(resident=frozenset(t.name for t in tensors))
+    tables = {t.name for t in tensors if t.is_table}
+    whole = [t for t in tensors if not t.is_table]
+    mean = sum(t.nbytes for t in whole) / max(1, len(units))
+    best = None
+    for smallest in (int(mean / 64), 0):  # first with small tensors pinned, then with everything free to stream
+        best = _smallest_stream(units, capacity, limit, slots, smallest)
+        if best is not None:
+            break
+    if best is None:
+        need = _smallest_capacity(units, slots)
+        raise BudgetError(
+            f"{format_bytes(max(0, capacity))} is left for weights, but streaming this model needs at least "
+            f"{format_bytes(need)}: {depth(need, slots)} slots for the largest tensor, and what cannot stream. "
+            f"The smallest budget that works is {format_bytes(need - capacity)} larger."
+        )
+    streamed, slot = best
+    out = {t.name for ts in streamed.values() for t in ts}
+    resident = {t.name for t in whole if t.name not in out}
+    ring = Ring(depth(slot, slots), slot) if streamed else NO_RING
+    free = min(capacity - ring.nbytes, limit) - sum(t.nbytes for t in whole if t.name in resident)
+    for table in sorted((t for t in tensors if t.is_table), key=lambda t: t.nbytes):
+        if table.nbytes <= free and not streamed:  # rows cost next to nothing: weights come first
+            free -= table.nbytes
+            resident.add(table.name)
+    return Split(resident=frozenset(resident), streamed=streamed, tables=frozenset(tables - resident), ring=ring)
+
+
+_Options = list[tuple[int, tuple[int, ...]]]
+
+
+def _options(unit: UnitSpec, smallest: int) -> _Options:
+    """Subsets of a unit's tensors that may stream, as (slot bytes, indices), smallest first."""
+    free = [i for i, t in enumerate(unit.tensors) if not t.is_table and t.nbytes >= smallest and t.nbytes > 0]
+    found: dict[int, tuple[int, ...]] = {0: ()}
+    if len(free) <= 10:
+        for i in free:
+            size = unit.tensors[i].slot_nbytes
+            for have, chosen in list(found.items()):
+                found.setdefault(have + size, (*chosen, i))
+    else:  # many tensors: prefixes are choice enough
+        for n, size in enumerate(accumulate(unit.tensors[i].slot_nbytes for i in free), 1):
+            found[size] = tuple(free[:n])
+    return sorted(found.items())
+
+
+def _smallest_stream(
+    units: Sequence[UnitSpec], capacity: int, limit: int, slots: int | None, smallest: int
+) -> tuple[dict[str, tuple[TensorSpec, ...]], int] | None:
+    """The choice of streaming subsets that moves the fewest bytes, with its slot size; None when nothing fits."""
+    shapes = {tuple((t.slot_nbytes, t.is_table) for t in u.tensors): _options(u, smallest) for u in units}
+    options = [shapes[tuple((t.slot_nbytes, t.is_table) for t in u.tensors)] for u in units]
+    total = sum(t.nbytes for u in units for t in u.tensors if not t.is_table)
+    best: tuple[int, int, list[tuple[int, ...]]] | None = None
+    for slot in sorted({size for choice in shapes.values() for size, _ in choice}):
+        keep = min(capacity - depth(slot, slots) * slot, limit)
+        if keep < 0:
+            continue
+        usable = [[o for o in choice if o[0] <= slot] for choice in options]
+        if total - sum(_stream_nbytes(u, o[-1][1]) for u, o in zip(units, usable, strict=True)) > keep:
+            continue
+        chosen = _spread(units, usable, total - keep)
+        moved = sum(_stream_nbytes(u, c) for u, c in zip(units, chosen, strict=True))
+        if best is None or moved < best[0]:
+            best = moved, slot, chosen
+    if best is None:
+        return None
+    streamed = {u.name: tuple(u.tensors[i] for i in c) for u, c in zip(units, best[2], strict=True) if c}
+    slot = max((sum(t.slot_nbytes for t in ts) for ts in streamed.values()), default=0)
+    return streamed, slot
+
+
+def _stream_nbytes(unit: UnitSpec, chosen: tuple[int, ...]) -> int:
+    return sum(unit.tensors[i].nbytes for i in chosen)
+
+
+def _spread(units: Sequence[UnitSpec], options: list[_Options], need: int) -> list[tuple[int, ...]]:
+    """Picks a subset for each unit so that at least `need` bytes stream, evenly over the units, and few more.
+
+    Walks the units once and keeps the running sum as close above an even share as the subsets allow (error diffusion,
+    as a line is drawn on a grid), then gives back what was taken too much.
+    """
+    ceiling = [_stream_nbytes(u, o[-1][1]) for u, o in zip(units, options, strict=True)]
+    total = sum(ceiling)
+    if total == 0:
+        return [() for _ in units]
+    chosen: list[tuple[int, ...]] = []
+    moved = share = 0.0
+    for unit, choice, top in zip(units, options, ceiling, strict=True):
+        share += top * need / total
+        sizes = [(_stream_nbytes(unit, c), c) for _, c in choice]
+        enough = [s for s in sizes if moved + s[0] >= share]
+        size, pick = min(enough) if enough else max(sizes)
+        chosen.append(pick)
+        moved += size
+    for k, (unit, choice) in enumerate(zip(units, options, strict=True)):  # rounding up left something to give back
+        now = _stream_nbytes(unit, chosen[k])
+        lower = [(_stream_nbytes(unit, c), c) for _, c in choice]
+        lower = [s for s in lower if moved - now + s[0] >= need]
+        size, pick = min(lower, default=(now, chosen[k]))
+        if size < now:
+            chosen[k], moved = pick, moved - now + size
+    missing = need - moved
+    for k, (unit, choice) in enumerate(zip(units, options, strict=True)):  # rounding down left something to take
+        if missing <= 0:
+            break
+        now = _stream_nbytes(unit, chosen[k])
+        higher = sorted((_stream_nbytes(unit, c), c) for _, c in choice)
+        size, pick = next((s for s in higher if s[0] - now >= missing), higher[-1])
+        if size > now:
+            chosen[k], missing = pick, missing - (size - now)
+    return chosen
+
+
+def _smallest_capacity(units: Sequence[UnitSpec], slots: int | None) -> int:
+    """Bytes that suffice when every tensor that can stream does, through the smallest slots."""
+    sizes = sorted({s for u in units for s, _ in _options(u, 0)})
+    best = sum(t.nbytes for u in units for t in u.tensors if not t.is_table)
+    for slot in sizes:
+        kept = sum(
+            u.nbytes
+            - sum(t.nbytes for t in u.tensors if t.is_table)
+            - max(_stream_nbytes(u, c) for s, c in _options(u, 0) if s <= slot)
+            for u in units
+        )
+        best = min(best, kept + depth(slot, slots) * slot)
+    return best
+
+
+def depth(slot_nbytes: int, slots: int | None = None) -> int:
+    """Slots of a ring: as asked, else two, or as many as hold `LOOKAHEAD` bytes of work for the disk where they are
+    small: the model's thread pauses between passes, and the disk should not."""
+    if slots is not None:
+        return slots
+    return max(2, min(MOST_SLOTS, -(-LOOKAHEAD // max(1, slot_nbytes))))

@@ -1,0 +1,107 @@
+"""The schedule: one pass over the model as a tuple of small frozen steps.
+
+The executor runs it, `explain` prints it, the timeline lays measured spans beside it. A pass repeats for ever; a step
+of the next pass may start as soon as the steps it names and the slot it takes allow.
+
+    Read     disk -> a slot of the host ring
+    Upload   host (resident or slot) -> a slot of the device ring
+    Compute  the unit's forward; its parameters are bound while it runs
+    Release  the slot goes back to its ring
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from offload.planner.placement import Placement, Tier
+
+RingName = Literal["host", "device"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What every step has.
+
+    Attributes:
+        index: its place in the tuple.
+        unit: the unit whose bundle it concerns.
+        after: indices of steps of the same pass that must be done before it starts.
+    """
+
+    index: int
+    unit: str
+    after: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read(Step):
+    """Reads the part of a bundle that lives on disk; takes a slot of the host ring."""
+
+    nbytes: int
+    ring: RingName = "host"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upload(Step):
+    """Copies a bundle to the accelerator; takes a slot of the device ring."""
+
+    nbytes: int
+    ring: RingName = "device"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute(Step):
+    """The model's own forward of the unit. `nbytes` is what the unit's weights take."""
+
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release(Step):
+    """Gives the bundle's slot back to the ring."""
+
+    ring: RingName
+
+
+Schedule = tuple[Step, ...]
+
+
+def emit(order: Sequence[tuple[str, int]], placement: Placement) -> Schedule:
+    """The steps of one pass.
+
+    Args:
+        order: (unit name, bytes of its weights) in the order in which the model enters them.
+        placement: says what travels.
+    """
+    steps: list[Step] = []
+    uploads = placement.device_ring.slots > 0
+    for unit, nbytes in order:
+        bundle = placement.bundles.get(unit, ())
+        from_disk = [t for t in bundle if placement.home[t.name] is Tier.DISK]
+        ready: tuple[int, ...] = ()
+        if from_disk:
+            steps.append(Read(index=len(steps), unit=unit, nbytes=sum(t.read_nbytes for t in from_disk)))
+            ready = (len(steps) - 1,)
+        if bundle and uploads:
+            steps.append(Upload(index=len(steps), unit=unit, after=ready, nbytes=sum(t.nbytes for t in bundle)))
+            ready = (len(steps) - 1,)
+            if from_disk:
+                steps.append(Release(index=len(steps), unit=unit, after=ready, ring="host"))
+        steps.append(Compute(index=len(steps), unit=unit, after=ready, nbytes=nbytes))
+        if bundle and (uploads or from_disk):
+            ring: RingName = "device" if uploads else "host"
+            steps.append(Release(index=len(steps), unit=unit, after=(len(steps) - 1,), ring=ring))
+    return tuple(steps)
+
+
+def explain(schedule: Schedule) -> str:
+    """The schedule for a reader, a line per step."""
+    lines = []
+    for s in schedule:
+        after = f"  after {', '.join(map(str, s.after))}" if s.after else ""
+        size = f"  {s.nbytes / 1e6:9.2f} MB" if isinstance(s, Read | Upload | Compute) else ""
+        ring = f"  {s.ring} ring" if isinstance(s, Read | Upload | Release) else ""
+        lines.append(f"{s.index:4d}  {type(s).__name__:8s} {s.unit:32s}{size}{ring}{after}")
+    return "\n".join(lines)

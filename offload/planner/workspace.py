@@ -1,0 +1,52 @@
+"""Memory that a run needs beside its weights: keys and values, activations, what libraries take while they work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from offload.specs import ModelSpec, Workload
+from offload.units import MIB, format_bytes
+
+LIBRARIES = 80 * MIB  # kernels, thread stacks and allocator slack that appear with the first passes
+MARGIN = 0.01  # of the budget, for what nobody predicted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """Bytes beside the weights, by purpose.
+
+    Attributes:
+        kv: keys and values of all sequences, and the copy of one layer's that appending makes.
+        activations: of the widest point of one pass over the prompts.
+        logits: of the last token of each sequence, with generation's float32 copies.
+    """
+
+    kv: int
+    activations: int
+    logits: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.kv + self.activations + self.logits
+
+    def explain(self) -> str:
+        """The sum, for an error."""
+        return (
+            f"{format_bytes(self.kv)} keys and values + {format_bytes(self.activations)} activations + "
+            f"{format_bytes(self.logits)} logits"
+        )
+
+
+def workspace(spec: ModelSpec, work: Workload) -> Workspace:
+    """What a workload needs.
+
+    A pass over B sequences of T tokens holds, at its widest, three activations of the widest matrix (gate, up and their
+    product) and about six hidden states; attention on the CPU adds a mask of T x T bytes a sequence.
+    """
+    tokens = work.batch * work.prompt_tokens
+    kv = spec.kv_bytes_per_token * work.batch * work.total_tokens
+    return Workspace(
+        kv=kv + 3 * kv // max(1, spec.kv_layers),
+        activations=tokens * (3 * spec.widest_nbytes + 6 * spec.hidden_nbytes) + work.batch * work.prompt_tokens**2,
+        logits=work.batch * spec.logits_nbytes,
+    )

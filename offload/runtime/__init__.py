@@ -1,0 +1,1 @@
+"""Runs a schedule under a model: lanes that move, the rendezvous with the model's forward, what was measured."""

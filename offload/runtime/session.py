@@ -1,0 +1,241 @@
+"""One model under offload: its store, its executor and the hooks that let the model drive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from offload.errors import BudgetError, ClosedError, ModelError
+from offload.io.engine import Engine, File
+from offload.planner.placement import Placement
+from offload.planner.schedule import Schedule, emit
+from offload.runtime import rowwise
+from offload.runtime.binding import Binder
+from offload.runtime.discovery import Anatomy, Unit
+from offload.runtime.executor import Executor
+from offload.runtime.timeline import Timeline, Totals
+from offload.tiers.device import Device
+from offload.tiers.layout import Source
+from offload.tiers.store import Store
+from offload.units import format_bytes
+
+LOOSE = "(loose)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionStatistics:
+    """Counters of a session since it started; subtract two of them to measure a stretch.
+
+    Attributes:
+        passes: whole passes through the schedule.
+        read_bytes: read from disk.
+        uploaded_bytes: copied to the device.
+        device_peak_bytes: most device memory in use.
+        totals: busy seconds, bytes and stalls by lane.
+        restarts: how often the model left the schedule.
+        fetched: tensors that were touched outside their unit, and how often.
+    """
+
+    passes: int
+    read_bytes: int
+    uploaded_bytes: int
+    device_peak_bytes: int
+    totals: Totals
+    restarts: int
+    fetched: Mapping[str, int]
+
+
+class Session:
+    """Runs `root` with its weights where `placement` says.
+
+    Args:
+        root: the module; its parameters are replaced while the session lives.
+        anatomy: how its parameters are divided.
+        sources: where each of them is stored.
+        placement: where each of them shall live.
+        engine: reads files; the session closes it.
+        device: where the model computes; the session closes it.
+        given: tensors that are in main memory already.
+        files: files that are open already, by path.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        anatomy: Anatomy,
+        sources: Mapping[str, Source],
+        placement: Placement,
+        engine: Engine,
+        device: Device,
+        given: Mapping[str, torch.Tensor] | None = None,
+        files: Mapping[str, File] | None = None,
+    ) -> None:
+        self.root, self.anatomy, self.placement = root, anatomy, placement
+        self.engine, self.device = engine, device
+        self.timeline = Timeline()
+        names = {u.name: u.tensors for u in anatomy.units} | {LOOSE: anatomy.loose}
+        self.store = Store(engine, sources, names, placement, device, given, files)
+        like = {n: torch.empty(sources[n].shape, dtype=sources[n].dtype, device="meta") for n in anatomy.owners}
+        self._binder = Binder(anatomy.owners, like, device.torch_device, self)
+        self._executor: Executor | None = None
+        self._handles: list[RemovableHandle] = []
+        self._fetched: dict[str, int] = {}
+        self._bound: dict[str, torch.Tensor] = {}
+        self._uninstall: Callable[[], None] = lambda: None
+        self._is_closed = False
+
+    def start(self) -> None:
+        """Binds what stays in memory, hooks the units and lets the lanes run ahead. The store has been filled."""
+        self._binder.unbind(tuple(self.anatomy.owners))
+        kept = {n: self.store.resident(n) for n in self.anatomy.owners}
+        self._binder.bind({n: t for n, t in kept.items() if t is not None})
+        sizes = {u.name: sum(self.store.sources[n].nbytes for n in u.tensors) for u in self.anatomy.units}
+
+        def make(order: Sequence[str]) -> Schedule:
+            return emit([(name, sizes[name]) for name in order], self.placement)
+
+        hooked = [u for u in self.anatomy.units if not set(u.tensors) <= self.anatomy.tables]
+        order = [u.name for u in hooked]
+        self._executor = Executor(order, make, self.store, self.timeline) if order else None
+        for unit in hooked:
+            self._hook(unit)
+        if self.device.torch_device.type == "cpu":
+            self._uninstall = rowwise.install(self.root)
+        if self._executor is not None and all(u.module is not self.root for u in hooked):
+            self._handles += [
+                self.root.register_forward_pre_hook(lambda *_: self._running().begin_pass(), prepend=True),
+                self.root.register_forward_hook(lambda *_: self._running().end_pass()),
+            ]
+
+    def before_pass(self, check: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]) -> None:
+        """Calls `check(module, args, kwargs)` before every forward of the whole model."""
+        self._handles.append(self.root.register_forward_pre_hook(check, with_kwargs=True, prepend=True))
+
+    @property
+    def schedule(self) -> Schedule:
+        """The steps of one pass as they run now; empty when there is nothing to run."""
+        return self._executor.schedule if self._executor is not None else ()
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """What did not go the fast way, a sentence each."""
+        touched = tuple(
+            f"{name} was read outside its unit {count} times, whole each time" for name, count in self._fetched.items()
+        )
+        return (*self.engine.fallbacks, *self.store.fallbacks, *touched)
+
+    def statistics(self) -> SessionStatistics:
+        device = self.device.statistics()
+        run = self._executor.statistics() if self._executor is not None else None
+        return SessionStatistics(
+            passes=run.passes if run else 0,
+            read_bytes=self.engine.statistics().read_bytes,
+            uploaded_bytes=device.uploaded_bytes,
+            device_peak_bytes=device.peak_bytes,
+            totals=self.timeline.totals(),
+            restarts=run.restarts if run else 0,
+            fetched=dict(self._fetched),
+        )
+
+    def close(self) -> None:
+        """Unhooks the model, stops the lanes, gives memory and files back. Its parameters are errors from now on."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for handle in self._handles:
+            handle.remove()
+        self._uninstall()
+        if self._executor is not None:
+            self._executor.close()
+        self._binder.unbind(tuple(self.anatomy.owners))
+        self._binder.clear()
+        self.store.check_integrity()
+        self.store.close()
+        self.engine.close()
+
+    # What absent parameters ask for.
+
+    def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """See `Fetcher`."""
+        self._refuse_if_closed(name)
+        return self.store.rows(name, ids)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """See `Fetcher`."""
+        self._refuse_if_closed(name)
+        self._fetched[name] = self._fetched.get(name, 0) + 1
+        return self.store.whole(name)
+
+    def _refuse_if_closed(self, name: str) -> None:
+        if self._is_closed:
+            raise ClosedError(f"the model was closed, and {name} with it; use it inside its `with` block")
+
+    # The rendezvous.
+
+    def _hook(self, unit: Unit) -> None:
+        travels = unit.name in self.placement.bundles
+        reads_only = not self.device.has_memory
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            lease = self._running().enter(unit.name)
+            if not travels or lease is None:
+                return
+            if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+                self._running().leave()
+                raise ModelError(
+                    f"{unit.name} streams its weights and was given an input that needs gradients; its weights would "
+                    "be gone by the time of the backward pass. Run under torch.no_grad()."
+                )
+            tensors = self.store.host_tensors if reads_only else self.store.device_tensors
+            self._bound = tensors(unit.name, lease.index)
+            self._binder.bind(self._bound)
+
+        def leave(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            if travels:
+                self._binder.unbind(self._bound)
+                self._bound = {}
+            if not self._is_closed:
+                self._running().leave()
+
+        self._handles += [
+            unit.module.register_forward_pre_hook(enter, prepend=True),
+            unit.module.register_forward_hook(leave, always_call=True),
+        ]
+
+    def _running(self) -> Executor:
+        assert self._executor is not None
+        return self._executor
+
+
+def token_check(root: nn.Module, planned: int, kv_bytes_per_token: int) -> Callable[..., None]:
+    """A check for `Session.before_pass`: refuses a pass whose keys and values would break the memory budget.
+
+    Args:
+        root: the model.
+        planned: tokens of all sequences together that memory was set aside for.
+        kv_bytes_per_token: what each of them takes.
+    """
+
+    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids")
+        if ids is None:
+            ids = args[0] if args else kwargs.get("inputs_embeds")
+        if not isinstance(ids, torch.Tensor) or ids.dim() < 2:
+            return
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        asked = ids.shape[0] * (ids.shape[1] + past)
+        if asked > planned:
+            raise BudgetError(
+                f"{ids.shape[0]} sequences of {ids.shape[1] + past} tokens need "
+                f"{format_bytes(asked * kv_bytes_per_token)} of keys and values, but memory was planned for "
+                f"{planned:,} tokens ({format_bytes(planned * kv_bytes_per_token)}). Load the model with batch= and context= as "
+                "large as you need, or with a larger budget."
+            )
+
+    return check

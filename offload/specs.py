@@ -1,0 +1,113 @@
+"""What the planner knows of a model: units, tensors and bytes. Plain numbers, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One parameter, as the placement sees it.
+
+    Attributes:
+        name: its dotted name in the module tree (the first one, when it is tied).
+        nbytes: bytes in memory while it is bound.
+        read_nbytes: bytes read from disk to get it.
+        slot_nbytes: bytes of a slot that it needs when it streams; an upper bound.
+        is_table: used by gathering rows, so that a run which leaves it on disk reads only the rows it needs.
+    """
+
+    name: str
+    nbytes: int
+    read_nbytes: int
+    slot_nbytes: int
+    is_table: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitSpec:
+    """A module that is entered and left as a whole: a decoder block, an embedding, a head.
+
+    Attributes:
+        name: its dotted name in the module tree.
+        tensors: the parameters below it. A tied parameter belongs to the last unit that uses all of it.
+    """
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A model as the planner sees it.
+
+    Attributes:
+        units: in the order of the module tree, which is usually the order of execution.
+        loose: parameters outside every unit, or shared by several; they stay where the model computes.
+        params: number of parameters, tied ones counted once.
+        kv_bytes_per_token: keys and values that one token of one sequence adds; 0 when unknown.
+        kv_layers: layers that keep keys and values.
+        hidden_nbytes: bytes of one token's hidden state.
+        widest_nbytes: bytes of one token's widest intermediate activation.
+        logits_nbytes: bytes of one token's logits, with the float32 copy that generation makes.
+        max_tokens: the model's context, or None when it names none.
+    """
+
+    units: tuple[UnitSpec, ...]
+    loose: tuple[TensorSpec, ...] = ()
+    params: int = 0
+    kv_bytes_per_token: int = 0
+    kv_layers: int = 0
+    hidden_nbytes: int = 0
+    widest_nbytes: int = 0
+    logits_nbytes: int = 0
+    max_tokens: int | None = None
+
+    @property
+    def loose_nbytes(self) -> int:
+        return sum(t.nbytes for t in self.loose)
+
+    @property
+    def nbytes(self) -> int:
+        return self.loose_nbytes + sum(u.nbytes for u in self.units)
+
+    @cached_property
+    def largest_tensor_nbytes(self) -> int:
+        return max((t.nbytes for u in self.units for t in u.tensors if not t.is_table), default=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What will be asked of the model; it decides how much memory is left for weights.
+
+    Attributes:
+        batch: sequences at a time.
+        prompt_tokens: tokens of one sequence that run through the model at once.
+        total_tokens: prompt and new tokens of one sequence, which the KV cache holds.
+    """
+
+    batch: int = 1
+    prompt_tokens: int = 512
+    total_tokens: int = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """Bytes that the process may use, interpreter and libraries included.
+
+    Attributes:
+        cpu_memory: main memory; the process's peak resident set stays below it.
+        gpu_memory: memory of the accelerator, or None without one.
+        resident: None (as much as fits), a fraction of the weights (0..1), or bytes: how much stays in memory.
+        sources: a sentence for each budget that says where it came from.
+    """
+
+    cpu_memory: int
+    gpu_memory: int | None = None
+    resident: float | int | None = None
+    sources: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Where tensors live: the accelerator's memory, main memory, files. A tier knows nothing of schedules."""

@@ -1,0 +1,94 @@
+"""A CUDA device: one copy stream beside the model's own stream, ordered by events, never by a full synchronisation."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any
+
+import torch
+
+from offload.errors import UsageError
+from offload.io.buffers import Buffer
+from offload.tiers.device import DeviceStatistics, Event, Pairs
+
+
+class CudaEvent:
+    """A recorded torch.cuda.Event."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self.event = event
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+class CudaDevice:
+    """See `Device`. Memory comes from torch's allocator, so torch's own statistics count it."""
+
+    has_memory = True
+    keeps_alignment = False
+
+    def __init__(self, name: str) -> None:
+        if not torch.cuda.is_available():
+            raise UsageError(
+                f"device={name!r} was asked for, but torch {torch.__version__} sees no CUDA device; "
+                "use device='cpu', or install a CUDA build of torch and a driver"
+            )
+        index = int(name.partition(":")[2] or torch.cuda.current_device())
+        if index >= torch.cuda.device_count():
+            raise UsageError(f"device={name!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
+        self.name = f"cuda:{index}"
+        self.torch_device = torch.device(self.name)
+        self._stream = torch.cuda.Stream(self.torch_device)
+        self._registered: list[int] = []
+        self._uploaded = 0
+        self._lock = threading.Lock()
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+
+    def register(self, buffer: Buffer) -> str | None:
+        if not buffer.nbytes:
+            return None
+        runtime: Any = torch.cuda.cudart()
+        code = int(runtime.cudaHostRegister(buffer.address, buffer.nbytes, 0))
+        if code:
+            return f"host memory could not be pinned (CUDA error {code}): uploads go through the driver's own buffer"
+        self._registered.append(buffer.address)
+        return None
+
+    def upload(self, pairs: Pairs, after: Event | None) -> Event:
+        with torch.cuda.stream(self._stream):
+            if isinstance(after, CudaEvent):
+                self._stream.wait_event(after.event)  # the slot's last compute must not see the new bytes
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        with self._lock:
+            self._uploaded += sum(source.numel() for _, source in pairs)
+        return CudaEvent(event)
+
+    def order_compute_after(self, event: Event) -> None:
+        assert isinstance(event, CudaEvent)
+        torch.cuda.current_stream(self.torch_device).wait_event(event.event)
+
+    def mark_compute(self) -> Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.torch_device))
+        return CudaEvent(event)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+    def statistics(self) -> DeviceStatistics:
+        used = torch.cuda.memory_allocated(self.torch_device)
+        return DeviceStatistics(self._uploaded, used, torch.cuda.max_memory_allocated(self.torch_device))
+
+    def close(self) -> None:
+        self.synchronize()
+        runtime: Any = torch.cuda.cudart()
+        for address in self._registered:
+            runtime.cudaHostUnregister(ctypes.c_void_p(address).value)
+        self._registered.clear()

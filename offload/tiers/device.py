@@ -1,0 +1,143 @@
+"""Where the model computes: the contract of a device, and the plain CPU, which has no memory of its own.
+
+A device with memory of its own takes uploads. Three events order things; each is a small object with the same methods
+on every device, so that the executor is written once:
+
+    upload done      the unit may compute; only then may the host slot be given back
+    compute done     the device slot may be overwritten by a later upload
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from offload.errors import UsageError
+from offload.io.buffers import Buffer
+
+Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Event(Protocol):
+    """Something that will have happened."""
+
+    def wait(self) -> None:
+        """Blocks the calling thread until it has."""
+
+
+class Happened:
+    """An event of a device whose work is done when its call returns."""
+
+    def wait(self) -> None:
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStatistics:
+    """Bytes uploaded so far, and bytes of device memory in use now and at most."""
+
+    uploaded_bytes: int = 0
+    used_bytes: int = 0
+    peak_bytes: int = 0
+
+
+class Device(Protocol):
+    """One place to compute.
+
+    Attributes:
+        name: `cpu`, `emulated` or `cuda:0`.
+        torch_device: what tensors there report as their device.
+        has_memory: whether weights must be uploaded.
+        keeps_alignment: whether uploads keep a tensor's address modulo 64, because CPU kernels compute on it.
+    """
+
+    name: str
+    torch_device: torch.device
+    has_memory: bool
+    keeps_alignment: bool
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Bytes (uint8) of device memory, counted against its cap."""
+
+    def register(self, buffer: Buffer) -> str | None:
+        """Makes host memory fast to upload from (pins it); says why when it could not."""
+
+    def upload(self, pairs: Pairs, after: Event | None) -> Event:
+        """Copies (destination, source) pairs, not before `after`. Called from the upload lane only."""
+
+    def order_compute_after(self, event: Event) -> None:
+        """Work that the model enqueues from now on starts after `event`, an upload."""
+
+    def mark_compute(self) -> Event:
+        """An event behind all work that the model has enqueued so far."""
+
+    def synchronize(self) -> None:
+        """Blocks until everything enqueued is done."""
+
+    def statistics(self) -> DeviceStatistics: ...
+
+    def close(self) -> None: ...
+
+
+class CpuDevice:
+    """No accelerator: the model computes on host memory and nothing is uploaded."""
+
+    name = "cpu"
+    has_memory = False
+    keeps_alignment = True
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        raise AssertionError("the plain CPU has no memory of its own")
+
+    def register(self, buffer: Buffer) -> str | None:
+        return None
+
+    def upload(self, pairs: Pairs, after: Event | None) -> Event:
+        raise AssertionError("nothing is uploaded to the plain CPU")
+
+    def order_compute_after(self, event: Event) -> None:
+        return
+
+    def mark_compute(self) -> Event:
+        return Happened()
+
+    def synchronize(self) -> None:
+        return
+
+    def statistics(self) -> DeviceStatistics:
+        return DeviceStatistics()
+
+    def close(self) -> None:
+        return
+
+
+def create(name: str, *, memory_nbytes: int | None = None, link_bytes_per_s: float | None = None) -> Device:
+    """The device of that name.
+
+    Args:
+        name: `cpu`, `emulated`, `cuda` or `cuda:N`.
+        memory_nbytes: cap on the device's memory; needed for `emulated`.
+        link_bytes_per_s: pace of the emulated link in each direction; None: as fast as memory copies go.
+
+    Raises:
+        UsageError: no such device, or it is not usable here.
+    """
+    if name == "cpu":
+        return CpuDevice()
+    if name == "emulated":
+        from offload.tiers.emulated import EmulatedDevice
+
+        if memory_nbytes is None:
+            raise UsageError('device="emulated" needs gpu_memory: how much memory should it have?')
+        return EmulatedDevice(memory_nbytes, link_bytes_per_s)
+    if name == "cuda" or name.startswith("cuda:"):
+        from offload.tiers.cuda import CudaDevice
+
+        return CudaDevice(name)
+    raise UsageError(f"device={name!r} is not known; there are cpu, emulated, cuda and cuda:N")

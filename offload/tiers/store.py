@@ -1,0 +1,379 @@
+"""Every tensor of a model by name: where it lives, and how to bring it to where the model computes.
+
+Owns all memory that weights occupy: the arena of what stays in main memory, the ring of host slots, and on a device
+with memory of its own the same two again. Moves whole bundles; knows nothing of the order in which they are needed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+
+import torch
+
+from offload.io.buffers import Buffer, BufferPool, Lease
+from offload.io.engine import Engine, File
+from offload.io.extents import ALIGNMENT, Extent, coalesce
+from offload.planner.placement import Placement, Tier
+from offload.tiers.device import Device, Event
+from offload.tiers.host import HostArena, as_tensor
+from offload.tiers.layout import VIEW_ALIGNMENT, Layout, Source, View, assemble, lay_out
+
+URGENT = -1  # a model waits for it this instant
+ROW_GAP = 16 << 10  # rows this close together are read as one
+DEVICE_ALIGNMENT = 512
+
+Progress = Callable[[int], None]
+Tensors = dict[str, torch.Tensor]
+
+
+class Store:
+    """The tensors of one model.
+
+    Args:
+        engine: reads files. The store does not close it.
+        sources: every tensor, by name, and where it is stored.
+        units: unit name -> the tensors that belong to it.
+        placement: where they shall live.
+        device: where the model computes.
+        given: tensors that are in main memory already; those that stay there are used as they are.
+        files: files that are open already, by path.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sources: Mapping[str, Source],
+        units: Mapping[str, Sequence[str]],
+        placement: Placement,
+        device: Device,
+        given: Mapping[str, torch.Tensor] | None = None,
+        files: Mapping[str, File] | None = None,
+    ) -> None:
+        self.engine, self.sources, self.placement, self.device = engine, sources, placement, device
+        self.fallbacks: list[str] = []
+        self._files: dict[str, File] = dict(files or {})
+        self._given = dict(given or {})
+        home = placement.home
+        self._resident: Tensors = {n: t for n, t in self._given.items() if home[n] is Tier.HOST}
+        read = [(u, [n for n in ns if home[n] is Tier.HOST and n not in self._given]) for u, ns in units.items()]
+        self._kept = {u: lay_out([sources[n] for n in ns]) for u, ns in read}
+        self._on_device = [n for ns in units.values() for n in ns if home[n] is Tier.DEVICE]
+        self._bundles = {u: [t.name for t in ts] for u, ts in placement.bundles.items()}
+        self._reads = {u: lay_out([sources[n] for n in ns if home[n] is Tier.DISK]) for u, ns in self._bundles.items()}
+        self._uploads = {u: self._device_layout(ns) for u, ns in self._bundles.items()} if device.has_memory else {}
+
+        self.arena = HostArena(sum(_page(k.final_nbytes) for k in self._kept.values()))
+        read_nbytes = max((r.nbytes for r in self._reads.values()), default=0)
+        self.host_ring = BufferPool(max(1, placement.host_ring.slots), read_nbytes)
+        slots = placement.device_ring.slots
+        slot_nbytes = _page(max((size for _, size in self._uploads.values()), default=0))
+        self.device_ring = BufferPool(max(1, slots), 0)  # lends indices; the memory is the device's
+        kept = self._device_layout(self._on_device)
+        self._device_kept = kept[0]
+        self._device_arena = torch.empty(0, dtype=torch.uint8)
+        self._device_slots: list[torch.Tensor] = []
+        if device.has_memory:
+            memory = device.allocate(_page(kept[1]) + slots * slot_nbytes)
+            self._device_arena = memory[: kept[1]]
+            start = _page(kept[1])
+            self._device_slots = [memory[start + k * slot_nbytes :][:slot_nbytes] for k in range(slots)]
+            for buffer in (self.arena.buffer, self.host_ring.buffer):
+                if (reason := device.register(buffer)) is not None:
+                    self.fallbacks.append(reason)
+        self._slot_bytes = [as_tensor(s) for s in _slots_of(self.host_ring)]
+        self._bound: dict[tuple[str, int, int], Tensors] = {}
+
+    # What stays: read once, before the first step.
+
+    def fill_nbytes(self) -> int:
+        """Bytes that `fill` reads from disk."""
+        return sum(k.read_nbytes for k in self._kept.values()) + sum(
+            lay_out([self.sources[n]]).read_nbytes for n in self._on_device if n not in self._given
+        )
+
+    def fill(self, progress: Progress | None = None) -> None:
+        """Reads everything that stays in memory, at the disk's rate; calls `progress` with bytes as they arrive."""
+        futures: list[Future[int]] = []
+        staged: list[tuple[Layout, torch.Tensor]] = []
+        for layout in self._kept.values():
+            if not layout.views:
+                continue
+            view = self.arena.take(layout.final_nbytes)
+            area = as_tensor(view)
+            for name, place in layout.views.items():
+                self._resident[name] = place.of(area)
+            for op in layout.reads:
+                if not op.is_staging:
+                    part = view[op.at : op.at + op.nbytes]
+                    futures.append(self.engine.read(self.open(op.path), op.offset, part, need=op.need))
+            if layout.copies:
+                staged.append((layout, area))
+        for future in futures:
+            done = future.result()
+            if progress is not None:
+                progress(done)
+        self._fill_staged(staged, progress)
+        self._fill_device(progress)
+
+    def _fill_staged(self, staged: Iterable[tuple[Layout, torch.Tensor]], progress: Progress | None) -> None:
+        """Assembled tensors, one at a time through a buffer of the largest one's size."""
+        singles = []
+        for layout, area in staged:
+            for name, place in layout.views.items():
+                if not self.sources[name].is_plain:
+                    singles.append((lay_out([self.sources[name]]), area[place.at : place.at + place.nbytes]))
+        if not singles:
+            return
+        buffer = Buffer(max(single.staging_nbytes for single, _ in singles))
+        for single, target in singles:
+            self._read_into(single, buffer.view, buffer.view).result()
+            assemble(single, target, as_tensor(buffer.view))
+            if progress is not None:
+                progress(single.read_nbytes)
+        buffer.close()
+
+    def _fill_device(self, progress: Progress | None) -> None:
+        """Through two transit buffers: one is read while the other is uploaded."""
+        for name in self._on_device:
+            if name in self._given:
+                target = self._resident[name] = self._device_kept[name].of(self._device_arena)
+                self.device.upload([(_flat(target), _flat(self._given.pop(name)))], None).wait()
+        names = [n for n in self._on_device if n not in self._resident]
+        if not names:
+            return
+        singles = [lay_out([self.sources[n]]) for n in names]
+        pool = BufferPool(2, max(single.nbytes for single in singles))
+        self.device.register(pool.buffer)
+        queue: list[tuple[str, Layout, Lease, Future[int]]] = []
+        for k in range(len(singles) + 1):
+            if k < len(singles):
+                lease = pool.lease()
+                queue.append((names[k], singles[k], lease, self._submit(singles[k], lease.view)))
+            if k > 0:
+                name, single, lease, future = queue.pop(0)
+                future.result()
+                target = self._device_kept[name].of(self._device_arena)
+                source = single.views[name].of(as_tensor(lease.view))
+                self.device.upload([(_flat(target), _flat(source))], None).wait()
+                self._resident[name] = target
+                lease.release()
+                if progress is not None:
+                    progress(single.read_nbytes)
+        self.device.synchronize()
+        pool.close()
+
+    # What travels in every pass.
+
+    def read(self, unit: str, lease: Lease) -> Future[int]:
+        """Starts reading the unit's part on disk into a host slot; done when its tensors can be used."""
+        return self._submit(self._reads[unit], lease.view)
+
+    def upload(self, unit: str, host_slot: int | None, device_slot: int, after: Event | None) -> Event:
+        """Copies the unit's bundle to a device slot, from the host slot it was read to and from the arena."""
+        places, _ = self._uploads[unit]
+        slot = self._device_slots[device_slot]
+        below = self.host_tensors(unit, host_slot) if host_slot is not None else {}
+        pairs = []
+        for name, place in places.items():
+            source = below[name] if name in below else self._resident[name]
+            pairs.append((_flat(place.of(slot)), _flat(source)))
+        return self.device.upload(pairs, after)
+
+    def host_tensors(self, unit: str, slot: int) -> Tensors:
+        """The tensors of a unit that were read to a host slot. The same objects every time."""
+        return self._views(unit, 0, slot, self._reads[unit].views, self._slot_bytes)
+
+    def device_tensors(self, unit: str, slot: int) -> Tensors:
+        """The tensors of a unit that were uploaded to a device slot. The same objects every time."""
+        return self._views(unit, 1, slot, self._uploads[unit][0], self._device_slots)
+
+    # Single tensors.
+
+    def resident(self, name: str) -> torch.Tensor | None:
+        """A tensor that stays where the model computes, or None when it travels."""
+        home = self.placement.home[name]
+        if home is Tier.DEVICE or (home is Tier.HOST and not self.device.has_memory):
+            return self._resident[name]
+        return None
+
+    def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of a two-dimensional tensor that is not where the model computes; only they are read.
+
+        Args:
+            ids: 1-D, sorted, unique.
+
+        Raises:
+            IndexError: a row that does not exist.
+        """
+        source = self.sources[name]
+        wanted = ids.tolist()
+        if wanted and not 0 <= wanted[0] <= wanted[-1] < source.shape[0]:
+            raise IndexError(f"{name} has rows 0 to {source.shape[0] - 1}; {wanted[0]} to {wanted[-1]} were asked for")
+        if name in self._resident:
+            return self._resident[name].index_select(0, ids.to("cpu")).to(self.device.torch_device)
+        if len(source.pieces) != 1:
+            return self.whole(name).index_select(0, ids.to(self.device.torch_device))
+        (piece,) = source.pieces
+        width = source.shape[1]
+        row_nbytes = width * piece.dtype.itemsize
+        start = piece.extent.offset
+        extents = [Extent(piece.extent.path, start + row * row_nbytes, row_nbytes) for row in wanted]
+        spans = [(s, s.extent.aligned()) for s in coalesce(extents, max_gap=ROW_GAP)]
+        buffer = Buffer(sum(whole.nbytes for _, whole in spans))
+        area = as_tensor(buffer.view)
+        result = torch.empty((len(wanted), width), dtype=source.dtype)
+        futures, at = [], 0
+        for span, whole in spans:
+            need = span.extent.end - whole.offset
+            view = buffer.view[at : at + whole.nbytes]
+            futures.append(self.engine.read(self.open(whole.path), whole.offset, view, need=need, priority=URGENT))
+            at += whole.nbytes
+        _wait_all(futures)
+        at = 0
+        for span, whole in spans:
+            for k in span.members:
+                begin = at + extents[k].offset - whole.offset
+                raw = area[begin : begin + row_nbytes]
+                result[k] = (raw.clone() if begin % piece.dtype.itemsize else raw).view(piece.dtype)
+            at += whole.nbytes
+        del area
+        buffer.close()
+        return result.to(self.device.torch_device)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A copy of the tensor where the model computes, wherever it lives."""
+        if name in self._resident:
+            return self._resident[name].to(self.device.torch_device)
+        layout = lay_out([self.sources[name]])
+        buffer = Buffer(layout.nbytes)
+        self._submit(layout, buffer.view, URGENT).result()
+        return layout.views[name].of(as_tensor(buffer.view)).to(self.device.torch_device)
+
+    def resident_nbytes(self, tier: Tier) -> int:
+        """Bytes of weights that stay on a tier."""
+        return sum(self.sources[n].nbytes for n in self._resident if self.placement.home[n] is tier)
+
+    def check_integrity(self) -> None:
+        """Every slot is free or lent."""
+        self.host_ring.check_integrity()
+        self.device_ring.check_integrity()
+
+    def close(self) -> None:
+        """Gives all memory back. Nothing may be in flight."""
+        self.device.synchronize()
+        self._resident.clear()
+        self._bound.clear()
+        self._slot_bytes.clear()
+        self._device_slots.clear()
+        self._device_arena = torch.empty(0, dtype=torch.uint8)
+        self.device.close()  # unpins before the memory goes
+        self.arena.close()
+        self.host_ring.close()
+        self.device_ring.close()
+
+    def open(self, path: str) -> File:
+        """The open file of that name; opened at first use, closed with the engine."""
+        if path not in self._files:
+            self._files[path] = self.engine.open(path)
+        return self._files[path]
+
+    def _views(
+        self, unit: str, ring: int, slot: int, places: Mapping[str, View], areas: Sequence[torch.Tensor]
+    ) -> Tensors:
+        key = (unit, ring, slot)
+        if key not in self._bound:
+            self._bound[key] = {name: place.of(areas[slot]) for name, place in places.items()}
+        return self._bound[key]
+
+    def _device_layout(self, names: Iterable[str]) -> tuple[dict[str, View], int]:
+        """Places for tensors in device memory, and the bytes they take."""
+        places, end = {}, 0
+        for name in names:
+            source = self.sources[name]
+            end = -(-end // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT
+            if self.device.keeps_alignment and source.is_plain:
+                end += source.pieces[0].extent.offset % VIEW_ALIGNMENT
+            places[name] = View(end, source.dtype, source.shape)
+            end += source.nbytes
+        return places, end
+
+    def _submit(self, layout: Layout, view: memoryview, priority: int = 0) -> Future[int]:
+        """Reads a bundle into one area: the final part first, staging behind it; assembles it in the I/O thread."""
+        staging = view[layout.final_nbytes : layout.nbytes]
+        finish = None
+        if layout.copies:
+            final = as_tensor(view[: layout.final_nbytes])
+
+            def finish() -> None:
+                assemble(layout, final, as_tensor(staging))
+
+        return self._read_into(layout, view, staging, priority, finish)
+
+    def _read_into(
+        self,
+        layout: Layout,
+        final: memoryview,
+        staging: memoryview,
+        priority: int = 0,
+        finish: Callable[[], None] | None = None,
+    ) -> Future[int]:
+        parts = []
+        for op in layout.reads:
+            area = staging if op.is_staging else final
+            part = area[op.at : op.at + op.nbytes]
+            parts.append(self.engine.read(self.open(op.path), op.offset, part, need=op.need, priority=priority))
+        return join(parts, finish)
+
+
+def join(parts: Sequence[Future[int]], finish: Callable[[], None] | None = None) -> Future[int]:
+    """One future for several reads: their bytes in all once they have ended and `finish` has run, or the first error.
+
+    It resolves only when no part is in flight any more, so that the memory may be reused even after an error.
+    """
+    whole: Future[int] = Future()
+    whole.set_running_or_notify_cancel()
+    left, lock = len(parts), threading.Lock()
+
+    def end() -> None:
+        try:
+            total = sum(p.result() for p in parts)
+            if finish is not None:
+                finish()
+        except BaseException as error:
+            whole.set_exception(error)
+        else:
+            whole.set_result(total)
+
+    def count(_: Future[int]) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            last = left == 0
+        if last:
+            end()
+
+    if not parts:
+        end()
+    for part in parts:
+        part.add_done_callback(count)
+    return whole
+
+
+def _wait_all(futures: Sequence[Future[int]]) -> None:
+    join(futures).result()
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _page(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _slots_of(pool: BufferPool) -> list[memoryview]:
+    """A view of every slot of a pool, by index."""
+    size = pool.statistics().slot_nbytes
+    return [pool.buffer.view[at : at + size] for at in range(0, pool.buffer.nbytes, max(1, size))]

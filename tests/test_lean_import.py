@@ -1,0 +1,51 @@
+"""Importing offload is free: no heavy library, no thread, no GPU."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "numpy", "transformers", "numba", "scipy", "safetensors", "pynvml", "psutil", "rich", "typer")
+
+
+def run(code: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded after `code`; fails if `code` does."""
+    script = f"import sys\n{code}\nprint('LOADED', *sys.modules, file=sys.__stdout__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("LOADED")[2].split())
+
+
+def test_import_loads_nothing_heavy() -> None:
+    assert not run("import offload").intersection(HEAVY)
+
+
+@pytest.mark.parametrize("module", ["units", "errors", "hardware", "specs", "kernels", "doctor"])
+def test_lower_floors_load_nothing_heavy(module: str) -> None:
+    assert not run(f"import offload.{module}").intersection(HEAVY)
+
+
+def test_the_planner_loads_no_tensors() -> None:
+    assert not run("import offload.planner, offload.planner.placement").intersection(("torch", "transformers"))
+
+
+def test_import_starts_no_thread() -> None:
+    run(
+        "import offload, os, threading\n"
+        "assert threading.active_count() == 1\n"
+        "assert not os.path.isdir('/proc/self/task') or len(os.listdir('/proc/self/task')) == 1"
+    )
+
+
+def test_an_error_can_be_named_without_torch() -> None:
+    assert "torch" not in run("import offload\ntry:\n    raise offload.UsageError('x')\nexcept ValueError:\n    pass")
+
+
+def test_help_loads_no_torch() -> None:
+    loaded = run(
+        "import io\nsys.argv, sys.stdout = ['offload', '--help'], io.StringIO()\n"
+        "from offload.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "assert 'run' in sys.stdout.getvalue()"
+    )
+    assert not loaded.intersection(("torch", "transformers", "numpy"))
