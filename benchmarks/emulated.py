@@ -20,12 +20,14 @@ from typing import Any
 
 from report import RESULTS, checkpoint_bytes, hardware, machine_line, made_checkpoint, number, table, write
 from runner import announce, last_line, run
+from tables import DISTURBED
 
 from offload.hardware import versions
 from offload.units import parse_rate
 
 Line = dict[str, Any]
 TARGET = 1.1  # step time over the slowest lane's load, with prefetching
+POSSIBLE = 0.97  # less is no measurement
 SHARE = 4  # the model is so many times the device's memory
 PREFETCH, ALONE = 2, 1  # slots of the ring: one is read or uploaded into while the other computes; or not
 
@@ -72,7 +74,7 @@ def summary(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """
     good = [line for line in lines if not line["exit"]]
     compute = [line["decode_s_per_token_median"] for line in good if line["link"] is None]
-    compute_s = median(compute) if compute else None
+    compute_s = min(compute) if compute else None  # a load, so without what a neighbour added
     found = []
     for link, slots in dict.fromkeys((line["link"], line["slots"]) for line in good if line["link"]):
         runs = [line for line in good if (line["link"], line["slots"]) == (link, slots)]
@@ -86,13 +88,20 @@ def summary(lines: Sequence[Line]) -> list[dict[str, Any]]:
     return found
 
 
+def judged(entry: dict[str, Any]) -> str:
+    """No step is faster than its bound: one that seems so shows that the bound was measured beside a busy neighbour."""
+    if entry["over_bound"] < POSSIBLE:
+        return "doubtful"
+    return "pass" if entry["over_bound"] <= TARGET else "FAIL"
+
+
 def page(result: dict[str, Any]) -> str:
     entries = result["summary"]
     rows = []
     for entry in entries:
         alone = [e["step_s"] for e in entries if e["link"] == entry["link"] and e["slots"] == ALONE]
         lanes, on = entry["lanes_s"], entry["slots"] != ALONE
-        verdict = ("pass" if entry["over_bound"] <= TARGET else "FAIL") if on else ""
+        verdict = judged(entry) if on else ""
         gain = number(alone[0] / entry["step_s"]) if alone and on else ""
         figures = [entry["step_s"], lanes["link"], lanes["disk"], lanes["compute"], entry["over_bound"]]
         cells = [entry["link"], "on" if on else "off", *(number(x) for x in figures), entry["slowest"], gain, verdict]
@@ -100,6 +109,7 @@ def page(result: dict[str, Any]) -> str:
     header = ["link", "prefetch", "s/step", "link, s", "disk, s", "compute, s", "step / slowest lane", "slowest lane"]
     header += ["x no prefetch", f"≤ {TARGET}", "GB uploaded/step"]
     failed = [f"{x['link']}, {x['slots']} slots: {last_line(x)}" for x in result["lines"] if x["exit"]]
+    busy = sum(x["other_cpu_s"] > DISTURBED * x["wall_s"] for x in result["lines"])
     parts = [
         f"# Emulated accelerator, {result['date']}\n",
         f"{machine_line(result['hardware'])}. Model: {result['model']}, {result['model_bytes'] / 1e9:.2f} GB; the "
@@ -108,6 +118,7 @@ def page(result: dict[str, Any]) -> str:
         table(header, rows),
         "Compute is a step with the whole model on the device. Copies of the twin take a core and memory bandwidth, "
         "which a real link does not: on a machine with few cores the compute lane is slower beside them than alone.\n",
+        f"{busy} of {len(result['lines'])} runs had a neighbour that took more than {DISTURBED:.0%} of their time.\n",
     ]
     return "\n".join(parts + ([f"Failed: {'; '.join(failed)}\n"] if failed else []))
 
@@ -142,7 +153,7 @@ def main() -> int:
     paths = write("emulated", result, text, a.out)
     print(f"\n{text}\n{paths[0]}\n{paths[1]}")
     ahead = [entry for entry in result["summary"] if entry["slots"] != ALONE]
-    return int(not ahead or any(entry["over_bound"] > TARGET for entry in ahead) or any(line["exit"] for line in lines))
+    return int(not ahead or any(judged(entry) != "pass" for entry in ahead) or any(line["exit"] for line in lines))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from runner import announce, run
 from offload.hardware import disk_of, probe_gpus, versions
 
 SHARE = 4  # the model is so many times the card
-MODEL_BYTES = {"3b": 6.1e9, "1b": 2.3e9, "tiny": 2e7}  # what the sizes of a random checkpoint take on disk
+MODEL_BYTES = {"3b": 6.1e9, "1b": 2.6e9}  # what the sizes of a random checkpoint take on disk
 # Runs `offload` in a process whose torch may allocate so many bytes on the GPU.
 CAPPED = """import sys, torch
 torch.cuda.set_per_process_memory_fraction(min(1.0, int(sys.argv[1]) / torch.cuda.mem_get_info()[1]))

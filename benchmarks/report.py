@@ -89,6 +89,7 @@ def made_checkpoint(size: str) -> Path:
         return folder
     if not script.is_file():
         raise SystemExit("no --model was given, and this checkout has no demo/checkpoint.py to make one with")
+    SCRATCH.mkdir(exist_ok=True)
     line = run([sys.executable, str(script), str(folder), "--size", size], timeout_s=600, wants_json=False)
     if line["exit"]:
         raise SystemExit(f"demo/checkpoint.py could not make {folder.name}: {line['output']}")

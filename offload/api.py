@@ -40,7 +40,7 @@ class Offloaded:
         session: its runtime, with counters and the timeline.
         spec, budgets, division: what was decided, and from what.
         ready_s: seconds from the call until the model could be used.
-        disk_bytes_per_s: measured read rate; None when nothing is read.
+        disk_bytes_per_s: measured read rate; None when nothing is read or nobody asked.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ def load(
     slots: int | None = None,
     io: str = "threads",
     strict: bool = False,
+    measure_disk: bool = False,
     progress: Progress | None = None,
     device_map: Any = None,
     max_memory: Mapping[Any, Size] | None = None,
@@ -136,6 +137,7 @@ def load(
         slots: depth of the rings; 1 turns prefetching off. Default: two, more where slots are small.
         io: I/O backend: threads, uring or aiofiles.
         strict: a fall-back to something slower is an error.
+        measure_disk: measure the disk's read rate (0.3 s), for bounds.
         progress: called while long work goes on.
         device_map, max_memory, offload_folder, torch_dtype: transformers' spellings; "auto" and None for device_map.
         model_kwargs: handed to transformers, such as attn_implementation.
@@ -173,7 +175,7 @@ def load(
     rate = parse_rate(link, "link") if link is not None else None
     handle = Offloaded(opened.model, session, spec, budgets, division, work, rate)
     handle.checkpoint_nbytes = opened.checkpoint.nbytes
-    _start(handle, progress, strict)
+    _start(handle, progress, strict, measure_disk)
     if spec.kv_bytes_per_token:
         session.before_pass(token_check(opened.model, batch * total, spec.kv_bytes_per_token))
     handle.ready_s = time.perf_counter() - began
@@ -301,8 +303,8 @@ def _device(name: str, budgets: Budgets, division: Division, link: str | float |
     return create(name, memory_nbytes=division.device_nbytes, link_bytes_per_s=rate)
 
 
-def _start(handle: Offloaded, progress: Progress | None, strict: bool) -> None:
-    """Fills what stays, starts the lanes, and learns the disk's rate on the way."""
+def _start(handle: Offloaded, progress: Progress | None, strict: bool, measure_disk: bool = False) -> None:
+    """Fills what stays and starts the lanes; measures the disk between the two, when it has nothing else to do."""
     session = handle.session
     total = session.store.fill_nbytes()
     done = 0
@@ -315,7 +317,8 @@ def _start(handle: Offloaded, progress: Progress | None, strict: bool) -> None:
 
     try:
         session.store.fill(count)
-        handle.disk_bytes_per_s = disk_rate(session.store)
+        if measure_disk:
+            handle.disk_bytes_per_s = disk_rate(session.store)
         session.start()
         if strict and session.fallbacks:
             raise StrictError("strict mode: " + "; ".join(session.fallbacks))

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     from offload.errors import OffloadError, UsageError
 
     try:
-        app(args=arguments, standalone_mode=False)
+        status = app(args=arguments, standalone_mode=False)  # typer gives the status of an Exit back as a value
     except OffloadError as error:
         _say(f"offload: {error}")
         sys.exit(2 if isinstance(error, UsageError) else 1)
@@ -83,10 +83,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except typer.Abort:
         sys.exit(130)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except Exception as error:  # a wrong option, as click reports it; all else keeps its traceback
         _exit_for_click(error)
+    else:
+        sys.exit(status if isinstance(status, int) else 0)
 
 
 def _exit_for_click(error: Any) -> None:

@@ -48,7 +48,7 @@ def resolve_dtype(dtype: str | torch.dtype, config: Any, stored: str | None) -> 
             named = {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored or "", torch.float32)
         return named if isinstance(named, torch.dtype) else resolve_dtype(str(named), config, stored)
     found = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UsageError(f'dtype={dtype!r} is not known; use "auto", "bfloat16", "float16" or "float32"')
     return found
 

@@ -63,7 +63,7 @@ def execute(request: Request) -> int:
     _check(request)
     directory = find(request.model)
     tokenizer = tokenizer_of(directory)
-    if tokenizer is None and request.prompt_ids is None:
+    if tokenizer is None and request.prompt_ids is None and not request.explain:
         raise UsageError(f"{request.model} has no tokenizer, so give the prompt as token ids: --prompt-ids 3,4,5")
     ids = _prompt(request, tokenizer)
     handle = _load(request, directory, ids, console)
@@ -163,6 +163,7 @@ def _load(request: Request, directory: Path, ids: list[int], console: Console) -
             slots=request.slots,
             io=request.io,
             strict=request.strict,
+            measure_disk=True,
             progress=progress,
         )
 

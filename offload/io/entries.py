@@ -21,7 +21,7 @@ class Limits:
     """What a header may hold: far above any published checkpoint's files, far below what would hurt.
 
     Attributes:
-        header_nbytes: bytes of JSON; 100,000 tensors take about 15 MiB.
+        header_nbytes: bytes of JSON; 100,000 tensors take about 12 MiB.
         tensors: in one file.
         name_nbytes: UTF-8 bytes of a tensor's name.
         rank: dimensions of one tensor.
@@ -30,8 +30,8 @@ class Limits:
         metadata_pairs: keys in it.
     """
 
-    header_nbytes: int = 24 << 20
-    tensors: int = 131_072
+    header_nbytes: int = 16 << 20
+    tensors: int = 120_000
     name_nbytes: int = 1024
     rank: int = 64
     dimensions: int = 524_288

@@ -11,9 +11,12 @@ it is read. The limits hold the memory under 64 MiB above what the process had.
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import os
 import re
+import sys
+from array import array
 from typing import Any, NoReturn
 
 from offload.errors import FormatError, StorageError
@@ -58,7 +61,7 @@ def _read_json(fd: int, path: str, file_nbytes: int, limits: Limits) -> bytes:
         )
     if nbytes > limits.header_nbytes:
         raise FormatError(
-            f"{path}: the header has {nbytes:,} bytes; at most {limits.header_nbytes:,} are read (about 150,000 "
+            f"{path}: the header has {nbytes:,} bytes; at most {limits.header_nbytes:,} are read (over 100,000 "
             "tensors): split the checkpoint into shards, or pass larger limits if you trust the file"
         )
     if (first := _pread(fd, 1, 8)) != b"{":
@@ -110,8 +113,12 @@ class _Parser:
         self.data_offset = 8 + len(raw)
         self.data_nbytes = file_nbytes - self.data_offset
         self.metadata: dict[str, str] | None = None
-        self.entries: dict[str, Entry] = {}
-        self.total_nbytes = self.dimensions = 0
+        # What is read so far, as columns: a tenth of the memory of entries, which are made when all is known right.
+        self.names: dict[str, None] = {}
+        self.dtypes: list[str] = []
+        self.ranks, self.sizes = bytearray(), array("Q")  # the sizes of all dimensions, one shape after the other
+        self.begins, self.ends = array("Q"), array("Q")
+        self.total_nbytes = 0
 
     def parse(self) -> Header:
         at = 1
@@ -149,9 +156,9 @@ class _Parser:
         value = _TENSOR.match(self.raw, at)
         if value is None:
             self._fail_tensor(name, f"expected a flat object of at most 4096 bytes, found {self.raw[at : at + 24]!r}")
-        if name in self.entries:
+        if name in self.names:
             self._fail_tensor(name, "the name occurs twice")
-        if len(self.entries) >= self.limits.tensors:
+        if len(self.names) >= self.limits.tensors:
             self._fail(f"more than {self.limits.tensors:,} tensors; split the checkpoint, or pass larger limits")
         flat = value[0]
         try:
@@ -163,10 +170,11 @@ class _Parser:
                 raise ValueError(f"{text[end : end + 16]!r} follows it")
         except (ValueError, RecursionError) as error:
             self._fail_tensor(name, f"its entry is not valid: {error}")
-        self.entries[name] = self._entry(name, fields)
+        self._check_tensor(name, fields)
+        self.names[name] = None
         return value.end()
 
-    def _entry(self, name: str, fields: dict[str, Any]) -> Entry:
+    def _check_tensor(self, name: str, fields: dict[str, Any]) -> None:
         if fields.keys() != _FIELDS:
             self._fail_tensor(name, f"found the fields {_short(sorted(fields))}, expected {sorted(_FIELDS)}")
         dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
@@ -192,27 +200,39 @@ class _Parser:
                 f"{end - begin:,}",
             )
         self.total_nbytes += end - begin
-        self.dimensions += len(shape)
         if self.total_nbytes > self.data_nbytes:
             self._fail_tensor(name, f"tensors overlap: up to here they take more than {self.data_nbytes:,} data bytes")
-        if self.dimensions > self.limits.dimensions:
+        if len(self.sizes) + len(shape) > self.limits.dimensions:
             self._fail_tensor(name, f"the shapes have more than {self.limits.dimensions:,} dimensions together")
-        return Entry(name, dtype, tuple(shape), self.path, self.data_offset + begin, end - begin)
+        self.dtypes.append(sys.intern(dtype))
+        self.ranks.append(len(shape))
+        self.sizes.extend(shape)
+        self.begins.append(begin)
+        self.ends.append(end)
 
     def _in_order(self) -> tuple[Entry, ...]:
-        entries = sorted(self.entries.values(), key=lambda entry: (entry.offset, entry.nbytes))
-        at = self.data_offset
-        for entry in entries:
-            if entry.offset != at:
-                kind = "a hole" if entry.offset > at else "an overlap"
-                self._fail_tensor(
-                    entry.name, f"{kind}: it begins at data byte {entry.offset - self.data_offset:,}, expected "
-                    f"{at - self.data_offset:,}",
-                )  # fmt: skip
-            at += entry.nbytes
-        if at != self.file_nbytes:
-            self._fail(f"{self.file_nbytes - at:,} bytes follow the last tensor; the file must end with it")
-        return tuple(entries)
+        """Check that the tensors cover the data without hole or overlap, and make their entries."""
+        begins, ends = self.begins, self.ends
+        # By offset, and of those at one offset the empty ones first; one number a key, as a tuple would take far more.
+        order = sorted(range(len(begins)), key=lambda i: 2 * begins[i] + (ends[i] > begins[i]))
+        at = 0
+        for i in order:
+            if begins[i] != at:
+                name = next(itertools.islice(self.names, i, None))
+                kind = "a hole" if begins[i] > at else "an overlap"
+                self._fail_tensor(name, f"{kind}: it begins at data byte {begins[i]:,}, expected {at:,}")
+            at = ends[i]
+        if at != self.data_nbytes:
+            self._fail(f"{self.data_nbytes - at:,} bytes follow the last tensor; the file must end with it")
+        firsts = array("Q", itertools.accumulate(self.ranks, initial=0))
+        names = list(self.names)
+        return tuple(
+            Entry(
+                names[i], self.dtypes[i], tuple(self.sizes[firsts[i] : firsts[i + 1]]), self.path,
+                self.data_offset + begins[i], ends[i] - begins[i],
+            )
+            for i in order
+        )  # fmt: skip
 
     def _read_metadata(self, at: int) -> int:
         if self.metadata is not None:

@@ -132,7 +132,8 @@ class Piece(Block):
         else:
             self._stall(OSError(errno.EIO, f"{_STALLS} transfers in a row made no progress"))
         # A direct transfer must start aligned: some bytes that have arrived are transferred again.
-        alignment = file.block_alignment if self.is_direct else 1
+        self.fd, self.is_direct = file.descriptor()
+        alignment = file.alignment
         self._aim(self.position // alignment * alignment)
         return True
 

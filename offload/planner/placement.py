@@ -137,15 +137,18 @@ def split(units: Sequence[UnitSpec], capacity: int, *, slots: int | None = None,
     whole = [t for t in tensors if not t.is_table]
     mean = sum(t.nbytes for t in whole) / max(1, len(units))
     best = None
-    for smallest in (int(mean / 64), 0):  # first with small tensors pinned, then with everything free to stream
-        best = _smallest_stream(units, capacity, limit, slots, smallest)
+    pinned = int(mean / 64)
+    for deep, smallest in ((slots, pinned), (slots or 2, pinned), (slots or 2, 0)):  # as wished for, then as it works
+        best = _smallest_stream(units, capacity, limit, deep, smallest)
         if best is not None:
+            slots = deep
             break
     if best is None:
+        slots = slots or 2
         need = _smallest_capacity(units, slots)
         raise BudgetError(
             f"{format_bytes(max(0, capacity))} is left for weights, but streaming this model needs at least "
-            f"{format_bytes(need)}: {depth(need, slots)} slots for the largest tensor, and what cannot stream. "
+            f"{format_bytes(need)}: {slots} slots for the largest tensor, and what cannot stream. "
             f"The smallest budget that works is {format_bytes(need - capacity)} larger."
         )
     streamed, slot = best

@@ -1,8 +1,8 @@
 """Finds the units of a module: the parts that are entered and left as a whole, from the module tree alone.
 
 Models repeat a block in a list. A list (ModuleList, Sequential, ModuleDict) that holds most of a module's bytes is
-taken apart into its items; around it, each child with parameters is a unit of its own (embeddings, norms, heads). No name and
-no architecture is looked at.
+taken apart into its items; around it, each child with parameters is a unit of its own (embeddings, norms, heads). No
+name and no architecture is looked at.
 """
 
 from __future__ import annotations

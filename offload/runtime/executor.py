@@ -1,15 +1,16 @@
 """Runs a schedule under a model that drives: lanes run ahead of it, entering a unit is the rendezvous.
 
 One thread per lane walks the steps of its verbs, pass after pass, and blocks on two things only: the steps that a
-step names, and a free slot of its ring. The model's own thread is the compute lane: `enter` waits until the unit's bundle has
-arrived, `leave` gives its slot back. So at any time
+step names, and a free slot of its ring. The model's own thread is the compute lane: `enter` waits until the unit's
+bundle has arrived, `leave` gives its slot back. So at any time
 
     read lane      is as far ahead as the host ring has slots
     upload lane    is as far ahead as the device ring has slots, and behind the read lane
     compute lane   is where the model is
 
 A model need not follow the schedule. When it enters another unit than expected, the lanes are stopped, what they
-fetched is dropped, and they start again from that unit; the order of a whole pass that was seen to differ becomes the schedule.
+fetched is dropped, and they start again from that unit; the order of a whole pass that was seen to differ becomes the
+schedule.
 """
 
 from __future__ import annotations

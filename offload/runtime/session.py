@@ -234,8 +234,8 @@ def token_check(root: nn.Module, planned: int, kv_bytes_per_token: int) -> Calla
             raise BudgetError(
                 f"{ids.shape[0]} sequences of {ids.shape[1] + past} tokens need "
                 f"{format_bytes(asked * kv_bytes_per_token)} of keys and values, but memory was planned for "
-                f"{planned:,} tokens ({format_bytes(planned * kv_bytes_per_token)}). Load the model with batch= and context= as "
-                "large as you need, or with a larger budget."
+                f"{planned:,} tokens ({format_bytes(planned * kv_bytes_per_token)}). Load the model with batch= and "
+                "context= as large as you need, or with a larger budget."
             )
 
     return check

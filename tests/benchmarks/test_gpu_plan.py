@@ -37,7 +37,7 @@ def test_a_job_that_cannot_end_in_time_is_listed_as_not_run() -> None:
 
 
 def test_the_largest_checkpoint_that_fits_is_made() -> None:
-    assert [gpu.largest_size(x) for x in (50e9, 5e9, 1e9)] == ["3b", "1b", "tiny"]
+    assert [gpu.largest_size(x) for x in (50e9, 5e9)] == ["3b", "1b"]
     with pytest.raises(SystemExit, match="name one"):
         gpu.largest_size(1e6)
 
@@ -88,6 +88,8 @@ def test_the_emulated_bound_takes_computing_from_the_run_without_a_link() -> Non
     slow, fast = emulated.summary(lines)
     assert (slow["slowest"], slow["over_bound"]) == ("link", pytest.approx(1.04))
     assert (fast["slowest"], fast["over_bound"]) == ("compute", pytest.approx(1.2))
+    assert [emulated.judged(entry) for entry in (slow, fast)] == ["pass", "FAIL"]
+    assert emulated.judged({"over_bound": 0.5}) == "doubtful"
 
 
 def test_growth_counts_from_the_first_stretch_and_slope_is_per_step() -> None:

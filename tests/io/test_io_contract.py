@@ -9,7 +9,7 @@ import threading
 from concurrent.futures import wait
 
 import pytest
-from conftest import PAGE, World, pattern
+from io_worlds import PAGE, World, pattern
 
 from offload.errors import ClosedError, StorageError, UsageError
 from offload.io.backends import BACKENDS, create, probe
@@ -23,7 +23,7 @@ def test_reads_equal_the_file_however_it_is_cut(world: World, block_nbytes: int,
     engine = world.engine(block_nbytes=block_nbytes, direct=direct)
     file = engine.open(world.put(engine, contents))
     view, dice = world.buffer(40 * PAGE), random.Random(7)
-    for _ in range(20):
+    for _ in range(8):
         begin = dice.randrange(40)
         nbytes = dice.randint(1, 40 - begin) * PAGE
         at = dice.randint(0, 40 - nbytes // PAGE) * PAGE
@@ -31,7 +31,7 @@ def test_reads_equal_the_file_however_it_is_cut(world: World, block_nbytes: int,
         assert engine.read(file, begin * PAGE, view[at : at + nbytes]).result() == nbytes
         assert view[at : at + nbytes] == contents[begin * PAGE : begin * PAGE + nbytes]
         assert set(view[:at]) | set(view[at + nbytes :]) <= {0xEE}, "bytes outside of the view were touched"
-    assert engine.statistics().read_requests == 20
+    assert engine.statistics().read_requests == 8
 
 
 def test_buffered_reads_need_no_alignment(world: World) -> None:
@@ -208,7 +208,7 @@ def test_many_threads_share_an_engine(world: World) -> None:
 
     def work(number: int) -> None:
         dice = random.Random(number)
-        for _ in range(10):
+        for _ in range(4):
             begin = dice.randint(0, 48) * PAGE
             engine.read(file, begin, views[number], priority=dice.randint(-2, 2)).result()
             if views[number] != contents[begin : begin + 16 * PAGE]:
@@ -221,7 +221,7 @@ def test_many_threads_share_an_engine(world: World) -> None:
         thread.join()
     assert not wrong
     found = engine.statistics()
-    assert (found.blocks, found.read_bytes, found.in_flight) == (640, 640 * PAGE, 0)
+    assert (found.blocks, found.read_bytes, found.in_flight) == (256, 256 * PAGE, 0)
     assert 0 < found.peak_in_flight <= 4
     assert found.busy_s > 0
 
@@ -252,7 +252,7 @@ def test_a_callback_may_read_on(world: World) -> None:
     """A chain of reads, each submitted by the callback of the one before: no recursion, no deadlock."""
     engine = world.engine()
     file = engine.open(world.put(engine, pattern(PAGE)))
-    view, ended, left = world.buffer(PAGE), threading.Event(), [2000 if world.is_fake else 200]
+    view, ended, left = world.buffer(PAGE), threading.Event(), [30]
 
     def read_on(_: object) -> None:
         left[0] -= 1

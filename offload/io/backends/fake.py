@@ -88,7 +88,10 @@ class FakeDisk:
             self._faults.append(_Fault(number, operation, at, is_lasting))
 
     def shorten(self, seed: int | None) -> None:
-        """Let transfers be short from now on, at random, direct ones by whole sectors (an eighth of the alignment); None ends that."""
+        """Let transfers be short at random from now on, but never empty; None ends that.
+
+        Direct ones end at whole sectors, an eighth of the alignment, as on a disk.
+        """
         with self._lock:
             self._random = None if seed is None else random.Random(seed)
 
