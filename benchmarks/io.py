@@ -2,7 +2,8 @@
 
 The ceiling is written out here, without the engine: threads that call preadv on an O_DIRECT descriptor, each into huge
 pages of its own. Ceilings, fio where it is installed, and the engine with every usable backend take turns in rounds,
-because a shared disk drifts; the figures are medians. FILE should be larger than a few GB and is only read.
+because a shared disk drifts; the figures are medians, beside the cores that other processes kept busy: where that is
+much, the ratios say little. FILE should have a GB or more and is only read.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import datetime
 import itertools
 import json
+import math
 import mmap
 import os
 import platform
@@ -44,10 +46,11 @@ GOAL_FRACTION, GOAL_CPU_S_PER_GB = 0.95, 0.05
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One run: bytes per second, and this process's CPU seconds per 1e9 bytes."""
+    """One run: bytes per second, this process's CPU seconds per 1e9 bytes, and the cores that others kept busy."""
 
     bytes_per_s: float
     cpu_s_per_gb: float
+    other_cores: float
 
 
 def ceiling(path: str, nbytes: int, threads: int, block_nbytes: int) -> Sample:
@@ -106,7 +109,7 @@ def fio(path: str, nbytes: int) -> Sample:
     command = ["fio"] + [f"--{key}" if value is None else f"--{key}={value}" for key, value in options.items()]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["jobs"][0]
     rate = float(found["read"]["bw_bytes"])
-    return Sample(rate, (found["usr_cpu"] + found["sys_cpu"]) / 100 / (rate / 1e9))
+    return Sample(rate, (found["usr_cpu"] + found["sys_cpu"]) / 100 / (rate / 1e9), math.nan)
 
 
 def _run_all(workers: list[threading.Thread]) -> None:
@@ -117,14 +120,21 @@ def _run_all(workers: list[threading.Thread]) -> None:
 
 
 def _measure(nbytes: int, work: Callable[[], None]) -> Sample:
-    began, cpu = time.perf_counter(), _cpu_s()
+    began, cpu, machine = time.perf_counter(), _cpu_s(), _machine_cpu_s()
     work()
-    return Sample(nbytes / (time.perf_counter() - began), (_cpu_s() - cpu) / (nbytes / 1e9))
+    passed_s, cpu_s, machine_s = time.perf_counter() - began, _cpu_s() - cpu, _machine_cpu_s() - machine
+    return Sample(nbytes / passed_s, cpu_s / (nbytes / 1e9), max(0.0, machine_s - cpu_s) / passed_s)
 
 
 def _cpu_s() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
+
+
+def _machine_cpu_s() -> float:
+    """Busy seconds of all cores since boot: user, nice, system, interrupts; neither idle nor waiting for a disk."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    return (sum(fields[:8]) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def _contenders(path: str, nbytes: int) -> dict[str, Callable[[], Sample]]:
@@ -142,6 +152,7 @@ def _contenders(path: str, nbytes: int) -> dict[str, Callable[[], Sample]]:
 def _report(samples: dict[str, list[Sample]]) -> list[dict[str, object]]:
     rates = {name: statistics.median(s.bytes_per_s for s in found) for name, found in samples.items()}
     costs = {name: statistics.median(s.cpu_s_per_gb for s in found) for name, found in samples.items()}
+    others = {name: statistics.median(s.other_cores for s in found) for name, found in samples.items()}
     best = max((name for name in rates if name.startswith("ceiling")), key=rates.__getitem__)
     rows: list[dict[str, object]] = []
     for name, rate in rates.items():
@@ -150,18 +161,24 @@ def _report(samples: dict[str, list[Sample]]) -> list[dict[str, object]]:
             mine.bytes_per_s / its.bytes_per_s for mine, its in zip(samples[name], samples[best], strict=True)
         )
         row = {"name": name, "bytes_per_s": rate, "cpu_s_per_gb": costs[name], "ratio": ratio}
+        row["other_cores"] = None if math.isnan(others[name]) else others[name]
         if name.startswith("engine"):
             row["reaches_goal"] = ratio >= GOAL_FRACTION and costs[name] - costs[best] <= GOAL_CPU_S_PER_GB
-        rows.append(row | {"samples": [asdict(sample) for sample in samples[name]]})
+        rows.append(row | {"samples": [_plain(sample) for sample in samples[name]]})
     return rows
 
 
+def _plain(sample: Sample) -> dict[str, float | None]:
+    return {key: None if math.isnan(value) else value for key, value in asdict(sample).items()}
+
+
 def _print(rows: list[dict[str, object]], console: Console) -> None:
-    table = Table("reader", "GB/s", "CPU s/GB", "of ceiling", "goal")
+    table = Table("reader", "GB/s", "CPU s/GB", "of ceiling", "other cores", "goal")
     for row in rows:
         goal = {True: "reached", False: "missed"}.get(row.get("reaches_goal"), "")
         figures = f"{row['bytes_per_s'] / 1e9:.2f}", f"{row['cpu_s_per_gb']:.4f}", f"{row['ratio']:.3f}"
-        table.add_row(str(row["name"]), *figures, goal)
+        others = "" if row["other_cores"] is None else f"{row['other_cores']:.2f}"
+        table.add_row(str(row["name"]), *figures, others, goal)
     console.print(table)
 
 

@@ -8,6 +8,7 @@ A process of its own, so that the torch it loads is gone when the second part ne
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def compare(folder: Path, console: Console) -> bool:
         streamed = ask(model, ids)
         read = handle.session.statistics().read_bytes - before
         kept, away = handle.resident_nbytes, handle.streamed_nbytes
-    show(f"Streamed, {kept / 1e6:.0f} MB of the weights in memory and {away / 1e6:.0f} MB on disk", streamed)
+    show(f"Streamed, {kept / 1e6:.0f} MB in memory, {away / 1e6:.0f} MB on disk", streamed)
     console.print(f"\n{read / len(streamed.tokens) / 1e6:.0f} MB were read from disk for each token.", end=" ")
     if plain.tokens == streamed.tokens:
         console.print(f"[green]All {len(plain.tokens)} token ids are equal.[/]")
@@ -84,6 +85,7 @@ def compare(folder: Path, console: Console) -> bool:
 
 
 def main() -> int:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: the GGUF reader has a bar of its own
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -77,9 +77,8 @@ def main() -> int:
     except OSError as error:
         console.print(f"[red]{error}[/]")
         return 1
-    console.print(
-        f"\n[dim]{format_seconds(time.perf_counter() - began)} in all; checkpoints are kept in demo/scratch[/]"
-    )
+    took = format_seconds(time.perf_counter() - began)
+    console.print(f"\n[dim]{took} in all; the checkpoints stay in demo/scratch for the next time[/]")
     return 0 if all(results) else 1
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from checkpoint import SIZES, Shape, write
 from folders import SCRATCH, whole
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
@@ -59,8 +60,8 @@ def plan() -> Plan:
     shape = FULL
     if not _folder(FULL).is_dir():
         free = shutil.disk_usage(SCRATCH).free
-        fixed = replace(FULL, layers=0).nbytes
-        layer = replace(FULL, layers=1).nbytes - fixed
+        layer = replace(FULL, layers=2).nbytes - replace(FULL, layers=1).nbytes
+        fixed = FULL.nbytes - FULL.layers * layer
         layers = min(FULL.layers, (free - SPARE_DISK - fixed) // layer)
         if layers < FEWEST_LAYERS:
             least = SPARE_DISK + replace(FULL, layers=FEWEST_LAYERS).nbytes
@@ -131,20 +132,18 @@ def table(plan: Plan, report: dict[str, Any]) -> Table:
     step, read, rates = report["decode_s_per_token"], report["read_bytes_per_token"], report["disk_rates"]
     disk_s, compute_s = read / max(rates), report["bound"]["compute_s"]
     bound = max(disk_s, compute_s)
-    binding = "what the disk needs for those bytes" if disk_s >= compute_s else "what the processor needs"
     size = report["checkpoint_bytes"]
-    rows = [
-        ("checkpoint on disk", _gb(size), _gb(size)),
+    result = Table("", "offload", "transformers alone", header_style="bold", box=SIMPLE_HEAD)
+    for row in (
+        ("checkpoint", _gb(size), _gb(size)),
         ("memory budget", f"{plan.budget / GIB:.2f} GiB = {_gb(plan.budget)}", "none"),
-        ("peak memory of the process", _gb(report["peak_rss_bytes"]), f"{_gb(size + INTERPRETER)} needed"),
-        ("seconds a token", f"{step:.2f} s", "as fast as memory, if it fits"),
-        ("read from disk for a token", _gb(read), "0 GB"),
-        ("disk rate, before / during / after", " / ".join(f"{r / 1e9:.2f}" for r in rates) + " GB/s", ""),
-        ("lower bound of a token", f"{bound:.2f} s: {binding}", ""),
-        ("fraction of the bound reached", f"{bound / step:.0%}", ""),
-    ]
-    result = Table("", "offload", "transformers alone", header_style="bold")
-    for row in rows:
+        ("peak memory", _gb(report["peak_rss_bytes"]), f"needs about {(size + INTERPRETER) / 1e9:.1f} GB"),
+        ("time for a token", f"{step:.2f} s"),
+        ("read for a token", _gb(read)),
+        ("disk before, during, after", ", ".join(f"{r / 1e9:.2f}" for r in rates) + " GB/s"),
+        ("lower bound for a token", f"{bound:.2f} s ({'disk' if disk_s >= compute_s else 'processor'})"),
+        ("fraction of the bound", f"{bound / step:.0%}"),
+    ):
         result.add_row(*row)
     return result
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from types import TracebackType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,89 +12,20 @@ from torch import nn
 
 from offload.budgets import Division, Size, divide, from_max_memory, resolve
 from offload.checkpoint import describe, find, open_checkpoint
-from offload.errors import ModelError, StrictError, UsageError
+from offload.errors import ModelError, UsageError
+from offload.handle import Offloaded, Progress, start
 from offload.io.engine import Engine
 from offload.io.extents import Extent
 from offload.planner.placement import Tier
 from offload.runtime.discovery import dissect
-from offload.runtime.probe import disk_rate
 from offload.runtime.session import Session, token_check
 from offload.specs import Budgets, ModelSpec, Workload
 from offload.tiers.device import Device, create
 from offload.tiers.layout import Piece, Source
 from offload.tiers.swap import swap_out
-from offload.units import parse_rate
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, bytes done, bytes in all)."""
+from offload.units import parse_bytes, parse_rate
 
 IGNORED = frozenset({"low_cpu_mem_usage", "offload_state_dict", "use_safetensors", "_fast_init"})  # always so here
-
-
-class Offloaded:
-    """A model under offload. A context manager that gives the model; also calls and generates itself.
-
-    Attributes:
-        model: the module. Its weights are in memory only while they are used.
-        session: its runtime, with counters and the timeline.
-        spec, budgets, division: what was decided, and from what.
-        ready_s: seconds from the call until the model could be used.
-        disk_bytes_per_s: measured read rate; None when nothing is read or nobody asked.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        session: Session,
-        spec: ModelSpec,
-        budgets: Budgets,
-        division: Division,
-        work: Workload,
-        link_bytes_per_s: float | None,
-    ) -> None:
-        self.model: Any = model
-        self.session, self.spec, self.budgets, self.division, self.work = session, spec, budgets, division, work
-        self.link_bytes_per_s = link_bytes_per_s
-        self.disk_bytes_per_s: float | None = None
-        self.ready_s = 0.0
-        self.checkpoint_nbytes = 0
-        self._restore: Callable[[], None] | None = None
-
-    def __enter__(self) -> Any:
-        return self.model
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own generate."""
-        return self.model.generate(*args, **kwargs)
-
-    @property
-    def resident_nbytes(self) -> int:
-        """Bytes of weights that stay in memory, on any tier."""
-        home = self.division.placement.home
-        return sum(s.nbytes for n, s in self.session.store.sources.items() if home[n] is not Tier.DISK)
-
-    @property
-    def streamed_nbytes(self) -> int:
-        """Bytes of weights that live on disk. Tables among them are read by the row."""
-        return self.spec.nbytes - self.resident_nbytes
-
-    @property
-    def fallbacks(self) -> tuple[str, ...]:
-        """What did not go the fast way, a sentence each."""
-        return self.session.fallbacks
-
-    def close(self) -> None:
-        """Stops everything and gives memory and files back. A wrapped module gets its parameters back."""
-        if self._restore is not None:
-            restore, self._restore = self._restore, None
-            restore()
-        self.session.close()
 
 
 def load(
@@ -175,7 +105,7 @@ def load(
     rate = parse_rate(link, "link") if link is not None else None
     handle = Offloaded(opened.model, session, spec, budgets, division, work, rate)
     handle.checkpoint_nbytes = opened.checkpoint.nbytes
-    _start(handle, progress, strict, measure_disk)
+    start(handle, progress, strict, measure_disk)
     if spec.kv_bytes_per_token:
         session.before_pass(token_check(opened.model, batch * total, spec.kv_bytes_per_token))
     handle.ready_s = time.perf_counter() - began
@@ -191,7 +121,7 @@ def wrap(
     device: str | None = None,
     link: str | float | None = None,
     offload_dir: str | os.PathLike[str] | None = None,
-    workspace: Size = "256MiB",
+    workspace: str | int = "256MiB",
     slots: int | None = None,
     io: str = "threads",
     strict: bool = False,
@@ -238,7 +168,7 @@ def wrap(
     spec = describe(anatomy, sources, config if hasattr(config, "get_text_config") else None)
     spec = ModelSpec(units=spec.units, loose=spec.loose, params=spec.params)  # activations are what `workspace` says
     work = Workload(batch=1, prompt_tokens=0, total_tokens=0)
-    extra = int(Budgets(cpu_memory=resolve_size(workspace)).cpu_memory)
+    extra = parse_bytes(workspace, "workspace")
     division = divide(spec, budgets, work, slots=slots, own_nbytes=spec.nbytes, extra_nbytes=extra)
     home = division.placement.home
     engine = Engine(io, strict=strict)
@@ -262,7 +192,7 @@ def wrap(
     handle._restore = _Restore(handle, parameters, away)
     del away, contiguous
     handle._restore.empty()
-    _start(handle, progress, strict)
+    start(handle, progress, strict)
     handle.ready_s = time.perf_counter() - began
     return handle
 
@@ -291,37 +221,8 @@ class _Restore:
                 owner.module._parameters[owner.attribute] = self._parameters[name]
 
 
-def resolve_size(value: Size) -> int:
-    """Bytes of a size that must be given."""
-    return resolve(cpu_memory=value).cpu_memory
-
-
 def _device(name: str, budgets: Budgets, division: Division, link: str | float | None) -> Device:
     rate = parse_rate(link, "link") if link is not None else None
     if rate is not None and name != "emulated":
         raise UsageError(f'link={link!r} sets the pace of device="emulated" only; the device is {name}')
     return create(name, memory_nbytes=division.device_nbytes, link_bytes_per_s=rate)
-
-
-def _start(handle: Offloaded, progress: Progress | None, strict: bool, measure_disk: bool = False) -> None:
-    """Fills what stays and starts the lanes; measures the disk between the two, when it has nothing else to do."""
-    session = handle.session
-    total = session.store.fill_nbytes()
-    done = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress("filling memory", done, total)
-
-    try:
-        session.store.fill(count)
-        if measure_disk:
-            handle.disk_bytes_per_s = disk_rate(session.store)
-        session.start()
-        if strict and session.fallbacks:
-            raise StrictError("strict mode: " + "; ".join(session.fallbacks))
-    except BaseException:
-        handle.close()
-        raise

@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(checkpoint: Path, tmp_path: Path) -> Iterator[Path]:
     """A checkpoint to spoil."""
-    yield Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
 
 
 def run(*arguments: str) -> int:

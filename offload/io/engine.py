@@ -115,8 +115,7 @@ class Engine:
         if fd is None:
             identity = self._backend.files.identity(name)  # the path may lead to a newer file than the open one
             for file in files:
-                is_same = file.path == name and file.identity == identity and file.is_writable >= writable
-                if is_same and not file.is_adopted and file.borrow():
+                if file.path == name and file.identity == identity and file.is_writable >= writable and file.borrow():
                     return file
         file = File(
             self._backend.files, name, self._fallbacks, self._forget, is_writable=writable,
@@ -291,14 +290,14 @@ class Engine:
         try:
             is_again = piece.judge(result)
         except OffloadError as found:
-            is_again, error = False, found
+            is_again, error = False, found.with_traceback(None)  # its frames would hold the caller's memory
         except OSError as found:
             is_again, verb = False, "write" if request.is_write else "read"
             error = StorageError(
                 f"a {verb} failed: {found.strerror}", path=request.file.path, offset=request.offset + piece.position,
                 errno=found.errno,
             )  # fmt: skip
-            error.__cause__ = found
+            error.__cause__ = found.with_traceback(None)
         except Exception as found:  # a bug of ours must fail its request, not leave the caller waiting
             is_again, error = False, StorageError(f"internal error: {found!r}", path=request.file.path)
             error.__cause__ = found

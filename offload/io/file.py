@@ -124,10 +124,12 @@ class File:
             self.end_request()
 
     def borrow(self) -> bool:
-        """Lend the file once more; False when it is closed already."""
+        """Lend the file once more; False when it is closed, is adopted, or has another size by now."""
         with self._lock:
-            self._borrowers += not self._is_closed
-            return not self._is_closed
+            if self._is_closed or self.is_adopted or self.current_nbytes() != self.nbytes:
+                return False
+            self._borrowers += 1
+            return True
 
     def close(self) -> None:
         """Take back one loan; after the last, new requests raise ClosedError and open ones run to their end."""

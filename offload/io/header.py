@@ -116,7 +116,7 @@ class _Parser:
         # What is read so far, as columns: a tenth of the memory of entries, which are made when all is known right.
         self.names: dict[str, None] = {}
         self.dtypes: list[str] = []
-        self.ranks, self.sizes = bytearray(), array("Q")  # the sizes of all dimensions, one shape after the other
+        self.ranks, self.sizes = array("L"), array("Q")  # the sizes of all dimensions, one shape after the other
         self.begins, self.ends = array("Q"), array("Q")
         self.total_nbytes = 0
 

@@ -62,7 +62,7 @@ def read_rate(
                 future.result()
                 flying.append(submit(slot))
             began, counted = time.perf_counter(), 0
-            while (passed := time.perf_counter() - began) < seconds or not counted:
+            while not counted or time.perf_counter() - began < seconds:
                 slot, future = flying.popleft()
                 counted += future.result()
                 flying.append(submit(slot))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-SPANS = 100_000
+SPANS = 20_000
 LANES = ("read", "upload", "compute", "stall")
 
 

@@ -6,7 +6,6 @@ with memory of its own the same two again. Moves whole bundles; knows nothing of
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
@@ -14,14 +13,14 @@ import torch
 
 from offload.io.buffers import Buffer, BufferPool, Lease
 from offload.io.engine import Engine, File
-from offload.io.extents import ALIGNMENT, Extent, coalesce
+from offload.io.extents import ALIGNMENT
 from offload.planner.placement import Placement, Tier
 from offload.tiers.device import Device, Event
+from offload.tiers.futures import join
 from offload.tiers.host import HostArena, as_tensor
 from offload.tiers.layout import VIEW_ALIGNMENT, Layout, Source, View, assemble, lay_out
+from offload.tiers.rows import URGENT, read_rows
 
-URGENT = -1  # a model waits for it this instant
-ROW_GAP = 16 << 10  # rows this close together are read as one
 DEVICE_ALIGNMENT = 512
 
 Progress = Callable[[int], None]
@@ -215,32 +214,7 @@ class Store:
             return self._resident[name].index_select(0, ids.to("cpu")).to(self.device.torch_device)
         if len(source.pieces) != 1:
             return self.whole(name).index_select(0, ids.to(self.device.torch_device))
-        (piece,) = source.pieces
-        width = source.shape[1]
-        row_nbytes = width * piece.dtype.itemsize
-        start = piece.extent.offset
-        extents = [Extent(piece.extent.path, start + row * row_nbytes, row_nbytes) for row in wanted]
-        spans = [(s, s.extent.aligned()) for s in coalesce(extents, max_gap=ROW_GAP)]
-        buffer = Buffer(sum(whole.nbytes for _, whole in spans))
-        area = as_tensor(buffer.view)
-        result = torch.empty((len(wanted), width), dtype=source.dtype)
-        futures, at = [], 0
-        for span, whole in spans:
-            need = span.extent.end - whole.offset
-            view = buffer.view[at : at + whole.nbytes]
-            futures.append(self.engine.read(self.open(whole.path), whole.offset, view, need=need, priority=URGENT))
-            at += whole.nbytes
-        _wait_all(futures)
-        at = 0
-        for span, whole in spans:
-            for k in span.members:
-                begin = at + extents[k].offset - whole.offset
-                raw = area[begin : begin + row_nbytes]
-                result[k] = (raw.clone() if begin % piece.dtype.itemsize else raw).view(piece.dtype)
-            at += whole.nbytes
-        del area
-        buffer.close()
-        return result.to(self.device.torch_device)
+        return read_rows(source, wanted, self.engine, self.open).to(self.device.torch_device)
 
     def whole(self, name: str) -> torch.Tensor:
         """A copy of the tensor where the model computes, wherever it lives."""
@@ -325,44 +299,6 @@ class Store:
             part = area[op.at : op.at + op.nbytes]
             parts.append(self.engine.read(self.open(op.path), op.offset, part, need=op.need, priority=priority))
         return join(parts, finish)
-
-
-def join(parts: Sequence[Future[int]], finish: Callable[[], None] | None = None) -> Future[int]:
-    """One future for several reads: their bytes in all once they have ended and `finish` has run, or the first error.
-
-    It resolves only when no part is in flight any more, so that the memory may be reused even after an error.
-    """
-    whole: Future[int] = Future()
-    whole.set_running_or_notify_cancel()
-    left, lock = len(parts), threading.Lock()
-
-    def end() -> None:
-        try:
-            total = sum(p.result() for p in parts)
-            if finish is not None:
-                finish()
-        except BaseException as error:
-            whole.set_exception(error)
-        else:
-            whole.set_result(total)
-
-    def count(_: Future[int]) -> None:
-        nonlocal left
-        with lock:
-            left -= 1
-            last = left == 0
-        if last:
-            end()
-
-    if not parts:
-        end()
-    for part in parts:
-        part.add_done_callback(count)
-    return whole
-
-
-def _wait_all(futures: Sequence[Future[int]]) -> None:
-    join(futures).result()
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

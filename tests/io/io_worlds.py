@@ -72,3 +72,10 @@ class World:
 
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def memory(nbytes: int, fill: int = 0xEE) -> memoryview:
+    """A page-aligned view that owns its memory."""
+    view = Buffer(nbytes).view
+    view[:] = bytes([fill]) * nbytes
+    return view

@@ -144,6 +144,15 @@ def test_one_file_per_path_and_a_new_one_for_a_new_file(world: World) -> None:
     assert view == newer
 
 
+def test_a_file_that_grew_is_opened_anew(world: World) -> None:
+    engine = world.engine(direct=False)
+    file = engine.open(world.put(engine, b"1234"), writable=True)
+    engine.write(file, 4, memoryview(b"56")).result()
+    again = engine.open(file.path)
+    assert (file.nbytes, again.nbytes) == (4, 6)
+    assert engine.open(file.path) is again
+
+
 def test_only_regular_files(world: World, tmp_path: os.PathLike[str]) -> None:
     engine = world.engine()
     with pytest.raises(StorageError, match="cannot open") as caught:

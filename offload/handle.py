@@ -1,0 +1,109 @@
+"""The handle of a model under offload: what `load` and `wrap` return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from offload.budgets import Division
+from offload.errors import StrictError
+from offload.planner.placement import Tier
+from offload.runtime.probe import disk_rate
+from offload.runtime.session import Session
+from offload.specs import Budgets, ModelSpec, Workload
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, bytes done, bytes in all)."""
+
+
+class Offloaded:
+    """A model under offload. A context manager that gives the model; also calls and generates itself.
+
+    Attributes:
+        model: the module. Its weights are in memory only while they are used.
+        session: its runtime, with counters and the timeline.
+        spec, budgets, division: what was decided, and from what.
+        ready_s: seconds from the call until the model could be used.
+        disk_bytes_per_s: measured read rate; None when nothing is read or nobody asked.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        session: Session,
+        spec: ModelSpec,
+        budgets: Budgets,
+        division: Division,
+        work: Workload,
+        link_bytes_per_s: float | None,
+    ) -> None:
+        self.model: Any = model
+        self.session, self.spec, self.budgets, self.division, self.work = session, spec, budgets, division, work
+        self.link_bytes_per_s = link_bytes_per_s
+        self.disk_bytes_per_s: float | None = None
+        self.ready_s = 0.0
+        self.checkpoint_nbytes = 0
+        self._restore: Callable[[], None] | None = None
+
+    def __enter__(self) -> Any:
+        return self.model
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own generate."""
+        return self.model.generate(*args, **kwargs)
+
+    @property
+    def resident_nbytes(self) -> int:
+        """Bytes of weights that stay in memory, on any tier."""
+        home = self.division.placement.home
+        return sum(s.nbytes for n, s in self.session.store.sources.items() if home[n] is not Tier.DISK)
+
+    @property
+    def streamed_nbytes(self) -> int:
+        """Bytes of weights that live on disk. Tables among them are read by the row."""
+        return self.spec.nbytes - self.resident_nbytes
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """What did not go the fast way, a sentence each."""
+        return self.session.fallbacks
+
+    def close(self) -> None:
+        """Stops everything and gives memory and files back. A wrapped module gets its parameters back."""
+        if self._restore is not None:
+            restore, self._restore = self._restore, None
+            restore()
+        self.session.close()
+
+
+def start(handle: Offloaded, progress: Progress | None, strict: bool, measure_disk: bool = False) -> None:
+    """Fills what stays and starts the lanes; measures the disk between the two, when it has nothing else to do."""
+    session = handle.session
+    total = session.store.fill_nbytes()
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress("filling memory", done, total)
+
+    try:
+        session.store.fill(count)
+        if measure_disk:
+            handle.disk_bytes_per_s = disk_rate(session.store)
+        session.start()
+        if strict and session.fallbacks:
+            raise StrictError("strict mode: " + "; ".join(session.fallbacks))
+    except BaseException:
+        handle.close()
+        raise
