@@ -43,7 +43,6 @@ def load(
     slots: int | None = None,
     io: str = "threads",
     strict: bool = False,
-    measure_disk: bool = False,
     progress: Progress | None = None,
     device_map: Any = None,
     max_memory: Mapping[Any, Size] | None = None,
@@ -67,7 +66,6 @@ def load(
         slots: depth of the rings; 1 turns prefetching off. Default: two, more where slots are small.
         io: I/O backend: threads, uring or aiofiles.
         strict: a fall-back to something slower is an error.
-        measure_disk: measure the disk's read rate (0.3 s), for bounds.
         progress: called while long work goes on.
         device_map, max_memory, offload_folder, torch_dtype: transformers' spellings; "auto" and None for device_map.
         model_kwargs: handed to transformers, such as attn_implementation.
@@ -105,7 +103,7 @@ def load(
     rate = parse_rate(link, "link") if link is not None else None
     handle = Offloaded(opened.model, session, spec, budgets, division, work, rate)
     handle.checkpoint_nbytes = opened.checkpoint.nbytes
-    start(handle, progress, strict, measure_disk)
+    start(handle, progress, strict)
     if spec.kv_bytes_per_token:
         session.before_pass(token_check(opened.model, batch * total, spec.kv_bytes_per_token))
     handle.ready_s = time.perf_counter() - began

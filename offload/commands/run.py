@@ -72,6 +72,7 @@ def execute(request: Request) -> int:
             print(explain(handle.session.schedule))
             return 0
         _announce(handle, console)
+        handle.measure_disk()
         if request.chat:
             _converse(request, handle, tokenizer, console)
         else:
@@ -163,7 +164,6 @@ def _load(request: Request, directory: Path, ids: list[int], console: Console) -
             slots=request.slots,
             io=request.io,
             strict=request.strict,
-            measure_disk=True,
             progress=progress,
         )
 

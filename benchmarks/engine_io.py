@@ -1,4 +1,4 @@
-"""How much of the disk the I/O engine reaches: `python benchmarks/io.py FILE [--json OUT]`.
+"""How much of the disk the I/O engine reaches: `python benchmarks/engine_io.py FILE [--json OUT]`.
 
 The ceiling is written out here, without the engine: threads that call preadv on an O_DIRECT descriptor, each into huge
 pages of its own. Ceilings, fio where it is installed, and the engine with every usable backend take turns in rounds,
@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-if __package__ in (None, ""):  # this file is called io.py: its folder must not shadow the standard library
+if __package__ in (None, ""):  # run as a script, from a checkout
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from rich.console import Console
