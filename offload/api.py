@@ -20,7 +20,7 @@ from offload.planner.placement import Tier
 from offload.runtime.discovery import dissect
 from offload.runtime.session import Session, token_check
 from offload.specs import Budgets, ModelSpec, Workload
-from offload.tiers.device import Device, create
+from offload.tiers.device import Device, create, warm_up
 from offload.tiers.layout import Piece, Source
 from offload.tiers.swap import swap_out
 from offload.units import parse_bytes, parse_rate
@@ -43,6 +43,7 @@ def load(
     slots: int | None = None,
     io: str = "threads",
     strict: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
     device_map: Any = None,
     max_memory: Mapping[Any, Size] | None = None,
@@ -61,11 +62,12 @@ def load(
         link: pace of the emulated device's link, as in "8GB/s".
         dtype: as transformers: "auto", a name or a torch dtype.
         batch, context: memory is set aside for this many sequences of so many tokens (default: 2048, or the model's
-            own context if that is less). A pass beyond them is refused with BudgetError.
+            own context if that is less). Where a budget was named, a pass beyond them is refused with BudgetError.
         prompt_tokens: tokens of a sequence that run at once, at most; default: a quarter of `context`.
         slots: depth of the rings; 1 turns prefetching off. Default: two, more where slots are small.
         io: I/O backend: threads, uring or aiofiles.
         strict: a fall-back to something slower is an error.
+        dry_run: decide everything, read no weights; the model cannot run.
         progress: called while long work goes on.
         device_map, max_memory, offload_folder, torch_dtype: transformers' spellings; "auto" and None for device_map.
         model_kwargs: handed to transformers, such as attn_implementation.
@@ -94,6 +96,7 @@ def load(
         spec = opened.spec
         total = context or min(2048, spec.max_tokens or 2048)
         work = Workload(batch=batch, total_tokens=total, prompt_tokens=prompt_tokens or max(1, total // 4))
+        warm_up(device)
         division = divide(spec, budgets, work, slots=slots)
         where = _device(device, budgets, division, link)
         session = Session(opened.model, opened.anatomy, opened.sources, division.placement, engine, where)
@@ -103,8 +106,10 @@ def load(
     rate = parse_rate(link, "link") if link is not None else None
     handle = Offloaded(opened.model, session, spec, budgets, division, work, rate)
     handle.checkpoint_nbytes = opened.checkpoint.nbytes
+    if dry_run:
+        return handle
     start(handle, progress, strict)
-    if spec.kv_bytes_per_token:
+    if spec.kv_bytes_per_token and (cpu_memory is not None or gpu_memory is not None):
         session.before_pass(token_check(opened.model, batch * total, spec.kv_bytes_per_token))
     handle.ready_s = time.perf_counter() - began
     return handle
@@ -167,6 +172,7 @@ def wrap(
     spec = ModelSpec(units=spec.units, loose=spec.loose, params=spec.params)  # activations are what `workspace` says
     work = Workload(batch=1, prompt_tokens=0, total_tokens=0)
     extra = parse_bytes(workspace, "workspace")
+    warm_up(device)
     division = divide(spec, budgets, work, slots=slots, own_nbytes=spec.nbytes, extra_nbytes=extra)
     home = division.placement.home
     engine = Engine(io, strict=strict)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from offload.errors import BudgetError, UsageError
 from offload.hardware import auto_cpu_budget, gpus, host_memory, rss_bytes
-from offload.planner.placement import Placement, place
+from offload.planner.placement import Placement, TooSmall, place
 from offload.planner.workspace import LIBRARIES, MARGIN, Workspace, workspace
 from offload.specs import Budgets, ModelSpec, Workload
-from offload.units import MIB, format_bytes, parse_bytes
+from offload.units import GIB, MIB, format_bytes, parse_bytes
 
 GPU_MARGIN = 256 * MIB  # context, cuBLAS workspaces and fragmentation
 Size = str | int | float | None
@@ -32,9 +33,11 @@ def resolve(*, cpu_memory: Size = None, gpu_memory: Size = None, resident: Size 
     gpu: int | None = None
     if device.startswith("cuda"):
         if gpu_memory is None:
-            index = int(device.partition(":")[2] or 0)
-            free = gpus()[index].free
-            gpu, sources["gpu_memory"] = max(0, free - GPU_MARGIN), f"free memory less {format_bytes(GPU_MARGIN)}"
+            index, cards = int(device.partition(":")[2] or 0), gpus()
+            if index >= len(cards):
+                raise UsageError(f"device={device!r} was asked for, but there are {len(cards)}; see offload doctor")
+            gpu = max(0, cards[index].free - GPU_MARGIN)
+            sources["gpu_memory"] = f"free memory less {format_bytes(GPU_MARGIN)}"
         else:
             gpu, sources["gpu_memory"] = parse_bytes(gpu_memory, "gpu_memory"), "as asked"
     elif device == "emulated":
@@ -85,6 +88,20 @@ def from_max_memory(max_memory: Mapping[Any, Size]) -> dict[str, Size]:
     return {names[k]: v for k, v in max_memory.items() if k in names}
 
 
+def _advice(budgets: Budgets, error: TooSmall) -> str:
+    """The smallest budget that works; the margin grows with it, and a process is never twice of the same size."""
+    if error.is_device and budgets.gpu_memory is not None:
+        return f"The smallest gpu_memory that works is {format_bytes(_up(budgets.gpu_memory + error.missing))}."
+    needed = (budgets.cpu_memory * (1 - MARGIN) + error.missing) / (1 - MARGIN)
+    return f"The smallest cpu_memory that works is about {format_bytes(_up(needed + 4 * MIB))}."
+
+
+def _up(nbytes: float) -> int:
+    """Rounded up to what format_bytes shows, so that the figure can be typed as it is printed."""
+    unit = MIB if nbytes < GIB else GIB / 100 if nbytes < 10 * GIB else GIB / 10
+    return math.ceil(math.ceil(nbytes / unit) * unit)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Division:
     """Where the memory goes.
@@ -124,6 +141,9 @@ def divide(
     """
     base = max(0, rss_bytes() - own_nbytes)
     need = workspace(spec, work)
+    for name, size in (("cpu_memory", budgets.cpu_memory), ("gpu_memory", budgets.gpu_memory)):
+        if size is not None and 0 < size < 1024:
+            raise UsageError(f'{name}={size} means {size} bytes; did you mean "{size}GiB"?')
     reserve = base + LIBRARIES + int(MARGIN * budgets.cpu_memory) + extra_nbytes
     host = budgets.cpu_memory - reserve
     device: int | None = None
@@ -138,13 +158,13 @@ def divide(
         target = max(0, target - device)
     try:
         placement = place(spec, host_nbytes=host, device_nbytes=device, slots=slots, host_target=target)
-    except BudgetError as error:
+    except TooSmall as error:
         gpu = f" and gpu_memory={format_bytes(budgets.gpu_memory)}" if budgets.gpu_memory is not None else ""
         where = "on the device" if device is not None else "of it"
         raise BudgetError(
             f"cpu_memory={format_bytes(budgets.cpu_memory)}{gpu} is too small for this run. The process itself takes "
             f"{format_bytes(base)}, libraries and margin {format_bytes(reserve - base)}; the run needs "
             f"{format_bytes(need.nbytes)} {where} ({need.explain()}) for {work.batch} sequences of {work.total_tokens} "
-            f"tokens. {error}"
+            f"tokens. {error} {_advice(budgets, error)}"
         ) from None
     return Division(placement=placement, workspace=need, base_nbytes=base, host_nbytes=host, device_nbytes=device)

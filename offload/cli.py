@@ -82,10 +82,13 @@ def main(arguments: list[str] | None = None) -> None:
         _say("offload: interrupted")
         sys.exit(130)
     except typer.Abort:
+        _say("offload: interrupted")
         sys.exit(130)
     except Exception as error:  # a wrong option, as click reports it; all else keeps its traceback
         _exit_for_click(error)
     else:
+        if status == 130:
+            _say("offload: interrupted")
         sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -42,6 +42,17 @@ def encode(tokenizer: Any, text: str, *, history: Sequence[dict[str, str]] = (),
     return list(ids["input_ids"])
 
 
+def check_ids(ids: Sequence[int], vocabulary: int | None) -> None:
+    """Refuses token ids that the model does not have.
+
+    Raises:
+        UsageError: with the first of them.
+    """
+    wrong = [i for i in ids if i < 0 or (vocabulary is not None and i >= vocabulary)]
+    if wrong:
+        raise UsageError(f"token id {wrong[0]} is not one of the model's: they go from 0 to {(vocabulary or 0) - 1}")
+
+
 def check_length(prompt_tokens: int, new_tokens: int, max_tokens: int | None) -> None:
     """Refuses what does not fit in the model's context.
 
@@ -69,7 +80,8 @@ class Generated:
         prefill_s: from the start to the first new token.
         token_s: seconds of each later step; a step makes one token for every sequence.
         read_bytes_per_token, upload_bytes_per_token: moved per step, averaged over the later steps.
-        bound: of one such step, from the bytes that must move.
+        compute_s: seconds of one such step in the units' forwards, without waiting.
+        bound: of one such step, once `bounded` was told the rates.
         stall_s: seconds of waiting by cause, per step.
     """
 
@@ -79,8 +91,20 @@ class Generated:
     read_bytes_per_token: float = 0.0
     upload_bytes_per_token: float = 0.0
     prefill_read_bytes: int = 0
+    compute_s: float = 0.0
     bound: Bound = field(default_factory=Bound)
     stall_s: dict[str, float] = field(default_factory=dict)
+
+    def bounded(self, *, disk_bytes_per_s: float | None, link_bytes_per_s: float | None = None) -> Generated:
+        """The same with its bound, from measured rates."""
+        found = bound(
+            read_bytes=self.read_bytes_per_token,
+            disk_bytes_per_s=disk_bytes_per_s,
+            upload_bytes=self.upload_bytes_per_token,
+            link_bytes_per_s=link_bytes_per_s,
+            compute_s=self.compute_s,
+        )
+        return replace(self, bound=found)
 
     @property
     def decode_s_per_token(self) -> float | None:
@@ -141,8 +165,6 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     new_tokens: int,
-    disk_bytes_per_s: float | None = None,
-    link_bytes_per_s: float | None = None,
     stop_at_eos: bool = True,
     streamer: Any = None,
     on_token: OnToken | None = None,
@@ -153,7 +175,6 @@ def generate(
     Args:
         prompts: token ids of each sequence; shorter ones are padded on the left.
         new_tokens: at most so many for each.
-        disk_bytes_per_s, link_bytes_per_s: measured rates, for the bound.
         stop_at_eos: end a sequence at the model's end token.
         streamer: receives tokens as transformers' streamers do (one sequence only).
         on_token: called after each step with the number of tokens so far.
@@ -181,37 +202,21 @@ def generate(
         )
     rows = result if isinstance(result, torch.Tensor) else result.sequences
     tokens = [row[longest:].tolist() for row in rows]
-    return _measured(tokens, marks.marks, disk_bytes_per_s, link_bytes_per_s)
+    return _measured(tokens, marks.marks)
 
 
-def _measured(
-    tokens: list[list[int]],
-    marks: list[tuple[float, SessionStatistics]],
-    disk_bytes_per_s: float | None,
-    link_bytes_per_s: float | None,
-) -> Generated:
+def _measured(tokens: list[list[int]], marks: list[tuple[float, SessionStatistics]]) -> Generated:
     (begin, s0), (first, s1), (_, last) = marks[0], marks[1], marks[-1]
     steps = len(marks) - 2
     result = Generated(tokens=tokens, prefill_s=first - begin, prefill_read_bytes=s1.read_bytes - s0.read_bytes)
     if not steps:
         return result
-    read = (last.read_bytes - s1.read_bytes) / steps
-    uploaded = (last.uploaded_bytes - s1.uploaded_bytes) / steps
-    computed = (last.totals.busy_s.get("compute", 0.0) - s1.totals.busy_s.get("compute", 0.0)) / steps
-    causes = last.totals.stall_s
-    return Generated(
-        tokens=tokens,
-        prefill_s=result.prefill_s,
-        prefill_read_bytes=result.prefill_read_bytes,
+    before, after = s1.totals, last.totals
+    return replace(
+        result,
         token_s=[b[0] - a[0] for a, b in pairwise(marks[1:])],
-        read_bytes_per_token=read,
-        upload_bytes_per_token=uploaded,
-        bound=bound(
-            read_bytes=read,
-            disk_bytes_per_s=disk_bytes_per_s,
-            upload_bytes=uploaded,
-            link_bytes_per_s=link_bytes_per_s,
-            compute_s=computed,
-        ),
-        stall_s={c: (causes[c] - s1.totals.stall_s.get(c, 0.0)) / steps for c in causes},
+        read_bytes_per_token=(last.read_bytes - s1.read_bytes) / steps,
+        upload_bytes_per_token=(last.uploaded_bytes - s1.uploaded_bytes) / steps,
+        compute_s=(after.busy_s.get("compute", 0.0) - before.busy_s.get("compute", 0.0)) / steps,
+        stall_s={c: (s - before.stall_s.get(c, 0.0)) / steps for c, s in after.stall_s.items()},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -84,13 +85,19 @@ def test_explain(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--prompt-ids", "5", "--max-new-tokens", "5000"), "context is 128"),
         (("--prompt-ids", ",".join(["5"] * 200)), "context is 128"),
         (("--prompt-ids", "5", "--cpu-memory", "lots"), "not a size"),
-        (("--prompt-ids", "5", "--cpu-memory", "100MiB"), "smallest budget that works"),
+        (("--prompt-ids", "5", "--cpu-memory", "100MiB"), "smallest cpu_memory that works"),
         (("--prompt-ids", "5", "--gpu-memory", "1GiB", "--device", "cpu"), "no GPU was found"),
         (("--prompt-ids", "5", "--device", "tpu"), "not known"),
         (("--prompt-ids", "5", "--device", "emulated"), "needs gpu_memory"),
         (("--prompt-ids", "5", "--resident", "1.5"), "not a fraction"),
         (("--prompt-ids", "5", "--dtype", "int7"), "bfloat16"),
         (("--prompt-ids", "5", "--temperature", "0.5"), "need --sample"),
+        (("--prompt-ids", "5,320"), "token id 320"),
+        (("--prompt-ids=-3",), "token id -3"),
+        (("--prompt-ids", "5", "--cpu-memory", "4"), "4GiB"),
+        (("--prompt-ids", "5", "--device", "cuda:7"), "cuda:7"),
+        (("--prompt-ids", "5", "--batch", "0"), "at least 1"),
+        (("--prompt-ids", "5", "--io", "smoke-signals"), "smoke-signals"),
     ],
 )
 def test_bad_options(checkpoint: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], says: str) -> None:
@@ -166,17 +173,24 @@ def test_a_disk_error_in_mid_generation_is_named(copy: Path) -> None:
         for file in copy.glob("*.safetensors"):
             os.truncate(file, 4096)
         with pytest.raises(offload.StorageError, match="safetensors"):
-            for _ in range(4):  # what was read ahead is still good
-                model(ids)
+            [model(ids) for _ in range(4)]  # what was read ahead is still good
     shutil.rmtree(copy)
 
 
 def test_a_pass_beyond_what_was_planned_is_refused(checkpoint: Path) -> None:
     with (
-        offload.load(checkpoint, context=8, resident=0.5) as model,
+        offload.load(checkpoint, context=8, resident=0.5, cpu_memory="8GiB") as model,
         pytest.raises(offload.BudgetError, match="planned for"),
     ):
         model(torch.zeros((1, 9), dtype=torch.long))
+
+
+def test_the_smallest_budget_named_works(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--prompt-ids", "5", "--max-new-tokens", "2", "--json", "--cpu-memory")
+    assert run(str(checkpoint), *options, "100MiB") == 1
+    named = re.search(r"smallest cpu_memory that works is about ([0-9.]+ [GM]iB)", capsys.readouterr().err)
+    assert named is not None
+    assert run(str(checkpoint), *options, named[1]) == 0
 
 
 def test_use_after_close(checkpoint: Path) -> None:
@@ -188,10 +202,13 @@ def test_use_after_close(checkpoint: Path) -> None:
 
 def test_two_loads_in_one_process(checkpoint: Path) -> None:
     ids = torch.tensor([[5, 6, 7]])
-    with offload.load(checkpoint, resident=0) as first, offload.load(checkpoint, resident=0.5) as second:
-        with torch.no_grad():
-            assert torch.equal(first(ids).logits, second(ids).logits)
-            assert torch.equal(second(ids).logits, first(ids).logits)
+    with (
+        torch.no_grad(),
+        offload.load(checkpoint, resident=0) as first,
+        offload.load(checkpoint, resident=0.5) as second,
+    ):
+        assert torch.equal(first(ids).logits, second(ids).logits)
+        assert torch.equal(second(ids).logits, first(ids).logits)
 
 
 def test_transformers_spellings(checkpoint: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_more_memory_never_streams_more() -> None:
 
 
 def test_too_little_is_refused_with_what_would_do() -> None:
-    with pytest.raises(BudgetError, match="smallest budget that works"):
+    with pytest.raises(BudgetError, match="needs at least"):
         split(decoder().units, 50 * MB, slots=2)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,12 +156,25 @@ def test_an_unwritable_folder_leaves_the_module_alone(tmp_path: Path) -> None:
     assert torch.equal(module(inputs["input"]), expected)
 
 
+def test_a_full_disk_leaves_the_module_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    module, inputs = sequential()
+    expected = module(inputs["input"])
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(offload.StorageError, match="no room for"):
+        offload.wrap(module, offload_dir=tmp_path, resident=0)
+    assert torch.equal(module(inputs["input"]), expected)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_exception_inside_restores_the_module(tmp_path: Path) -> None:
     module, inputs = sequential()
     expected = module(inputs["input"])
-    with pytest.raises(RuntimeError, match="mine"), offload.wrap(module, offload_dir=tmp_path, resident=0) as wrapped:
-        wrapped(inputs["input"])
-        raise RuntimeError("mine")
+    handle = offload.wrap(module, offload_dir=tmp_path, resident=0)
+    with pytest.raises(TypeError), handle as wrapped:
+        wrapped("not a tensor")
     assert torch.equal(module(inputs["input"]), expected)
 
 

@@ -24,6 +24,8 @@ from offload.specs import ModelSpec, TensorSpec, UnitSpec
 from offload.tiers.host import as_tensor
 from offload.tiers.layout import Source, assemble, lay_out
 
+__all__ = ["Opened", "describe", "find", "open_checkpoint", "read_config"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
 
 from offload.api import Offloaded, load
-from offload.checkpoint import find
+from offload.checkpoint import find, read_config
 from offload.errors import UsageError
-from offload.generate import Generated, check_length, encode, generate, tokenizer_of
+from offload.generate import Generated, check_ids, check_length, encode, generate, tokenizer_of
 from offload.hardware import peak_rss_bytes, versions
 from offload.planner.schedule import explain
 from offload.units import format_bytes, format_rate, format_seconds
@@ -66,18 +66,21 @@ def execute(request: Request) -> int:
     if tokenizer is None and request.prompt_ids is None and not request.explain:
         raise UsageError(f"{request.model} has no tokenizer, so give the prompt as token ids: --prompt-ids 3,4,5")
     ids = _prompt(request, tokenizer)
+    if ids or not (request.chat or request.explain):  # before anything large is read
+        text = read_config(directory).get_text_config(decoder=True)
+        check_ids(ids, getattr(text, "vocab_size", None))
+        check_length(len(ids), request.max_new_tokens, getattr(text, "max_position_embeddings", None))
     handle = _load(request, directory, ids, console)
     with handle:
         if request.explain:
             print(explain(handle.session.schedule))
             return 0
         _announce(handle, console)
-        handle.measure_disk()
+        before = handle.measure_disk()
         if request.chat:
             _converse(request, handle, tokenizer, console)
         else:
-            check_length(len(ids), request.max_new_tokens, handle.spec.max_tokens)
-            result = _generate(request, handle, tokenizer, ids, console)
+            result = _bounded(handle, before, _generate(request, handle, tokenizer, ids, console))
             if request.json:
                 print(json.dumps(report(request, handle, tokenizer, result)))
             else:
@@ -121,7 +124,7 @@ def _check(request: Request) -> None:
     if not given and not request.chat and not request.explain:
         raise UsageError('nothing to run: give --prompt "...", --prompt-ids 3,4,5, or --chat')
     if request.batch < 1 or (request.slots is not None and request.slots < 1):
-        raise UsageError(f"--batch {request.batch} --slots {request.slots}: both must be at least 1")
+        raise UsageError(f"--batch {request.batch}, --slots {request.slots or 'default'}: both must be at least 1")
     if request.chat and (request.json or request.batch > 1 or request.prompt_ids):
         raise UsageError("--chat talks in the terminal: it goes with none of --json, --batch and --prompt-ids")
     if not request.sample and (request.temperature is not None or request.top_p is not None):
@@ -164,6 +167,7 @@ def _load(request: Request, directory: Path, ids: list[int], console: Console) -
             slots=request.slots,
             io=request.io,
             strict=request.strict,
+            dry_run=request.explain,
             progress=progress,
         )
 
@@ -199,8 +203,6 @@ def _generate(request: Request, handle: Offloaded, tokenizer: Any, ids: list[int
             handle.session,
             [ids] * request.batch,
             new_tokens=request.max_new_tokens,
-            disk_bytes_per_s=handle.disk_bytes_per_s,
-            link_bytes_per_s=handle.link_bytes_per_s,
             stop_at_eos=not request.ignore_eos,
             streamer=streamer,
             on_token=on_token,
@@ -210,6 +212,13 @@ def _generate(request: Request, handle: Offloaded, tokenizer: Any, ids: list[int
         for row in result.tokens:
             print(tokenizer.decode(row, skip_special_tokens=True) if tokenizer else ",".join(map(str, row)))
     return result
+
+
+def _bounded(handle: Offloaded, before: float | None, result: Generated) -> Generated:
+    """The result with its bound, from the better of the disk's rates before and after: the disk's mood changes."""
+    rates = [rate for rate in (before, handle.measure_disk()) if rate]
+    handle.disk_bytes_per_s = max(rates, default=None)
+    return result.bounded(disk_bytes_per_s=handle.disk_bytes_per_s, link_bytes_per_s=handle.link_bytes_per_s)
 
 
 @contextmanager
@@ -231,7 +240,7 @@ def _converse(request: Request, handle: Offloaded, tokenizer: Any, console: Cons
                 return
         ids = encode(tokenizer, text, history=history, raw=request.raw)
         check_length(len(ids), request.max_new_tokens, handle.spec.max_tokens)
-        result = _generate(request, handle, tokenizer, ids, console)
+        result = _bounded(handle, handle.disk_bytes_per_s, _generate(request, handle, tokenizer, ids, console))
         answer = tokenizer.decode(result.tokens[0], skip_special_tokens=True)
         history += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         _summarise(handle, result, console)
@@ -258,6 +267,8 @@ def _summarise(handle: Offloaded, result: Generated, console: Console) -> None:
         line += f", then {format_seconds(step)} a token ({result.tokens_per_s:.2f} tokens/s)"
         if result.read_bytes_per_token:
             line += f", {result.read_bytes_per_token / 1e9:.2f} GB read for each"
+        if result.upload_bytes_per_token:
+            line += f", {result.upload_bytes_per_token / 1e9:.2f} GB uploaded"
         if handle.disk_bytes_per_s:
             line += f" at a measured {format_rate(handle.disk_bytes_per_s)}"
         if result.fraction_of_bound:

@@ -25,6 +25,19 @@ class Tier(StrEnum):
     DISK = "disk"
 
 
+class TooSmall(BudgetError):
+    """A tier cannot hold what must be there.
+
+    Attributes:
+        missing: bytes that its capacity lacks.
+        is_device: whether it is the device's memory that is too small.
+    """
+
+    def __init__(self, missing: int, message: str, *, is_device: bool = False) -> None:
+        super().__init__(message)
+        self.missing, self.is_device = missing, is_device
+
+
 @dataclass(frozen=True, slots=True)
 class Ring:
     """Equal slots that streaming bundles take in turn."""
@@ -100,7 +113,10 @@ def place(
         device = Split(resident=frozenset())
         below = host.streamed
     else:
-        device = split(spec.units, device_nbytes - spec.loose_nbytes, slots=slots)
+        try:
+            device = split(spec.units, device_nbytes - spec.loose_nbytes, slots=slots)
+        except TooSmall as error:
+            raise TooSmall(error.missing, str(error), is_device=True) from None
         tables = tuple(t for u in spec.units for t in u.tensors if t.name in device.tables)
         travelling = [UnitSpec(name=n, tensors=ts) for n, ts in device.streamed.items()]
         if tables:
@@ -146,10 +162,10 @@ def split(units: Sequence[UnitSpec], capacity: int, *, slots: int | None = None,
     if best is None:
         slots = slots or 2
         need = _smallest_capacity(units, slots)
-        raise BudgetError(
+        raise TooSmall(
+            need - capacity,
             f"{format_bytes(max(0, capacity))} is left for weights, but streaming this model needs at least "
-            f"{format_bytes(need)}: {slots} slots for the largest tensor, and what cannot stream. "
-            f"The smallest budget that works is {format_bytes(need - capacity)} larger."
+            f"{format_bytes(need)}: {slots} slots for the largest tensor, and what cannot stream.",
         )
     streamed, slot = best
     out = {t.name for ts in streamed.values() for t in ts}

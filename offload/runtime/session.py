@@ -87,6 +87,7 @@ class Session:
         self._fetched: dict[str, int] = {}
         self._bound: dict[str, torch.Tensor] = {}
         self._uninstall: Callable[[], None] = lambda: None
+        self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._is_closed = False
 
     def start(self) -> None:
@@ -94,14 +95,10 @@ class Session:
         self._binder.unbind(tuple(self.anatomy.owners))
         kept = {n: self.store.resident(n) for n in self.anatomy.owners}
         self._binder.bind({n: t for n, t in kept.items() if t is not None})
-        sizes = {u.name: sum(self.store.sources[n].nbytes for n in u.tensors) for u in self.anatomy.units}
-
-        def make(order: Sequence[str]) -> Schedule:
-            return emit([(name, sizes[name]) for name in order], self.placement)
-
-        hooked = [u for u in self.anatomy.units if not set(u.tensors) <= self.anatomy.tables]
+        self._move_buffers()
+        hooked = self._hooked()
         order = [u.name for u in hooked]
-        self._executor = Executor(order, make, self.store, self.timeline) if order else None
+        self._executor = Executor(order, self._emit, self.store, self.timeline) if order else None
         for unit in hooked:
             self._hook(unit)
         if self.device.torch_device.type == "cpu":
@@ -112,14 +109,30 @@ class Session:
                 self.root.register_forward_hook(lambda *_: self._running().end_pass()),
             ]
 
+    def _hooked(self) -> list[Unit]:
+        """Units that a pass enters as a whole; tables alone are read by the row, whenever an embedding asks."""
+        return [u for u in self.anatomy.units if not set(u.tensors) <= self.anatomy.tables]
+
+    def _emit(self, order: Sequence[str]) -> Schedule:
+        sizes = {u.name: sum(self.store.sources[n].nbytes for n in u.tensors) for u in self.anatomy.units}
+        return emit([(name, sizes[name]) for name in order], self.placement)
+
+    def _move_buffers(self) -> None:
+        """Buffers go where the model computes; a device of another kind than they are on needs copies."""
+        for module in self.root.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device.type != self.device.torch_device.type:
+                    self._buffers.append((module, name, buffer))
+                    module._buffers[name] = buffer.to(self.device.torch_device)
+
     def before_pass(self, check: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]) -> None:
         """Calls `check(module, args, kwargs)` before every forward of the whole model."""
         self._handles.append(self.root.register_forward_pre_hook(check, with_kwargs=True, prepend=True))
 
     @property
     def schedule(self) -> Schedule:
-        """The steps of one pass as they run now; empty when there is nothing to run."""
-        return self._executor.schedule if self._executor is not None else ()
+        """The steps of one pass, as they run now or, before the start, as they would."""
+        return self._executor.schedule if self._executor is not None else self._emit([u.name for u in self._hooked()])
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -150,6 +163,8 @@ class Session:
         for handle in self._handles:
             handle.remove()
         self._uninstall()
+        for module, name, buffer in self._buffers:
+            module._buffers[name] = buffer
         if self._executor is not None:
             self._executor.close()
         self._binder.unbind(tuple(self.anatomy.owners))

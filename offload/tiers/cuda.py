@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from typing import Any
 
@@ -58,6 +57,12 @@ class CudaDevice:
         self._registered.append(buffer.address)
         return None
 
+    def unregister(self, buffer: Buffer) -> None:
+        if buffer.address in self._registered:
+            runtime: Any = torch.cuda.cudart()
+            runtime.cudaHostUnregister(buffer.address)
+            self._registered.remove(buffer.address)
+
     def upload(self, pairs: Pairs, after: Event | None) -> Event:
         with torch.cuda.stream(self._stream):
             if isinstance(after, CudaEvent):
@@ -90,5 +95,5 @@ class CudaDevice:
         self.synchronize()
         runtime: Any = torch.cuda.cudart()
         for address in self._registered:
-            runtime.cudaHostUnregister(ctypes.c_void_p(address).value)
+            runtime.cudaHostUnregister(address)
         self._registered.clear()

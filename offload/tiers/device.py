@@ -65,6 +65,9 @@ class Device(Protocol):
     def register(self, buffer: Buffer) -> str | None:
         """Makes host memory fast to upload from (pins it); says why when it could not."""
 
+    def unregister(self, buffer: Buffer) -> None:
+        """Ends what `register` began; the buffer's memory may go afterwards."""
+
     def upload(self, pairs: Pairs, after: Event | None) -> Event:
         """Copies (destination, source) pairs, not before `after`. Called from the upload lane only."""
 
@@ -98,6 +101,9 @@ class CpuDevice:
     def register(self, buffer: Buffer) -> str | None:
         return None
 
+    def unregister(self, buffer: Buffer) -> None:
+        return
+
     def upload(self, pairs: Pairs, after: Event | None) -> Event:
         raise AssertionError("nothing is uploaded to the plain CPU")
 
@@ -115,6 +121,13 @@ class CpuDevice:
 
     def close(self) -> None:
         return
+
+
+def warm_up(name: str) -> None:
+    """Lets a device's libraries take the main memory they need, so that it can be counted beforehand."""
+    if name.startswith("cuda") and torch.cuda.is_available():
+        torch.zeros(1, device=name)
+        torch.cuda.synchronize(name)
 
 
 def create(name: str, *, memory_nbytes: int | None = None, link_bytes_per_s: float | None = None) -> Device:

@@ -48,6 +48,9 @@ class EmulatedDevice:
     def register(self, buffer: Buffer) -> str | None:
         return None
 
+    def unregister(self, buffer: Buffer) -> None:
+        return
+
     def upload(self, pairs: Pairs, after: Event | None) -> Event:
         start = time.perf_counter()
         done = 0

@@ -161,6 +161,7 @@ class Store:
                 if progress is not None:
                     progress(single.read_nbytes)
         self.device.synchronize()
+        self.device.unregister(pool.buffer)
         pool.close()
 
     # What travels in every pass.
