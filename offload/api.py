@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,7 +64,8 @@ def load(
         dtype: as transformers: "auto", a name or a torch dtype.
         batch, context: memory is set aside for this many sequences of so many tokens (default: 2048, or the model's
             own context if that is less). Where a budget was named, a pass beyond them is refused with BudgetError.
-        prompt_tokens: tokens of a sequence that run at once, at most; default: a quarter of `context`.
+        prompt_tokens: tokens of a sequence that run at once, at most; default: `context`. Generation asks for the last
+            token's logits only; a plain forward makes those of all tokens, which come on top.
         slots: depth of the rings; 1 turns prefetching off. Default: two, more where slots are small.
         io: I/O backend: threads, uring or aiofiles.
         strict: a fall-back to something slower is an error.
@@ -85,7 +87,7 @@ def load(
         sizes = from_max_memory(max_memory)
         cpu_memory = cpu_memory if cpu_memory is not None else sizes.get("cpu_memory")
         gpu_memory = gpu_memory if gpu_memory is not None else sizes.get("gpu_memory")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _named(device)
     budgets = resolve(cpu_memory=cpu_memory, gpu_memory=gpu_memory, resident=resident, device=device)
     kwargs = {k: v for k, v in model_kwargs.items() if k not in IGNORED}
     if progress is not None:
@@ -95,7 +97,7 @@ def load(
         opened = open_checkpoint(find(model), engine, dtype=dtype if torch_dtype is None else torch_dtype, **kwargs)
         spec = opened.spec
         total = context or min(2048, spec.max_tokens or 2048)
-        work = Workload(batch=batch, total_tokens=total, prompt_tokens=prompt_tokens or max(1, total // 4))
+        work = Workload(batch=batch, total_tokens=total, prompt_tokens=prompt_tokens or total)
         warm_up(device)
         division = divide(spec, budgets, work, slots=slots)
         where = _device(device, budgets, division, link)
@@ -158,9 +160,13 @@ def wrap(
         sizes = from_max_memory(max_memory)
         cpu_memory = cpu_memory if cpu_memory is not None else sizes.get("cpu_memory")
         gpu_memory = gpu_memory if gpu_memory is not None else sizes.get("gpu_memory")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _named(device)
     budgets = resolve(cpu_memory=cpu_memory, gpu_memory=gpu_memory, resident=resident, device=device)
-    anatomy = dissect(module)
+    shared = Counter(p.untyped_storage().data_ptr() for p in module.parameters())
+    anatomy = dissect(
+        module,  # a view of other parameters, or one that is not contiguous, could not be put back as it was
+        keep=lambda p: not p.is_contiguous() or shared[p.untyped_storage().data_ptr()] > 1,
+    )
     given = {n: o[0].module._parameters[o[0].attribute] for n, o in anatomy.owners.items()}
     parameters = {n: p for n, p in given.items() if p is not None}
     nowhere = {
@@ -178,11 +184,10 @@ def wrap(
     engine = Engine(io, strict=strict)
     try:
         away = {n: p.detach() for n, p in parameters.items() if home[n] is Tier.DISK}
-        contiguous = {n: t.contiguous() for n, t in away.items()}
         folder = offload_dir or offload_folder or os.environ.get("TMPDIR") or "/tmp"
         files = {}
         if away:
-            written, file = swap_out(contiguous, folder, engine)
+            written, file = swap_out(away, folder, engine)
             sources |= written
             files[file.path] = file
         where = _device(device, budgets, division, link)
@@ -194,7 +199,7 @@ def wrap(
     handle = Offloaded(module, session, spec, budgets, division, work, rate)
     handle.checkpoint_nbytes = spec.nbytes
     handle._restore = _Restore(handle, parameters, away)
-    del away, contiguous
+    del away
     handle._restore.empty()
     start(handle, progress, strict)
     handle.ready_s = time.perf_counter() - began
@@ -207,7 +212,7 @@ class _Restore:
     def __init__(self, handle: Offloaded, parameters: Mapping[str, nn.Parameter], away: Mapping[str, Any]) -> None:
         self._handle, self._parameters = handle, parameters
         self._owners = handle.session.anatomy.owners
-        self._away = {n: (t.shape, t.stride()) for n, t in away.items()}
+        self._away = set(away)
 
     def empty(self) -> None:
         """Frees the memory of the parameters that were written to disk."""
@@ -216,13 +221,22 @@ class _Restore:
 
     def __call__(self) -> None:
         session = self._handle.session
-        for name, (shape, stride) in self._away.items():
-            values = torch.empty_strided(shape, stride, dtype=self._parameters[name].dtype)
-            self._parameters[name].data = values.copy_(session.store.whole(name))
-        session.close()
-        for name, owners in self._owners.items():
-            for owner in owners:
-                owner.module._parameters[owner.attribute] = self._parameters[name]
+        for name in list(self._away):
+            self._parameters[name].data = session.store.whole(name, torch.device("cpu"))
+            self._away.discard(name)
+        try:
+            session.close()
+        finally:
+            for name, owners in self._owners.items():
+                for owner in owners:
+                    owner.module._parameters[owner.attribute] = self._parameters[name]
+
+
+def _named(device: str | None) -> str:
+    """The device's full name: CUDA devices have a number."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" and torch.cuda.is_available() else device
 
 
 def _device(name: str, budgets: Budgets, division: Division, link: str | float | None) -> Device:

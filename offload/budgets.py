@@ -14,6 +14,8 @@ from offload.planner.workspace import LIBRARIES, MARGIN, Workspace, workspace
 from offload.specs import Budgets, ModelSpec, Workload
 from offload.units import GIB, MIB, format_bytes, parse_bytes
 
+DEVICE_SLACK = 640  # bytes that aligning one tensor costs at most
+TRANSIT = 64 * MIB  # buffers on the way to a device while memory fills
 GPU_MARGIN = 256 * MIB  # context, cuBLAS workspaces and fragmentation
 Size = str | int | float | None
 
@@ -150,7 +152,9 @@ def divide(
     if budgets.gpu_memory is None:
         host -= need.nbytes
     else:
-        device = budgets.gpu_memory - need.nbytes
+        device = budgets.gpu_memory - need.nbytes - DEVICE_SLACK * sum(1 + len(u.tensors) for u in spec.units)
+        reserve += TRANSIT
+        host -= TRANSIT
     target = budgets.resident
     if isinstance(target, float):
         target = int(target * spec.nbytes)

@@ -181,8 +181,7 @@ def generate(
         sampling: handed to generate: do_sample, temperature, top_p, num_beams, ...
     """
     longest = max(map(len, prompts))
-    pad = model.generation_config.pad_token_id
-    pad = 0 if pad is None else pad
+    pad = _pad_token(model.generation_config)
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=session.device.torch_device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=ids.device)
     marks = _Marks(session, on_token)
@@ -203,6 +202,16 @@ def generate(
     rows = result if isinstance(result, torch.Tensor) else result.sequences
     tokens = [row[longest:].tolist() for row in rows]
     return _measured(tokens, marks.marks)
+
+
+def _pad_token(config: Any) -> int:
+    """What fills sequences that have ended: the pad token, else the end token as transformers does, else 0."""
+    if config.pad_token_id is not None:
+        return int(config.pad_token_id)
+    end = config.eos_token_id
+    if isinstance(end, Sequence):
+        end = end[0] if end else None
+    return 0 if end is None else int(end)
 
 
 def _measured(tokens: list[list[int]], marks: list[tuple[float, SessionStatistics]]) -> Generated:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ from offload.errors import StrictError
 from offload.planner.placement import Tier
 from offload.runtime.probe import disk_rate
 from offload.runtime.session import Session
+from offload.runtime.warmup import warm_kernels
 from offload.specs import Budgets, ModelSpec, Workload
 
 Progress = Callable[[str, int, int], None]
@@ -88,8 +90,8 @@ class Offloaded:
     def close(self) -> None:
         """Stops everything and gives memory and files back. A wrapped module gets its parameters back."""
         if self._restore is not None:
-            restore, self._restore = self._restore, None
-            restore()
+            self._restore()  # may be called again if it was interrupted: the swap file is there until it is through
+            self._restore = None
         self.session.close()
 
 
@@ -106,7 +108,8 @@ def start(handle: Offloaded, progress: Progress | None, strict: bool) -> None:
             progress("filling memory", done, total)
 
     try:
-        session.store.fill(count)
+        dtypes = Counter(source.dtype for source in session.store.sources.values())
+        session.store.fill(count, lambda: warm_kernels(dtypes.most_common(1)[0][0], session.device.torch_device))
         session.start()
         if strict and session.fallbacks:
             raise StrictError("strict mode: " + "; ".join(session.fallbacks))

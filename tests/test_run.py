@@ -101,7 +101,7 @@ def test_explain(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_bad_options(checkpoint: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], says: str) -> None:
-    assert run(str(checkpoint), *options) in (1, 2)
+    assert run(str(checkpoint), "--max-new-tokens", "5", *options) in (1, 2)
     assert says in capsys.readouterr().err
 
 
@@ -156,7 +156,7 @@ def spoil_quantised(folder: Path) -> str:
 def test_bad_checkpoints(copy: Path, capsys: pytest.CaptureFixture[str], spoil: object) -> None:
     assert callable(spoil)
     says = spoil(copy)
-    assert run(str(copy), "--prompt-ids", "5") == 1
+    assert run(str(copy), "--prompt-ids", "5", "--max-new-tokens", "5") == 1
     assert says in capsys.readouterr().err
 
 
@@ -246,3 +246,23 @@ def test_interrupt(checkpoint: Path) -> None:
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
     assert signal.SIGINT.name not in done.stdout
+
+
+def test_tied_weights_that_differ_are_named(tmp_path: Path) -> None:
+    """transformers would not tie them; we do not guess which one is meant."""
+    from safetensors.torch import load_file, save_file
+
+    MODELS["llama-tied"].save(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shard = index["weight_map"]["model.embed_tokens.weight"]
+    tensors = load_file(tmp_path / shard)
+    for scale, works in ((1, True), (2, False)):
+        extra = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] * scale}
+        save_file(extra, tmp_path / shard, metadata={"format": "pt"})
+        index["weight_map"]["lm_head.weight"] = shard
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        if works:
+            offload.load(tmp_path, resident=0.5).close()
+        else:
+            with pytest.raises(offload.CheckpointError, match="tie_word_embeddings"):
+                offload.load(tmp_path, resident=0.5)

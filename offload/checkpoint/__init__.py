@@ -23,6 +23,7 @@ from offload.runtime.discovery import Anatomy, dissect
 from offload.specs import ModelSpec, TensorSpec, UnitSpec
 from offload.tiers.host import as_tensor
 from offload.tiers.layout import Source, assemble, lay_out
+from offload.tiers.transit import is_same
 
 __all__ = ["Opened", "describe", "find", "open_checkpoint", "read_config"]
 
@@ -94,7 +95,7 @@ def open_checkpoint(
     model = build(config, resolve_dtype(dtype, config, stored[0][0] if stored else None), **model_kwargs)
     located = locate(model, checkpoint.entries, resolve_dtype(dtype, config, stored[0][0] if stored else None))
     anatomy = dissect(model)
-    sources = _by_parameter(model, anatomy, located)
+    sources = _by_parameter(model, anatomy, located, engine)
     _load_buffers(model, located, engine)
     _take_generation_config(model, directory)
     return Opened(
@@ -130,8 +131,9 @@ def describe(anatomy: Anatomy, sources: dict[str, Source], config: Any = None) -
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
     layers = getattr(text, "num_hidden_layers", 0) or 0
-    matrices = [s.shape for u in anatomy.units for n in u.tensors if len((s := sources[n]).shape) == 2]
-    widest = max((max(shape) for shape in matrices if shape[0] != getattr(text, "vocab_size", None)), default=hidden)
+    matrices = [s.shape for u in anatomy.units for n in u.tensors if len((s := sources[n]).shape) >= 2]
+    vocabulary = getattr(text, "vocab_size", None)
+    widest = max((max(shape[-2:]) for shape in matrices if shape[0] != vocabulary), default=hidden)
     return ModelSpec(
         units=units,
         loose=tuple(spec(name) for name in anatomy.loose),
@@ -145,17 +147,25 @@ def describe(anatomy: Anatomy, sources: dict[str, Source], config: Any = None) -
     )
 
 
-def _by_parameter(model: nn.Module, anatomy: Anatomy, located: dict[str, Source]) -> dict[str, Source]:
+def _by_parameter(model: nn.Module, anatomy: Anatomy, located: dict[str, Source], engine: Engine) -> dict[str, Source]:
     """One source for each parameter; a tied one may be stored under any of its names."""
-    modules = {id(m): n for n, m in model.named_modules()}
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
     sources, missing = {}, []
     for name, owners in anatomy.owners.items():
-        names = [".".join(filter(None, (modules[id(o.module)], o.attribute))) for o in owners]
-        found = next((located[n] for n in names if n in located), None)
-        if found is None:
+        names = {".".join(filter(None, (path, o.attribute))): None for o in owners for path in paths[id(o.module)]}
+        found = [located[n] for n in names if n in located]
+        if not found:
             missing.append(name)
-        else:
-            sources[name] = Source(name, found.dtype, found.shape, found.pieces)
+            continue
+        for other in found[1:]:
+            if other.pieces != found[0].pieces and not is_same(found[0], other, engine):
+                raise CheckpointError(
+                    f"config.json ties {found[0].name} and {other.name}, but the checkpoint holds different values for "
+                    'them; set "tie_word_embeddings": false in config.json if they are meant to differ'
+                )
+        sources[name] = Source(name, found[0].dtype, found[0].shape, found[0].pieces)
     if missing:
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise CheckpointError(f"the checkpoint lacks {len(missing)} tensors that the model needs: {shown}")

@@ -67,6 +67,9 @@ def locate(model: nn.Module, entries: Mapping[str, Entry], dtype: torch.dtype) -
             converter, found = merged.setdefault(name, (by_pattern[pattern], []))
             found.append((pattern, entries[key]))
     for name, (converter, found) in merged.items():
+        if len(found) == 1 and found[0][1].shape == targets.shape(name) and _is_optional(converter):
+            sources[name] = targets.plain(name, found[0][1])  # stored as it is used already
+            continue
         for source in _merge(model, name, converter, found, targets):
             sources[source.name] = source
     return sources
@@ -126,10 +129,18 @@ def _merge(
         shape = targets.shape(target)
         width = shape[-1] if found[0][1].shape[1:] else 1
         ids = rows.reshape(-1)
-        if not torch.equal(second[target].reshape(-1), ids * 3) or rows.numel() * width != prod(shape):
+        is_rows = bool(found[0][1].shape[1:])
+        fits = tuple(rows.shape) == ((*shape[:-1], 1) if is_rows else shape)
+        fits = fits and not (is_rows and any(e.shape[-1] != width for _, e in found))
+        if not fits or not ids.numel() or not torch.equal(second[target].reshape(-1), ids * 3):
             raise _unsupported(name, converter)
         sources.append(targets.of(target, _pieces(ids, [e for _, e in found], width)))
     return sources
+
+
+def _is_optional(converter: Any) -> bool:
+    """Whether a conversion leaves alone what has the model's shape already."""
+    return all(getattr(op, "check_dims", False) for op in converter.operations)
 
 
 def _rows_after(
@@ -137,6 +148,8 @@ def _rows_after(
 ) -> dict[str, torch.Tensor]:
     """Runs the conversion on row numbers, multiplied by `scale`."""
     run = deepcopy(converter)
+    if any(not entry.shape for _, entry in found):
+        raise _unsupported(name, converter)
     for k, (pattern, entry) in enumerate(found):
         rows = torch.arange(prod(entry.shape[:-1]) if entry.shape[1:] else entry.shape[0], dtype=torch.int64)
         rows = ((rows + k * _STRIDE) * scale).reshape((*entry.shape[:-1], 1) if entry.shape[1:] else entry.shape)

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 
 from offload.api import Offloaded, load
 from offload.checkpoint import find, read_config
+from offload.commands.live import live
 from offload.errors import UsageError
 from offload.generate import Generated, check_ids, check_length, encode, generate, tokenizer_of
 from offload.hardware import peak_rss_bytes, versions
@@ -61,6 +62,7 @@ def execute(request: Request) -> int:
     transformers.utils.logging.set_verbosity_error()
     console = Console(stderr=True, quiet=request.json)
     _check(request)
+    request = replace(request, prompt=_text(request))
     directory = find(request.model)
     tokenizer = tokenizer_of(directory)
     if tokenizer is None and request.prompt_ids is None and not request.explain:
@@ -137,17 +139,20 @@ def _prompt(request: Request, tokenizer: Any) -> list[int]:
             return [int(part) for part in request.prompt_ids.replace(" ", ",").split(",") if part]
         except ValueError:
             raise UsageError(f"--prompt-ids {request.prompt_ids!r} is not a list of numbers such as 3,4,5") from None
-    if request.prompt is None:
-        return []
+    return [] if request.prompt is None else encode(tokenizer, request.prompt, raw=request.raw)
+
+
+def _text(request: Request) -> str | None:
+    """The prompt as text: as given, from standard input, or from a file."""
     text = request.prompt
     if text == "-":
-        text = sys.stdin.read()
-    elif text.startswith("@"):
+        return sys.stdin.read()
+    if text is not None and text.startswith("@"):
         try:
-            text = Path(text[1:]).read_text()
+            return Path(text[1:]).read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--prompt {text}: the file cannot be read: {error}") from error
-    return encode(tokenizer, text, raw=request.raw)
+    return text
 
 
 def _load(request: Request, directory: Path, ids: list[int], console: Console) -> Offloaded:
@@ -163,7 +168,7 @@ def _load(request: Request, directory: Path, ids: list[int], console: Console) -
             dtype=request.dtype,
             batch=request.batch,
             context=context,
-            prompt_tokens=CHAT_CONTEXT // 4 if request.chat else max(1, len(ids)),
+            prompt_tokens=CHAT_CONTEXT if request.chat else max(1, len(ids)),
             slots=request.slots,
             io=request.io,
             strict=request.strict,
@@ -182,33 +187,25 @@ def _bar(console: Console) -> Iterator[Any]:
 
 
 def _generate(request: Request, handle: Offloaded, tokenizer: Any, ids: list[int], console: Console) -> Generated:
-    streamer = None
-    if tokenizer is not None and not request.json and request.batch == 1:
-        streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    if request.sample:
-        torch.manual_seed(request.seed)
+    prints_words = tokenizer is not None and not request.json and request.batch == 1
     sampling: dict[str, Any] = {"do_sample": request.sample}
     if request.sample:
+        torch.manual_seed(request.seed)
         sampling |= {k: v for k in ("temperature", "top_p") if (v := getattr(request, k)) is not None}
     else:
         sampling |= {"temperature": None, "top_p": None, "top_k": None}
-    with console.status("prefill") if streamer is None else _nothing() as status:
-
-        def on_token(count: int) -> None:
-            if status is not None:
-                status.update(f"{count} tokens")
-
+    with live(console, tokenizer if prints_words else None, request.batch) as shown:
         result = generate(
             handle.model,
             handle.session,
             [ids] * request.batch,
             new_tokens=request.max_new_tokens,
             stop_at_eos=not request.ignore_eos,
-            streamer=streamer,
-            on_token=on_token,
+            streamer=shown.streamer,
+            on_token=shown.on_token,
             **sampling,
         )
-    if streamer is None and not request.json:
+    if not prints_words and not request.json:
         for row in result.tokens:
             print(tokenizer.decode(row, skip_special_tokens=True) if tokenizer else ",".join(map(str, row)))
     return result
@@ -219,11 +216,6 @@ def _bounded(handle: Offloaded, before: float | None, result: Generated) -> Gene
     rates = [rate for rate in (before, handle.measure_disk()) if rate]
     handle.disk_bytes_per_s = max(rates, default=None)
     return result.bounded(disk_bytes_per_s=handle.disk_bytes_per_s, link_bytes_per_s=handle.link_bytes_per_s)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield None
 
 
 def _converse(request: Request, handle: Offloaded, tokenizer: Any, console: Console) -> None:
@@ -239,7 +231,7 @@ def _converse(request: Request, handle: Offloaded, tokenizer: Any, console: Cons
             if not text:
                 return
         ids = encode(tokenizer, text, history=history, raw=request.raw)
-        check_length(len(ids), request.max_new_tokens, handle.spec.max_tokens)
+        check_length(len(ids), request.max_new_tokens, min(handle.spec.max_tokens or CHAT_CONTEXT, CHAT_CONTEXT))
         result = _bounded(handle, handle.disk_bytes_per_s, _generate(request, handle, tokenizer, ids, console))
         answer = tokenizer.decode(result.tokens[0], skip_special_tokens=True)
         history += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]

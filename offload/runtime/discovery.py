@@ -7,7 +7,7 @@ name and no architecture is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -55,16 +55,23 @@ class Anatomy:
     owners: dict[str, tuple[Owner, ...]]
 
 
-def dissect(root: nn.Module) -> Anatomy:
-    """Divides a module's parameters among units. Touches no data, so the module may be on meta."""
+def dissect(root: nn.Module, keep: Callable[[nn.Parameter], bool] = lambda _: False) -> Anatomy:
+    """Divides a module's parameters among units. Touches no data, so the module may be on meta.
+
+    Args:
+        keep: whether a parameter must stay where it is, whatever unit uses it.
+    """
     names: dict[int, str] = {}
     owners: dict[str, list[Owner]] = {}
     owning_module: dict[str, list[str]] = {}
-    for module_name, module in root.named_modules():
+    kept: set[str] = set()
+    for module_name, module in root.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             full = f"{module_name}.{attribute}" if module_name else attribute
             name = names.setdefault(id(parameter), full)
             owners.setdefault(name, []).append(Owner(module, attribute))
+            if keep(parameter):
+                kept.add(name)
             owning_module.setdefault(name, []).append(module_name)
     parts = list(_parts(root, "", _nbytes(root)))
     units: list[Unit] = []
@@ -77,7 +84,7 @@ def dissect(root: nn.Module) -> Anatomy:
                 m for m, o in zip(owning_module[name], holders, strict=True) if not isinstance(o.module, nn.Embedding)
             ] or owning_module[name]
             inside = [m for m in whole_users if m == unit_name or m.startswith(prefix)]
-            if inside and len(inside) == len(whole_users):
+            if inside and len(inside) == len(whole_users) and name not in kept:
                 mine.append(name)
         units.append(Unit(name=unit_name, module=module, tensors=tuple(mine)))
     taken = {t for u in units for t in u.tensors}

@@ -101,6 +101,9 @@ class Executor:
             StorageError: its bundle could not be read.
         """
         self._inside = None
+        if self._is_stopping:  # a restart was interrupted half way
+            self._stop()
+            self._start(self._order, self._at)
         if self._computes[self._at].unit != unit:
             self._restart_at(unit)
         step = self._computes[self._at]
@@ -164,11 +167,11 @@ class Executor:
         for step in self._schedule:
             if isinstance(step, Release):
                 self._releases.setdefault(step.after[0], []).append(step)
-        self._at, self._pass = at, 0
-        self._failure, self._is_stopping = None, False
+        self._at, self._pass, self._failure = at, 0, None
         self._mover.host_ring.resume()
         self._mover.device_ring.resume()
         first = min((k for k, s in enumerate(self._schedule) if s.unit == order[at] and self._is_of(s, at)), default=0)
+        self._is_stopping = False
         for verb in (Read, Upload):
             steps = [s for s in self._schedule if isinstance(s, verb)]
             if steps:
@@ -319,9 +322,8 @@ class Executor:
         with self._changed:
             while self._in_flight:
                 self._changed.wait()
-            for flight in self._flights.values():
-                flight.lease.release()
-            self._flights.clear()
+            while self._flights:
+                self._flights.popitem()[1].lease.release()
         self._mover.device.synchronize()  # uploads and computes that still use a slot
         self._slot_computes.clear()
         self._inside = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from offload.errors import BudgetError, ClosedError, ModelError
@@ -86,6 +88,7 @@ class Session:
         self._handles: list[RemovableHandle] = []
         self._fetched: dict[str, int] = {}
         self._bound: dict[str, torch.Tensor] = {}
+        self._active: list[tuple[int, str | None]] = []  # (thread, unit) of running forwards, outermost first
         self._uninstall: Callable[[], None] = lambda: None
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._is_closed = False
@@ -105,7 +108,7 @@ class Session:
             self._uninstall = rowwise.install(self.root)
         if self._executor is not None and all(u.module is not self.root for u in hooked):
             self._handles += [
-                self.root.register_forward_pre_hook(lambda *_: self._running().begin_pass(), prepend=True),
+                self.root.register_forward_pre_hook(lambda *_: self._begin_pass(), prepend=True),
                 self.root.register_forward_hook(lambda *_: self._running().end_pass()),
             ]
 
@@ -196,12 +199,21 @@ class Session:
         travels = unit.name in self.placement.bundles
         reads_only = not self.device.has_memory
 
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            me = threading.get_ident()
+            if module is self.root:
+                self._active.clear()  # nothing is outside it, so what is there was interrupted
+                self._unbind()
+            if self._active and self._active[-1][0] != me:
+                raise ModelError("the model is running in another thread; run it in one thread at a time")
+            if self._active:  # inside another unit, whose slot must stay: what is absent here is fetched whole
+                self._active.append((me, None))
+                return
+            self._active.append((me, unit.name))
             lease = self._running().enter(unit.name)
             if not travels or lease is None:
                 return
-            if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-                self._running().leave()
+            if torch.is_grad_enabled() and any(_needs_gradient(leaf) for leaf in tree_leaves((args, kwargs))):
                 raise ModelError(
                     f"{unit.name} streams its weights and was given an input that needs gradients; its weights would "
                     "be gone by the time of the backward pass. Run under torch.no_grad()."
@@ -210,21 +222,52 @@ class Session:
             self._bound = tensors(unit.name, lease.index)
             self._binder.bind(self._bound)
 
-        def leave(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-            if travels:
-                self._binder.unbind(self._bound)
-                self._bound = {}
+        def leave(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+            if not self._active or self._active[-1][0] != threading.get_ident():
+                return None  # it was refused
+            if self._active.pop()[1] != unit.name:
+                return None  # it ran inside another unit
+            kept = _detached_from(self._bound, result)
+            self._unbind()
             if not self._is_closed:
                 self._running().leave()
+            return kept
 
         self._handles += [
-            unit.module.register_forward_pre_hook(enter, prepend=True),
+            unit.module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
             unit.module.register_forward_hook(leave, always_call=True),
         ]
+
+    def _begin_pass(self) -> None:
+        """The whole model is entered: what an interrupted pass left bound or open is put right."""
+        self._active.clear()
+        self._unbind()
+        self._running().begin_pass()
+
+    def _unbind(self) -> None:
+        if self._bound:
+            self._binder.unbind(self._bound)
+            self._bound = {}
 
     def _running(self) -> Executor:
         assert self._executor is not None
         return self._executor
+
+
+def _needs_gradient(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
+
+
+def _detached_from(bound: Mapping[str, torch.Tensor], result: Any) -> Any:
+    """A unit's result, with copies of tensors that are views of a slot; None when there are none."""
+    slots = {t.untyped_storage().data_ptr() for t in bound.values()}
+
+    def is_in_slot(leaf: Any) -> bool:
+        return type(leaf) in (torch.Tensor, nn.Parameter) and leaf.untyped_storage().data_ptr() in slots
+
+    if not slots or not any(map(is_in_slot, tree_leaves(result))):
+        return None
+    return tree_map(lambda leaf: leaf.clone() if is_in_slot(leaf) else leaf, result)
 
 
 def token_check(root: nn.Module, planned: int, kv_bytes_per_token: int) -> Callable[..., None]:

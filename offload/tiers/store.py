@@ -15,11 +15,13 @@ from offload.io.buffers import Buffer, BufferPool, Lease
 from offload.io.engine import Engine, File
 from offload.io.extents import ALIGNMENT
 from offload.planner.placement import Placement, Tier
+from offload.tiers import transit
 from offload.tiers.device import Device, Event
 from offload.tiers.futures import join
 from offload.tiers.host import HostArena, as_tensor
 from offload.tiers.layout import VIEW_ALIGNMENT, Layout, Source, View, assemble, lay_out
 from offload.tiers.rows import URGENT, read_rows
+from offload.tiers.transit import Put
 
 DEVICE_ALIGNMENT = 512
 
@@ -92,77 +94,53 @@ class Store:
             lay_out([self.sources[n]]).read_nbytes for n in self._on_device if n not in self._given
         )
 
-    def fill(self, progress: Progress | None = None) -> None:
-        """Reads everything that stays in memory, at the disk's rate; calls `progress` with bytes as they arrive."""
+    def fill(self, progress: Progress | None = None, meanwhile: Callable[[], None] | None = None) -> None:
+        """Reads everything that stays in memory, at the disk's rate.
+
+        Args:
+            progress: called with bytes as they arrive.
+            meanwhile: called once while the disk is busy.
+        """
         futures: list[Future[int]] = []
-        staged: list[tuple[Layout, torch.Tensor]] = []
+        jobs: list[tuple[Source, Put]] = []
         for layout in self._kept.values():
-            if not layout.views:
-                continue
             view = self.arena.take(layout.final_nbytes)
             area = as_tensor(view)
             for name, place in layout.views.items():
                 self._resident[name] = place.of(area)
+                if not self.sources[name].is_plain:
+                    jobs.append((self.sources[name], _copy_to(self._resident[name])))
             for op in layout.reads:
                 if not op.is_staging:
                     part = view[op.at : op.at + op.nbytes]
                     futures.append(self.engine.read(self.open(op.path), op.offset, part, need=op.need))
-            if layout.copies:
-                staged.append((layout, area))
+        if meanwhile is not None:
+            meanwhile()
         for future in futures:
             done = future.result()
             if progress is not None:
                 progress(done)
-        self._fill_staged(staged, progress)
-        self._fill_device(progress)
-
-    def _fill_staged(self, staged: Iterable[tuple[Layout, torch.Tensor]], progress: Progress | None) -> None:
-        """Assembled tensors, one at a time through a buffer of the largest one's size."""
-        singles = []
-        for layout, area in staged:
-            for name, place in layout.views.items():
-                if not self.sources[name].is_plain:
-                    singles.append((lay_out([self.sources[name]]), area[place.at : place.at + place.nbytes]))
-        if not singles:
-            return
-        buffer = Buffer(max(single.staging_nbytes for single, _ in singles))
-        for single, target in singles:
-            self._read_into(single, buffer.view, buffer.view).result()
-            assemble(single, target, as_tensor(buffer.view))
-            if progress is not None:
-                progress(single.read_nbytes)
-        buffer.close()
-
-    def _fill_device(self, progress: Progress | None) -> None:
-        """Through two transit buffers: one is read while the other is uploaded."""
         for name in self._on_device:
+            target = self._resident[name] = self._device_kept[name].of(self._device_arena)
             if name in self._given:
-                target = self._resident[name] = self._device_kept[name].of(self._device_arena)
                 self.device.upload([(_flat(target), _flat(self._given.pop(name)))], None).wait()
-        names = [n for n in self._on_device if n not in self._resident]
-        if not names:
-            return
-        singles = [lay_out([self.sources[n]]) for n in names]
-        pool = BufferPool(2, max(single.nbytes for single in singles))
-        self.device.register(pool.buffer)
-        queue: list[tuple[str, Layout, Lease, Future[int]]] = []
-        for k in range(len(singles) + 1):
-            if k < len(singles):
-                lease = pool.lease()
-                queue.append((names[k], singles[k], lease, self._submit(singles[k], lease.view)))
-            if k > 0:
-                name, single, lease, future = queue.pop(0)
-                future.result()
-                target = self._device_kept[name].of(self._device_arena)
-                source = single.views[name].of(as_tensor(lease.view))
-                self.device.upload([(_flat(target), _flat(source))], None).wait()
-                self._resident[name] = target
-                lease.release()
-                if progress is not None:
-                    progress(single.read_nbytes)
-        self.device.synchronize()
-        self.device.unregister(pool.buffer)
-        pool.close()
+            else:
+                jobs.append((self.sources[name], self._upload_to(target)))
+        if jobs:
+            pool = transit.buffers()
+            self.device.register(pool.buffer)
+            transit.bring(jobs, self.engine, pool, progress)
+            self.device.synchronize()
+            self.device.unregister(pool.buffer)
+            pool.close()
+
+    def _upload_to(self, target: torch.Tensor) -> Put:
+        flat = target.reshape(-1)
+
+        def put(start: int, values: torch.Tensor) -> None:
+            self.device.upload([(_flat(flat[start : start + len(values)]), _flat(values))], None).wait()
+
+        return put
 
     # What travels in every pass.
 
@@ -217,14 +195,15 @@ class Store:
             return self.whole(name).index_select(0, ids.to(self.device.torch_device))
         return read_rows(source, wanted, self.engine, self.open).to(self.device.torch_device)
 
-    def whole(self, name: str) -> torch.Tensor:
-        """A copy of the tensor where the model computes, wherever it lives."""
+    def whole(self, name: str, device: torch.device | None = None) -> torch.Tensor:
+        """A copy of the tensor where the model computes (or on another device), wherever it lives."""
+        device = device or self.device.torch_device
         if name in self._resident:
-            return self._resident[name].to(self.device.torch_device)
+            return self._resident[name].to(device)
         layout = lay_out([self.sources[name]])
         buffer = Buffer(layout.nbytes)
         self._submit(layout, buffer.view, URGENT).result()
-        return layout.views[name].of(as_tensor(buffer.view)).to(self.device.torch_device)
+        return layout.views[name].of(as_tensor(buffer.view)).to(device)
 
     def resident_nbytes(self, tier: Tier) -> int:
         """Bytes of weights that stay on a tier."""
@@ -294,12 +273,22 @@ class Store:
         priority: int = 0,
         finish: Callable[[], None] | None = None,
     ) -> Future[int]:
+        files = [self.open(op.path) for op in layout.reads]  # what can fail comes before anything is in flight
         parts = []
-        for op in layout.reads:
+        for file, op in zip(files, layout.reads, strict=True):
             area = staging if op.is_staging else final
             part = area[op.at : op.at + op.nbytes]
-            parts.append(self.engine.read(self.open(op.path), op.offset, part, need=op.need, priority=priority))
+            parts.append(self.engine.read(file, op.offset, part, need=op.need, priority=priority))
         return join(parts, finish)
+
+
+def _copy_to(target: torch.Tensor) -> Put:
+    flat = target.reshape(-1)
+
+    def put(start: int, values: torch.Tensor) -> None:
+        flat[start : start + len(values)] = values
+
+    return put
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,105 @@
+"""Brings tensors from disk to where they stay by way of a few small buffers: to cast, to assemble, or to upload."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+
+import torch
+
+from offload.io.buffers import BufferPool, Lease
+from offload.io.engine import Engine
+from offload.io.extents import ALIGNMENT, Extent
+from offload.tiers.host import as_tensor
+from offload.tiers.layout import Piece, Source
+from offload.units import MIB
+
+CHUNK = 16 * MIB
+BUFFERS = 4
+NBYTES = BUFFERS * (CHUNK + 2 * ALIGNMENT)  # what a transfer takes while it runs
+
+Put = Callable[[int, torch.Tensor], None]
+"""Called with the index of the first element and the elements, in the model's dtype and row-major order."""
+
+
+def chunks(source: Source) -> Iterator[Piece]:
+    """The pieces of a tensor, none larger than CHUNK."""
+    for piece in source.pieces:
+        itemsize = piece.dtype.itemsize
+        step = CHUNK // itemsize
+        for first in range(0, piece.count, step):
+            count = min(step, piece.count - first)
+            extent = Extent(piece.extent.path, piece.extent.offset + first * itemsize, count * itemsize)
+            yield Piece(extent, piece.dtype, piece.start + first, count)
+
+
+def bring(
+    jobs: Sequence[tuple[Source, Put]], engine: Engine, pool: BufferPool, progress: Callable[[int], None] | None = None
+) -> None:
+    """Reads every tensor and hands its elements to its `put`, in order, while later ones are being read.
+
+    Args:
+        pool: from `buffers`.
+        progress: called with bytes as they arrive.
+
+    Raises:
+        StorageError: something could not be read. Nothing is in flight then.
+    """
+    flights: deque[tuple[Lease, Future[int], Source, Piece, Put]] = deque()
+
+    def land() -> None:
+        lease, future, source, piece, put = flights.popleft()
+        nbytes = future.result()
+        begin = piece.extent.offset - piece.extent.aligned().offset
+        raw = as_tensor(lease.view)[begin : begin + piece.extent.nbytes]
+        stored = (raw.clone() if begin % piece.dtype.itemsize else raw).view(piece.dtype)
+        put(piece.start, stored.to(source.dtype))
+        lease.release()
+        if progress is not None:
+            progress(nbytes)
+
+    try:
+        for source, put in jobs:
+            for piece in chunks(source):
+                if len(flights) == BUFFERS:
+                    land()
+                lease, whole = pool.lease(), piece.extent.aligned()
+                need = piece.extent.end - whole.offset
+                future = engine.read(engine.open(whole.path), whole.offset, lease.view[: whole.nbytes], need=need)
+                flights.append((lease, future, source, piece, put))
+        while flights:
+            land()
+    finally:
+        for _, future, *_ in flights:
+            future.exception()
+
+
+def buffers() -> BufferPool:
+    """The buffers that `bring` needs."""
+    return BufferPool(BUFFERS, CHUNK + 2 * ALIGNMENT)
+
+
+def is_same(a: Source, b: Source, engine: Engine) -> bool:
+    """Whether two stored tensors hold the same values. Reads both."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    differs = False
+    mine: deque[tuple[int, torch.Tensor]] = deque()
+
+    def keep(start: int, values: torch.Tensor) -> None:
+        mine.append((start, values.clone()))
+
+    def compare(start: int, values: torch.Tensor) -> None:
+        nonlocal differs
+        first, expected = mine.popleft()
+        differs = differs or first != start or not torch.equal(expected, values)
+
+    for piece_a, piece_b in zip(chunks(a), chunks(b), strict=True):
+        pool = buffers()
+        one = [(Source(s.name, s.dtype, s.shape, (p,)), f) for s, p, f in ((a, piece_a, keep), (b, piece_b, compare))]
+        bring(one, engine, pool)
+        pool.close()
+        if differs:
+            return False
+    return True
