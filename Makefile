@@ -38,10 +38,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench-decode: $(BENCH_READY)
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/decode.py $(ARGS)
 
 bench-io: $(READY)
-	$(BIN)/python benchmarks/engine_io.py
+	$(BIN)/python benchmarks/engine_io.py $(FILE)
 
 # torch comes first and alone: it is most of the download, and what follows then finds it settled.
 $(READY): pyproject.toml setup.py constraints.txt
