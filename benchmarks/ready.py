@@ -95,7 +95,8 @@ def main() -> None:
     facts = hardware(a.model)
     page = (
         f"# Ready to generate, {date.today()}\n\n{machine_line(facts)} Model: "
-        f"{checkpoint_bytes(a.model) / 1e9:.2f} GB, cpu_memory {a.cpu_memory}, {nbytes / 1e9:.2f} GB resident; medians of {a.rounds} rounds.\n\n"
+        f"{checkpoint_bytes(a.model) / 1e9:.2f} GB, "
+        f"cpu_memory {a.cpu_memory}, {nbytes / 1e9:.2f} GB resident; medians of {a.rounds} rounds.\n\n"
         + table(["what", "seconds", "GB/s"], rows)
         + f"\n\n{ratio:.2f} times the reading; target {TARGET}.\n"
     )

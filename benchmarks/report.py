@@ -12,7 +12,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from runner import ROOT, run
+
 RESULTS = ROOT / "benchmarks" / "results"
 SCRATCH = ROOT / "benchmarks" / "scratch"
 if str(ROOT) not in sys.path:  # so that `import offload` works from a checkout that was never installed
@@ -82,7 +83,6 @@ def made_checkpoint(size: str) -> Path:
     Raises:
         SystemExit: the checkout has no such script.
     """
-    from runner import run
 
     folder, script = SCRATCH / f"random-{size}", ROOT / "demo" / "checkpoint.py"
     if (folder / "config.json").is_file():

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from report import ROOT
+ROOT = Path(__file__).resolve().parents[1]
 
 SECTOR = 512  # what ru_oublock counts, whatever the disk
 MARK = '{"memory_limit"'  # how memlimit.sh's closing line on standard error begins

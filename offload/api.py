@@ -21,7 +21,8 @@ from offload.planner.placement import Tier
 from offload.runtime.discovery import dissect
 from offload.runtime.session import Session, token_check
 from offload.specs import Budgets, ModelSpec, Workload
-from offload.tiers.device import Device, create, warm_up
+from offload.tiers.device import Device
+from offload.tiers.devices import create, warm_up
 from offload.tiers.layout import Piece, Source
 from offload.tiers.swap import swap_out
 from offload.units import parse_bytes, parse_rate

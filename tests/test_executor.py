@@ -22,7 +22,8 @@ from offload.planner.virtual import replay
 from offload.runtime.executor import Executor
 from offload.runtime.timeline import Timeline
 from offload.specs import TensorSpec
-from offload.tiers.device import CpuDevice, Event
+from offload.tiers.device import Event
+from offload.tiers.devices import CpuDevice
 
 
 class FakeMover:

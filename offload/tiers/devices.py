@@ -1,0 +1,80 @@
+"""The devices there are, by name; the plain CPU, which has no memory of its own, is at home here."""
+
+from __future__ import annotations
+
+import torch
+
+from offload.errors import UsageError
+from offload.io.buffers import Buffer
+from offload.tiers.device import Device, DeviceStatistics, Event, Happened, Pairs
+
+
+class CpuDevice:
+    """No accelerator: the model computes on host memory and nothing is uploaded."""
+
+    name = "cpu"
+    has_memory = False
+    keeps_alignment = True
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        raise AssertionError("the plain CPU has no memory of its own")
+
+    def register(self, buffer: Buffer) -> str | None:
+        return None
+
+    def unregister(self, buffer: Buffer) -> None:
+        return
+
+    def upload(self, pairs: Pairs, after: Event | None) -> Event:
+        raise AssertionError("nothing is uploaded to the plain CPU")
+
+    def order_compute_after(self, event: Event) -> None:
+        return
+
+    def mark_compute(self) -> Event:
+        return Happened()
+
+    def synchronize(self) -> None:
+        return
+
+    def statistics(self) -> DeviceStatistics:
+        return DeviceStatistics()
+
+    def close(self) -> None:
+        return
+
+
+def warm_up(name: str) -> None:
+    """Lets a device's libraries take the main memory they need, so that it can be counted beforehand."""
+    if name.startswith("cuda") and torch.cuda.is_available():
+        torch.zeros(1, device=name)
+        torch.cuda.synchronize(name)
+
+
+def create(name: str, *, memory_nbytes: int | None = None, link_bytes_per_s: float | None = None) -> Device:
+    """The device of that name.
+
+    Args:
+        name: `cpu`, `emulated`, `cuda` or `cuda:N`.
+        memory_nbytes: cap on the device's memory; needed for `emulated`.
+        link_bytes_per_s: pace of the emulated link in each direction; None: as fast as memory copies go.
+
+    Raises:
+        UsageError: no such device, or it is not usable here.
+    """
+    if name == "cpu":
+        return CpuDevice()
+    if name == "emulated":
+        from offload.tiers.emulated import EmulatedDevice
+
+        if memory_nbytes is None:
+            raise UsageError('device="emulated" needs gpu_memory: how much memory should it have?')
+        return EmulatedDevice(memory_nbytes, link_bytes_per_s)
+    if name == "cuda" or name.startswith("cuda:"):
+        from offload.tiers.cuda import CudaDevice
+
+        return CudaDevice(name)
+    raise UsageError(f"device={name!r} is not known; there are cpu, emulated, cuda and cuda:N")
