@@ -145,7 +145,7 @@ def _contenders(path: str, nbytes: int) -> dict[str, Callable[[], Sample]]:
         found["fio libaio 8 x 8 MiB"] = partial(fio, path, nbytes)
     for backend in BACKENDS:
         if backend != "fake" and probe(backend) is None:
-            found[f"engine {backend} 8 x 8 MiB"] = partial(engine, path, nbytes, backend, 8, 8 * MIB, REQUEST_NBYTES)
+            found[f"engine {backend} 8 x 4 MiB"] = partial(engine, path, nbytes, backend, 8, 4 * MIB, REQUEST_NBYTES)
     return found
 
 

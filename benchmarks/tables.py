@@ -176,7 +176,6 @@ def checks(lines: Sequence[Line], *, limit_bytes: int, model_bytes: int) -> list
     def faster(system: str, batch: int) -> float | None:
         return ratio(pick(system, batch), pick(OURS, batch), lambda run: run.step_s)
 
-    ready = [run.load_s / (run.line["resident_bytes"] / run.ceiling) for run in mine if run.load_s and run.ceiling]
     allowed = max(0.0, model_bytes - LIMIT_SHARE * limit_bytes) / 1e9
     every = [run for run in found if run.system == OURS]
     return [
@@ -209,7 +208,6 @@ def checks(lines: Sequence[Line], *, limit_bytes: int, model_bytes: int) -> list
             value=middle(run.prefill_s / run.step_s for run in many.values() if run.prefill_s),
             target=None,
         ),
-        Check(name="ready over reading the resident set once", value=middle(ready), target=1.3),
         Check(
             name="largest peak RSS, over the limit",
             value=max((run.peak_rss_bytes / limit_bytes for run in every if run.peak_rss_bytes), default=None),

@@ -44,6 +44,7 @@ def load(
     prompt_tokens: int | None = None,
     slots: int | None = None,
     io: str = "threads",
+    exact: bool = True,
     strict: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -69,6 +70,8 @@ def load(
             token's logits only; a plain forward makes those of all tokens, which come on top.
         slots: depth of the rings; 1 turns prefetching off. Default: two, more where slots are small.
         io: I/O backend: threads, uring or aiofiles.
+        exact: compute with torch's own ops only, so that results equal transformers' bit by bit. False takes faster
+            kernels, where there are any; sums are in float32, and a result is within a rounding of the exact one.
         strict: a fall-back to something slower is an error.
         dry_run: decide everything, read no weights; the model cannot run.
         progress: called while long work goes on.
@@ -102,7 +105,8 @@ def load(
         warm_up(device)
         division = divide(spec, budgets, work, slots=slots)
         where = _device(device, budgets, division, link)
-        session = Session(opened.model, opened.anatomy, opened.sources, division.placement, engine, where)
+        parts = opened.model, opened.anatomy, opened.sources
+        session = Session(*parts, division.placement, engine, where, exact=exact)
     except BaseException:
         engine.close()
         raise
@@ -130,6 +134,7 @@ def wrap(
     workspace: str | int = "256MiB",
     slots: int | None = None,
     io: str = "threads",
+    exact: bool = True,
     strict: bool = False,
     progress: Progress | None = None,
     max_memory: Mapping[Any, Size] | None = None,
@@ -192,7 +197,7 @@ def wrap(
             sources |= written
             files[file.path] = file
         where = _device(device, budgets, division, link)
-        session = Session(module, anatomy, sources, division.placement, engine, where, parameters, files)
+        session = Session(module, anatomy, sources, division.placement, engine, where, parameters, files, exact=exact)
     except BaseException:
         engine.close()
         raise

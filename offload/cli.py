@@ -43,6 +43,7 @@ def run(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on past the end token")] = False,
     slots: Annotated[int | None, typer.Option(help="depth of the rings; 1 turns prefetching off")] = None,
     io: Annotated[str, typer.Option(help="I/O backend: threads, uring or aiofiles")] = "threads",
+    exact: Annotated[bool, typer.Option("--exact/--fast", help="torch's own ops only, or faster kernels")] = True,
     strict: Annotated[bool, typer.Option("--strict", help="a fall-back to something slower is an error")] = False,
     trace: Annotated[str | None, typer.Option(help="write a Chrome trace to this file")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="print the schedule of one pass and stop")] = False,

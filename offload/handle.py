@@ -109,7 +109,8 @@ def start(handle: Offloaded, progress: Progress | None, strict: bool) -> None:
 
     try:
         dtypes = Counter(source.dtype for source in session.store.sources.values())
-        session.store.fill(count, lambda: warm_kernels(dtypes.most_common(1)[0][0], session.device.torch_device))
+        dtype = dtypes.most_common(1)[0][0]
+        session.store.fill(count, lambda: warm_kernels(dtype, session.device.torch_device, session.linear))
         session.start()
         if strict and session.fallbacks:
             raise StrictError("strict mode: " + "; ".join(session.fallbacks))

@@ -51,6 +51,7 @@ class Request:
     ignore_eos: bool = False
     slots: int | None = None
     io: str = "threads"
+    exact: bool = True
     strict: bool = False
     trace: str | None = None
     explain: bool = False
@@ -114,6 +115,7 @@ def report(request: Request, handle: Offloaded, tokenizer: Any, result: Generate
         "disk_bytes_per_s": handle.disk_bytes_per_s,
         "link_bytes_per_s": handle.link_bytes_per_s,
         "fallbacks": list(handle.fallbacks),
+        "kernels": {"linear": f"{handle.session.linear.implementation}: {handle.session.linear.why}"},
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
@@ -171,6 +173,7 @@ def _load(request: Request, directory: Path, ids: list[int], console: Console) -
             prompt_tokens=CHAT_CONTEXT if request.chat else max(1, len(ids)),
             slots=request.slots,
             io=request.io,
+            exact=request.exact,
             strict=request.strict,
             dry_run=request.explain,
             progress=progress,

@@ -57,7 +57,7 @@ class Engine:
     """
 
     def __init__(
-        self, backend: str | Backend = "threads", *, threads: int = 8, block_nbytes: int = 8 * MIB, direct: bool = True,
+        self, backend: str | Backend = "threads", *, threads: int = 8, block_nbytes: int = 4 * MIB, direct: bool = True,
         strict: bool = False,
     ) -> None:  # fmt: skip
         if threads < 1:

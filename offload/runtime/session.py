@@ -14,9 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.errors import BudgetError, ClosedError, ModelError
 from offload.io.engine import Engine, File
+from offload.kernels import choose
 from offload.planner.placement import Placement
 from offload.planner.schedule import Schedule, emit
-from offload.runtime import rowwise
+from offload.runtime import linears
 from offload.runtime.binding import Binder
 from offload.runtime.discovery import Anatomy, Unit
 from offload.runtime.executor import Executor
@@ -64,6 +65,10 @@ class Session:
         device: where the model computes; the session closes it.
         given: tensors that are in main memory already.
         files: files that are open already, by path.
+        exact: torch's own ops only.
+
+    Attributes:
+        linear: which implementation computes nn.Linear for few rows.
     """
 
     def __init__(
@@ -76,9 +81,12 @@ class Session:
         device: Device,
         given: Mapping[str, torch.Tensor] | None = None,
         files: Mapping[str, File] | None = None,
+        *,
+        exact: bool = True,
     ) -> None:
         self.root, self.anatomy, self.placement = root, anatomy, placement
         self.engine, self.device = engine, device
+        self.linear = choose("linear", device.torch_device.type, exact=exact)
         self.timeline = Timeline()
         names = {u.name: u.tensors for u in anatomy.units} | {LOOSE: anatomy.loose}
         self.store = Store(engine, sources, names, placement, device, given, files)
@@ -105,7 +113,7 @@ class Session:
         for unit in hooked:
             self._hook(unit)
         if self.device.torch_device.type == "cpu":
-            self._uninstall = rowwise.install(self.root)
+            self._uninstall = linears.install(self.root, self.linear)
         if self._executor is not None and all(u.module is not self.root for u in hooked):
             self._handles += [
                 self.root.register_forward_pre_hook(lambda *_: self._begin_pass(), prepend=True),

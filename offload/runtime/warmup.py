@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from offload.kernels import Choice
+
 _WIDTH = 256
 
 
-def warm_kernels(dtype: torch.dtype, device: torch.device) -> None:
+def warm_kernels(dtype: torch.dtype, device: torch.device, linear: Choice) -> None:
     """Runs a small matrix product, a matrix-vector product and an attention, so that libraries start their threads and
     compile their first kernels now. Call it in the thread that will run the model: thread pools belong to their caller.
     """
@@ -17,6 +19,9 @@ def warm_kernels(dtype: torch.dtype, device: torch.device) -> None:
     weight = torch.zeros(_WIDTH, _WIDTH, dtype=dtype, device=device)
     with torch.no_grad():
         for rows in (32, 1):
-            functional.linear(torch.zeros(rows, _WIDTH, dtype=dtype, device=device), weight)
+            x = torch.zeros(rows, _WIDTH, dtype=dtype, device=device)
+            functional.linear(x, weight)
+            if linear.implementation != "torch" and linear.refuses()(x, weight) is None:
+                linear.function()(x, weight)
             heads = torch.zeros(1, 4, rows, 64, dtype=dtype, device=device)
             functional.scaled_dot_product_attention(heads, heads, heads)

@@ -1,0 +1,187 @@
+"""The CPU kernels beside torch's own ops and the bandwidth of memory, in one interleaved loop.
+
+    python benchmarks/kernels.py
+
+Weights lie in huge pages, as under offload, and every pass goes over several hundred megabytes of them, so that no
+cache helps. A kernel's bandwidth counts the bytes that it must move at least: packed weights, or 30 bytes for a
+parameter of AdamW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from report import RESULTS, hardware, machine_line, number, table, write
+
+SHAPE = 8192, 3072  # a matrix of a 3B Llama's feed-forward
+AREA = 768 << 20  # bytes of weights in a pass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time: `run` goes over `nbytes`; `peer` does the same with torch."""
+
+    name: str
+    nbytes: int
+    run: Callable[[], Any]
+    peer: Callable[[], Any] | None = None
+    bound: str = "read"
+
+
+def arguments() -> argparse.Namespace:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--rounds", type=int, default=7)
+    ap.add_argument("--only", default="", help="cases whose name contains this")
+    ap.add_argument("--out", type=Path, default=RESULTS)
+    return ap.parse_args()
+
+
+def cases() -> list[Case]:
+    """All of them; they share one area of memory for weights."""
+    import torch
+    from torch.nn import functional
+
+    from offload.io.buffers import Buffer
+    from offload.kernels import choose, reference
+    from offload.kernels.cpu import bandwidth
+    from offload.tiers.host import as_tensor
+
+    torch.manual_seed(0)
+    area = as_tensor(Buffer(AREA).view)
+    other = as_tensor(Buffer(AREA).view)
+    outputs, inputs = SHAPE
+
+    def fill(value: torch.Tensor) -> list[torch.Tensor]:
+        """As many copies of a matrix as there is room for, side by side."""
+        room = value.nbytes
+        copies = [area[at : at + room].view(value.dtype).view(value.shape) for at in range(0, AREA - room + 1, room)]
+        for copy in copies:
+            copy.copy_(value)
+        return copies
+
+    found = [
+        Case("read", AREA, lambda: bandwidth.read(area)),
+        Case("copy", 2 * AREA, lambda: bandwidth.copy(other, area), lambda: other.copy_(area), "copy"),
+    ]
+    plain = torch.randn(outputs, inputs) / inputs**0.5
+
+    def linears(dtype: torch.dtype, rows: int) -> Case:
+        function = choose("linear", "cpu", forced="cpu").function()
+        x = torch.randn(rows, inputs).to(dtype)
+        weights: list[torch.Tensor] = []
+
+        def over(op: Callable[..., Any]) -> Callable[[], None]:
+            def run() -> None:
+                if not weights or weights[0][0, :8].ne(plain[0, :8].to(dtype)).any():
+                    weights[:] = fill(plain.to(dtype))
+                for weight in weights:
+                    op(x, weight)
+
+            return run
+
+        size = outputs * inputs * dtype.itemsize
+        return Case(
+            f"linear {str(dtype)[6:]}, {rows} rows", AREA // size * size, over(function), over(functional.linear)
+        )
+
+    found += [linears(torch.bfloat16, rows) for rows in (1, 2, 4, 8, 16)]
+    found += [linears(torch.float16, 1), linears(torch.float32, 1)]
+
+    eight = reference.quantize_int8(plain)
+    copies8 = [reference.Int8Weight(eight.q.clone(), eight.scale) for _ in range(AREA // 2 // eight.nbytes)]
+    x = torch.randn(1, inputs).bfloat16()
+    int8 = choose("linear_int8", "cpu", forced="cpu").function()
+    found.append(
+        Case("linear int8, 1 row", len(copies8) * eight.nbytes, lambda: [int8(x, weight) for weight in copies8])
+    )
+    int4 = choose("linear_int4", "cpu", forced="cpu").function()
+    for group, symmetric in ((32, False), (32, True), (64, True), (128, True)):
+        four = reference.quantize_int4(plain, group, symmetric=symmetric)
+        copies4 = [
+            reference.Int4Weight(four.packed.clone(), four.scale.clone(), four.offset, inputs, group)
+            for _ in range(AREA // 4 // four.nbytes)
+        ]
+        kind = "symmetric" if symmetric else "asymmetric"
+        found.append(
+            Case(
+                f"linear int4, groups of {group}, {kind}, 1 row",
+                len(copies4) * four.nbytes,
+                lambda copies4=copies4: [int4(x, weight) for weight in copies4],  # type: ignore[misc]
+            )
+        )
+    found.append(adamw())
+    return found
+
+
+def adamw() -> Case:
+    import torch
+
+    from offload.kernels import choose
+    from offload.kernels.reference import AdamW
+
+    count = 32 << 20
+    master, mean, square = torch.randn(count), torch.zeros(count), torch.zeros(count)
+    grad, weight = torch.randn(count).bfloat16(), torch.empty(count, dtype=torch.bfloat16)
+    parameter = torch.nn.Parameter(master.clone())
+    parameter.grad = grad.float()
+    peer = torch.optim.AdamW([parameter], lr=1e-3, fused=True)
+    step = choose("adamw_step", "cpu", forced="cpu").function()
+    numbers = AdamW(lr=1e-3, step=3)
+    return Case("adamw_step", 30 * count, lambda: step(master, mean, square, grad, weight, numbers), peer.step, "copy")
+
+
+def main() -> None:
+    a = arguments()
+    import torch
+
+    from offload.hardware import versions
+    from offload.kernels.cpu import team
+
+    chosen = [c for c in cases() if a.only in c.name or c.name in ("read", "copy")]
+    seconds: dict[tuple[str, str], list[float]] = {}
+    with torch.no_grad():
+        for turn in range(a.rounds + 1):
+            for case in chosen:
+                for who, run in (("offload", case.run), ("torch", case.peer)):
+                    if run is None:
+                        continue
+                    run()  # fills, compiles, warms
+                    began = time.perf_counter()
+                    run()
+                    if turn:
+                        seconds.setdefault((case.name, who), []).append(time.perf_counter() - began)
+    middle = {key: median(values) for key, values in seconds.items()}
+    rates = {c.name: c.nbytes / middle[c.name, "offload"] for c in chosen}
+    rows = []
+    for case in chosen:
+        peer = middle.get((case.name, "torch"))
+        rows.append(
+            [
+                case.name,
+                number(rates[case.name], scale=1e9),
+                number(case.nbytes / peer, scale=1e9) if peer else "",
+                number(peer / middle[case.name, "offload"]) if peer else "",
+                number(rates[case.name] / rates[case.bound], digits=2),
+            ]
+        )
+    facts = hardware()
+    page = (
+        f"# CPU kernels, {date.today()}\n\n{machine_line(facts)}; {torch.get_num_threads()} threads. Matrices of "
+        f"{SHAPE[0]} x {SHAPE[1]}; medians of {a.rounds} rounds; compiling took {team.compiled_s:.1f} s.\n\n"
+        + table(["op", "GB/s", "torch, GB/s", "times torch", "of the bound"], rows)
+        + "\nThe bound is the rate of pure reading; for `adamw_step` that of copying, both counted at 2 bytes a byte.\n"
+    )
+    print(page)
+    lines = [{"op": name, "who": who, "seconds": values} for (name, who), values in seconds.items()]
+    write("kernels-cpu", {"hardware": facts, "versions": versions(), "rates": rates, "lines": lines}, page, a.out)
+
+
+if __name__ == "__main__":
+    main()

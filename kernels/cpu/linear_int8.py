@@ -1,0 +1,52 @@
+"""y = x W^T + b with W in 8 bits and a scale for each output; sums in float32, as for the wider formats."""
+
+from __future__ import annotations
+
+import torch
+
+from offload.kernels.cpu.dot import make_products
+from offload.kernels.cpu.linear import step_of
+from offload.kernels.cpu.team import team_function
+from offload.kernels.cpu.vector import claim, get_f32, get_i8, get_i64, load_i8, put_f32
+from offload.kernels.reference import Int8Weight
+
+MAX_ROWS = 16  # beyond, unpacking once and torch's matrix product cost less
+
+_multiply = make_products(load_i8, get_i8, put_f32, get_f32)
+
+
+@team_function("linear_int8")
+def _linear_int8(block: int) -> None:
+    pieces, step = get_i64(block, 1), get_i64(block, 2)
+    x, w, scale, bias, y = get_i64(block, 3), get_i64(block, 4), get_i64(block, 5), get_i64(block, 6), get_i64(block, 7)
+    rows, outputs, inputs = get_i64(block, 8), get_i64(block, 9), get_i64(block, 10)
+    piece = claim(block)
+    while piece < pieces:
+        first = piece * step
+        last = min(outputs, first + step)
+        _multiply(w + first * inputs, inputs, first, last, x, rows, outputs, inputs, scale, bias, y)
+        piece = claim(block)
+
+
+def refuses(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None) -> str | None:
+    """Why `linear_int8` would not take these; None when it does."""
+    if x.device.type != "cpu":
+        return f"on {x.device}"
+    if not (x.is_contiguous() and weight.q.is_contiguous()):
+        return "not contiguous"
+    if x.shape[-1] == 0 or not 0 < x.numel() // x.shape[-1] <= MAX_ROWS:
+        return f"more than {MAX_ROWS} rows, or none"
+    return None
+
+
+def linear_int8(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """See offload.kernels.reference.linear_int8; at most MAX_ROWS rows of x, contiguous."""
+    outputs, inputs = weight.q.shape
+    wide, shift = x.float(), None if bias is None else bias.float()
+    y = torch.empty(*x.shape[:-1], outputs)
+    step = step_of(inputs)
+    _linear_int8(
+        -(-outputs // step), step, wide.data_ptr(), weight.q.data_ptr(), weight.scale.data_ptr(),
+        0 if shift is None else shift.data_ptr(), y.data_ptr(), x.numel() // inputs, outputs, inputs,
+    )  # fmt: skip
+    return y.to(x.dtype)

@@ -1,0 +1,50 @@
+"""One row of a bf16 matrix out of 12 bits a weight: 64 weights at a time, then the rare exponents as patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit, uint32
+
+from offload.kernels.cpu.vector import (
+    get_i32,
+    get_u8,
+    get_u16,
+    load_u8,
+    put_u16,
+    splat_u16,
+    store_u16,
+)
+
+
+@njit(error_model="numpy")
+def _join(low: Any, code: Any, largest: Any) -> Any:
+    """Sign and mantissa, exponent codes and the largest exponent to the bits of 32 bf16."""
+    exponent = (largest - code) << splat_u16(uint32(7))
+    sign = low << splat_u16(uint32(8)) & splat_u16(uint32(0x8000))
+    return sign | exponent | low & splat_u16(uint32(0x7F))
+
+
+@njit(error_model="numpy")
+def unpack_row(low: int, codes: int, largest: int, at: int, exponents: int, first: int, last: int, out: int, n: int):  # type: ignore[no-untyped-def]
+    """Writes `n` bf16 to the address `out`.
+
+    Args:
+        low, codes: addresses of the row's two planes.
+        largest: the matrix's largest exponent.
+        at, exponents: addresses of all patches; the row's are `first` to `last`.
+    """
+    top, four = splat_u16(uint32(largest)), splat_u16(uint32(4))
+    whole = n // 64 * 64
+    for start in range(0, whole, 64):
+        pair = load_u8(codes, start >> 1)
+        store_u16(out, start, _join(load_u8(low, start), pair & splat_u16(uint32(15)), top))
+        store_u16(out, start + 32, _join(load_u8(low, start + 32), pair >> four, top))
+    for k in range(whole, n):
+        byte = get_u8(codes, (whole >> 1) + (k - whole) % 32)
+        code = byte & uint32(15) if k - whole < 32 else byte >> uint32(4)
+        one = get_u8(low, k)
+        put_u16(out, k, (one & uint32(0x80)) << uint32(8) | (uint32(largest) - code) << uint32(7) | one & uint32(0x7F))
+    for p in range(first, last):
+        k = get_i32(at, p)
+        put_u16(out, k, get_u16(out, k) & uint32(0x807F) | get_u8(exponents, p) << uint32(7))

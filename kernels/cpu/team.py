@@ -1,0 +1,113 @@
+"""Runs compiled functions on the threads that torch computes with.
+
+torch's OpenMP library keeps a team of threads. `GOMP_parallel` asks that very team to run a function, as torch's own
+ops do, so there is no second pool to compete for the cores, `torch.set_num_threads` holds for both, and a call costs
+microseconds. Work is claimed piece by piece from a counter: a thread that lost its core to an I/O thread does less.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from numba import types
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
+
+compiled_s = 0.0  # seconds that compiling took in this process; what came from the cache does not count
+_HEAD = 2  # the counter and the number of pieces
+_compiling = threading.Lock()
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """numba's cache on disk, keyed by a name and the code of all kernels.
+
+    numba's own key sees changes in the function's file only, and never finds a function that was made by another one
+    and calls a third.
+    """
+
+    def __init__(self, python: Callable[[int], None], name: str) -> None:
+        super().__init__(python)
+        self._name = name
+
+    def _index_key(self, signature: Any, codegen: Any) -> Any:
+        return signature, codegen.magic_tuple(), self._name, _sources()
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of the code of all kernels."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class TeamFunction:
+    """A function of one address, compiled at first use and kept in numba's cache on disk.
+
+    It gets the address of a block of int64: a counter, the number of pieces, and the arguments of the call. It is to
+    claim pieces until none is left, and is run by every thread of the team at once.
+    """
+
+    def __init__(self, python: Callable[[int], None], name: str) -> None:
+        self.name, self._python = name, python
+
+    @functools.cached_property
+    def _address(self) -> int:
+        global compiled_s
+        with _compiling:
+            began = time.perf_counter()
+            signature = normalize_signature(types.void(types.int64))
+            made = CFunc(self._python, signature, locals={}, options={"error_model": "numpy"})
+            made._cache = _Cache(self._python, self.name)
+            made.compile()
+            if not made.cache_hits:
+                compiled_s += time.perf_counter() - began
+        self._made = made  # it owns the machine code
+        return int(made.address)
+
+    def __call__(self, pieces: int, *arguments: int, threads: int | None = None) -> None:
+        """Runs all pieces; returns when they are done.
+
+        Args:
+            pieces: how many there are to claim.
+            arguments: what the function reads behind the counter.
+            threads: how many work on it; default: torch's number.
+        """
+        block = (ctypes.c_int64 * (_HEAD + len(arguments)))(0, pieces, *arguments)
+        threads = min(threads or torch.get_num_threads(), pieces)
+        run = _runner()
+        if threads <= 1 or run is None:
+            ctypes.CFUNCTYPE(None, ctypes.c_int64)(self._address)(ctypes.addressof(block))
+        else:
+            run(self._address, ctypes.addressof(block), threads, 0)
+
+
+def team_function(name: str) -> Callable[[Callable[[int], None]], TeamFunction]:
+    """Decorator: see TeamFunction. Of two functions made by one piece of code, each needs a name of its own."""
+    return lambda python: TeamFunction(python, name)
+
+
+@functools.cache
+def _runner() -> Callable[[int, int, int, int], None] | None:
+    """GOMP_parallel(function, its argument, threads, flags) of the OpenMP library in this process, if it has one."""
+    try:
+        run = ctypes.CDLL(None).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return run  # type: ignore[no-any-return]
+
+
+def has_team() -> bool:
+    """Whether functions run on more than the calling thread."""
+    return _runner() is not None
