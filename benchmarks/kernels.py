@@ -1,6 +1,7 @@
 """The CPU kernels beside torch's own ops and the bandwidth of memory, in one interleaved loop.
 
     python benchmarks/kernels.py
+    python benchmarks/kernels.py --docs     # and writes the table in docs/kernels.md anew
 
 Weights lie in huge pages, as under offload, and every pass goes over several hundred megabytes of them, so that no
 cache helps. A kernel's bandwidth counts the bytes that it must move at least: packed weights, or 30 bytes for a
@@ -12,13 +13,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from report import RESULTS, hardware, machine_line, number, table, write
+from report import RESULTS, ROOT, hardware, machine_line, number, table, write
 
 SHAPE = 8192, 3072  # a matrix of a 3B Llama's feed-forward
 AREA = 768 << 20  # bytes of weights in a pass
@@ -29,6 +30,7 @@ class Case:
     """One thing to time: `run` goes over `nbytes`; `peer` does the same with torch."""
 
     name: str
+    file: str
     nbytes: int
     run: Callable[[], Any]
     peer: Callable[[], Any] | None = None
@@ -39,6 +41,7 @@ def arguments() -> argparse.Namespace:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--rounds", type=int, default=7)
     ap.add_argument("--only", default="", help="cases whose name contains this")
+    ap.add_argument("--docs", action="store_true", help="put the table into docs/kernels.md")
     ap.add_argument("--out", type=Path, default=RESULTS)
     return ap.parse_args()
 
@@ -62,13 +65,13 @@ def cases() -> list[Case]:
         """As many copies of a matrix as there is room for, side by side."""
         room = value.nbytes
         copies = [area[at : at + room].view(value.dtype).view(value.shape) for at in range(0, AREA - room + 1, room)]
-        for copy in copies:
-            copy.copy_(value)
+        for one in copies:
+            one.copy_(value)
         return copies
 
     found = [
-        Case("read", AREA, lambda: bandwidth.read(area)),
-        Case("copy", 2 * AREA, lambda: bandwidth.copy(other, area), lambda: other.copy_(area), "copy"),
+        Case("read", "bandwidth.py", AREA, lambda: bandwidth.read(area)),
+        Case("copy", "bandwidth.py", 2 * AREA, lambda: bandwidth.copy(other, area), lambda: other.copy_(area), "copy"),
     ]
     plain = torch.randn(outputs, inputs) / inputs**0.5
 
@@ -86,38 +89,49 @@ def cases() -> list[Case]:
 
             return run
 
-        size = outputs * inputs * dtype.itemsize
-        return Case(
-            f"linear {str(dtype)[6:]}, {rows} rows", AREA // size * size, over(function), over(functional.linear)
-        )
+        nbytes = AREA // (outputs * inputs * dtype.itemsize) * outputs * inputs * dtype.itemsize
+        name = f"linear, {str(dtype)[6:]}, {rows} row{'s' * (rows > 1)}"
+        return Case(name, "linear.py", nbytes, over(function), over(functional.linear))
 
     found += [linears(torch.bfloat16, rows) for rows in (1, 2, 4, 8, 16)]
     found += [linears(torch.float16, 1), linears(torch.float32, 1)]
 
-    eight = reference.quantize_int8(plain)
-    copies8 = [reference.Int8Weight(eight.q.clone(), eight.scale) for _ in range(AREA // 2 // eight.nbytes)]
     x = torch.randn(1, inputs).bfloat16()
-    int8 = choose("linear_int8", "cpu", forced="cpu").function()
-    found.append(
-        Case("linear int8, 1 row", len(copies8) * eight.nbytes, lambda: [int8(x, weight) for weight in copies8])
-    )
-    int4 = choose("linear_int4", "cpu", forced="cpu").function()
+
+    def packed(name: str, op: str, weight: Any, total: int) -> Case:
+        """Products with enough copies of a packed matrix to fill `total` bytes."""
+        function = choose(op, "cpu", forced="cpu").function()
+        copies = [in_huge_pages(weight) for _ in range(total // weight.nbytes)]
+        return Case(name, f"{op}.py", len(copies) * weight.nbytes, lambda: [function(x, one) for one in copies])
+
+    found.append(packed("linear, int8, 1 row", "linear_int8", reference.quantize_int8(plain), AREA // 2))
     for group, symmetric in ((32, False), (32, True), (64, True), (128, True)):
         four = reference.quantize_int4(plain, group, symmetric=symmetric)
-        copies4 = [
-            reference.Int4Weight(four.packed.clone(), four.scale.clone(), four.offset, inputs, group)
-            for _ in range(AREA // 4 // four.nbytes)
-        ]
-        kind = "symmetric" if symmetric else "asymmetric"
-        found.append(
-            Case(
-                f"linear int4, groups of {group}, {kind}, 1 row",
-                len(copies4) * four.nbytes,
-                lambda copies4=copies4: [int4(x, weight) for weight in copies4],  # type: ignore[misc]
-            )
-        )
+        kind = "" if symmetric else ", asymmetric"
+        found.append(packed(f"linear, int4, groups of {group}{kind}, 1 row", "linear_int4", four, AREA // 4))
+    twelve = reference.pack_lossless(plain.bfloat16())
+    found.append(packed("linear, lossless, 1 row", "linear_lossless", twelve, AREA))
+    unpack = choose("unpack_lossless", "cpu", forced="cpu").function()
+    out = other[: plain.numel() * 2].view(torch.bfloat16).view(SHAPE)
+    found.append(Case("unpack lossless to bf16", "unpack_lossless.py", twelve.nbytes, lambda: unpack(twelve, out)))
     found.append(adamw())
     return found
+
+
+def huge(tensor: Any) -> Any:
+    """A copy in huge pages, where offload keeps its tensors."""
+    from offload.io.buffers import Buffer
+    from offload.tiers.host import as_tensor
+
+    return as_tensor(Buffer(tensor.nbytes).view).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def in_huge_pages(weight: Any) -> Any:
+    """A packed weight, all parts of it copied."""
+    import torch
+
+    parts = {field.name: getattr(weight, field.name) for field in fields(weight)}
+    return replace(weight, **{k: huge(v) for k, v in parts.items() if isinstance(v, torch.Tensor)})
 
 
 def adamw() -> Case:
@@ -127,14 +141,27 @@ def adamw() -> Case:
     from offload.kernels.reference import AdamW
 
     count = 32 << 20
-    master, mean, square = torch.randn(count), torch.zeros(count), torch.zeros(count)
-    grad, weight = torch.randn(count).bfloat16(), torch.empty(count, dtype=torch.bfloat16)
-    parameter = torch.nn.Parameter(master.clone())
-    parameter.grad = grad.float()
+    master, mean, square = huge(torch.randn(count)), huge(torch.zeros(count)), huge(torch.zeros(count))
+    grad, weight = huge(torch.randn(count).bfloat16()), huge(torch.empty(count, dtype=torch.bfloat16))
+    parameter = torch.nn.Parameter(huge(master))
+    parameter.grad = huge(grad.float())
     peer = torch.optim.AdamW([parameter], lr=1e-3, fused=True)
+    peer.step()
+    peer.state[parameter] |= {k: huge(v) for k, v in peer.state[parameter].items() if k != "step"}
     step = choose("adamw_step", "cpu", forced="cpu").function()
     numbers = AdamW(lr=1e-3, step=3)
-    return Case("adamw_step", 30 * count, lambda: step(master, mean, square, grad, weight, numbers), peer.step, "copy")
+
+    def run() -> None:
+        step(master, mean, square, grad, weight, numbers)
+
+    return Case("adamw_step", "adamw_step.py", 30 * count, run, peer.step, "copy")
+
+
+def put_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Replaces what stands between two markers of a page."""
+    before, _, rest = page.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
 def main() -> None:
@@ -165,6 +192,7 @@ def main() -> None:
         rows.append(
             [
                 case.name,
+                f"`{case.file}`",
                 number(rates[case.name], scale=1e9),
                 number(case.nbytes / peer, scale=1e9) if peer else "",
                 number(peer / middle[case.name, "offload"]) if peer else "",
@@ -172,13 +200,16 @@ def main() -> None:
             ]
         )
     facts = hardware()
-    page = (
-        f"# CPU kernels, {date.today()}\n\n{machine_line(facts)}; {torch.get_num_threads()} threads. Matrices of "
-        f"{SHAPE[0]} x {SHAPE[1]}; medians of {a.rounds} rounds; compiling took {team.compiled_s:.1f} s.\n\n"
-        + table(["op", "GB/s", "torch, GB/s", "times torch", "of the bound"], rows)
-        + "\nThe bound is the rate of pure reading; for `adamw_step` that of copying, both counted at 2 bytes a byte.\n"
+    body = (
+        f"{machine_line(facts)}; {torch.get_num_threads()} threads; {date.today()}. Matrices of {SHAPE[0]} x "
+        f"{SHAPE[1]}; medians of {a.rounds} rounds; compiling took {team.compiled_s:.1f} s.\n\n"
+        + table(["op", "file", "GB/s", "torch, GB/s", "times torch", "of the bound"], rows)
+        + "\nThe bound is the rate of pure reading; for `adamw_step` that of copying, counted at 2 bytes a byte.\n"
     )
+    page = f"# CPU kernels, {date.today()}\n\n{body}"
     print(page)
+    if a.docs:
+        put_between(ROOT / "docs" / "kernels.md", "<!-- made by benchmarks/kernels.py --docs -->", "<!-- end -->", body)
     lines = [{"op": name, "who": who, "seconds": values} for (name, who), values in seconds.items()]
     write("kernels-cpu", {"hardware": facts, "versions": versions(), "rates": rates, "lines": lines}, page, a.out)
 

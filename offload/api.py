@@ -17,9 +17,11 @@ from offload.errors import ModelError, UsageError
 from offload.handle import Offloaded, Progress, start
 from offload.io.engine import Engine
 from offload.io.extents import Extent
+from offload.kernels import Choice, choose
 from offload.planner.placement import Tier
 from offload.runtime.discovery import dissect
 from offload.runtime.session import Session, token_check
+from offload.runtime.warmup import compile_linear
 from offload.specs import Budgets, ModelSpec, Workload
 from offload.tiers.device import Device
 from offload.tiers.devices import create, warm_up
@@ -103,10 +105,11 @@ def load(
         total = context or min(2048, spec.max_tokens or 2048)
         work = Workload(batch=batch, total_tokens=total, prompt_tokens=prompt_tokens or total)
         warm_up(device)
+        linear = _linear(device, opened.sources, exact)
         division = divide(spec, budgets, work, slots=slots)
         where = _device(device, budgets, division, link)
         parts = opened.model, opened.anatomy, opened.sources
-        session = Session(*parts, division.placement, engine, where, exact=exact)
+        session = Session(*parts, division.placement, engine, where, linear=linear)
     except BaseException:
         engine.close()
         raise
@@ -185,6 +188,7 @@ def wrap(
     work = Workload(batch=1, prompt_tokens=0, total_tokens=0)
     extra = parse_bytes(workspace, "workspace")
     warm_up(device)
+    linear = _linear(device, sources, exact)
     division = divide(spec, budgets, work, slots=slots, own_nbytes=spec.nbytes, extra_nbytes=extra)
     home = division.placement.home
     engine = Engine(io, strict=strict)
@@ -197,7 +201,7 @@ def wrap(
             sources |= written
             files[file.path] = file
         where = _device(device, budgets, division, link)
-        session = Session(module, anatomy, sources, division.placement, engine, where, parameters, files, exact=exact)
+        session = Session(module, anatomy, sources, division.placement, engine, where, parameters, files, linear=linear)
     except BaseException:
         engine.close()
         raise
@@ -236,6 +240,15 @@ class _Restore:
             for name, owners in self._owners.items():
                 for owner in owners:
                     owner.module._parameters[owner.attribute] = self._parameters[name]
+
+
+def _linear(device: str, sources: Mapping[str, Source], exact: bool) -> Choice:
+    """What computes nn.Linear for few rows, ready to run."""
+    choice = choose("linear", "cuda" if device.startswith("cuda") else "cpu", exact=exact)
+    if choice.implementation != "torch":
+        for dtype in {s.dtype for s in sources.values() if s.dtype.is_floating_point and len(s.shape) == 2}:
+            compile_linear(choice, dtype)
+    return choice
 
 
 def _named(device: str | None) -> str:

@@ -110,7 +110,7 @@ def start(handle: Offloaded, progress: Progress | None, strict: bool) -> None:
     try:
         dtypes = Counter(source.dtype for source in session.store.sources.values())
         dtype = dtypes.most_common(1)[0][0]
-        session.store.fill(count, lambda: warm_kernels(dtype, session.device.torch_device, session.linear))
+        session.store.fill(count, lambda: warm_kernels(dtype, session.device.torch_device))
         session.start()
         if strict and session.fallbacks:
             raise StrictError("strict mode: " + "; ".join(session.fallbacks))

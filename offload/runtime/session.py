@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.errors import BudgetError, ClosedError, ModelError
 from offload.io.engine import Engine, File
-from offload.kernels import choose
+from offload.kernels import Choice
 from offload.planner.placement import Placement
 from offload.planner.schedule import Schedule, emit
 from offload.runtime import linears
@@ -65,10 +65,7 @@ class Session:
         device: where the model computes; the session closes it.
         given: tensors that are in main memory already.
         files: files that are open already, by path.
-        exact: torch's own ops only.
-
-    Attributes:
-        linear: which implementation computes nn.Linear for few rows.
+        linear: which implementation computes nn.Linear for few rows, on the CPU.
     """
 
     def __init__(
@@ -82,11 +79,11 @@ class Session:
         given: Mapping[str, torch.Tensor] | None = None,
         files: Mapping[str, File] | None = None,
         *,
-        exact: bool = True,
+        linear: Choice,
     ) -> None:
         self.root, self.anatomy, self.placement = root, anatomy, placement
         self.engine, self.device = engine, device
-        self.linear = choose("linear", device.torch_device.type, exact=exact)
+        self.linear = linear
         self.timeline = Timeline()
         names = {u.name: u.tensors for u in anatomy.units} | {LOOSE: anatomy.loose}
         self.store = Store(engine, sources, names, placement, device, given, files)
