@@ -52,8 +52,11 @@ def cases() -> list[Case]:
     from torch.nn import functional
 
     from offload.io.buffers import Buffer
-    from offload.kernels import choose, reference
+    from offload.kernels import choose
     from offload.kernels.cpu import bandwidth
+    from offload.kernels.formats.int4 import quantize_int4
+    from offload.kernels.formats.int8 import quantize_int8
+    from offload.kernels.formats.lossless import pack_lossless
     from offload.tiers.host import as_tensor
 
     torch.manual_seed(0)
@@ -104,12 +107,12 @@ def cases() -> list[Case]:
         copies = [in_huge_pages(weight) for _ in range(total // weight.nbytes)]
         return Case(name, f"{op}.py", len(copies) * weight.nbytes, lambda: [function(x, one) for one in copies])
 
-    found.append(packed("linear, int8, 1 row", "linear_int8", reference.quantize_int8(plain), AREA // 2))
+    found.append(packed("linear, int8, 1 row", "linear_int8", quantize_int8(plain), AREA // 2))
     for group, symmetric in ((32, False), (32, True), (64, True), (128, True)):
-        four = reference.quantize_int4(plain, group, symmetric=symmetric)
+        four = quantize_int4(plain, group, symmetric=symmetric)
         kind = "" if symmetric else ", asymmetric"
         found.append(packed(f"linear, int4, groups of {group}{kind}, 1 row", "linear_int4", four, AREA // 4))
-    twelve = reference.pack_lossless(plain.bfloat16())
+    twelve = pack_lossless(plain.bfloat16())
     found.append(packed("linear, lossless, 1 row", "linear_lossless", twelve, AREA))
     unpack = choose("unpack_lossless", "cpu", forced="cpu").function()
     out = other[: plain.numel() * 2].view(torch.bfloat16).view(SHAPE)

@@ -31,7 +31,7 @@ from offload.kernels.cpu.vector import (
     splat_u32,
     total,
 )  # fmt: skip
-from offload.kernels.reference import INT4_CHUNK, Int4Weight
+from offload.kernels.formats.int4 import INT4_CHUNK, Int4Weight
 
 MAX_ROWS = 16  # beyond, unpacking once and torch's matrix product cost less
 

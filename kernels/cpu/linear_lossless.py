@@ -11,7 +11,7 @@ from offload.kernels.cpu.linear import step_of
 from offload.kernels.cpu.lossless import unpack_row
 from offload.kernels.cpu.team import team_function
 from offload.kernels.cpu.vector import claim, get_bf16, get_i32, get_i64, load_bf16, put_bf16
-from offload.kernels.reference import LosslessWeight
+from offload.kernels.formats.lossless import LosslessWeight
 
 MAX_ROWS = 16  # beyond, unpacking once and torch's matrix product cost less
 

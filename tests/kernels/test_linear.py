@@ -7,7 +7,9 @@ import torch
 from kernel_errors import assert_near
 from torch.nn import functional
 
-from offload.kernels import choose, reference
+from offload.kernels import choose
+from offload.kernels.formats.int4 import dequantize_int4, quantize_int4
+from offload.kernels.formats.int8 import dequantize_int8, quantize_int8
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 linear = choose("linear", "cpu", forced="cpu")
@@ -76,7 +78,7 @@ def test_it_says_what_it_does_not_take() -> None:
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 70, 33), (4, 65, 256), (6, 30, 576)])
 def test_int8_is_near_the_exact_sum(dtype: torch.dtype, rows: int, outputs: int, inputs: int) -> None:
     x, bias = torch.randn(rows, inputs).to(dtype), torch.randn(outputs).to(dtype)
-    weight = reference.quantize_int8(torch.randn(outputs, inputs))
+    weight = quantize_int8(torch.randn(outputs, inputs))
     exact = functional.linear(x.double(), weight.q.double() * weight.scale[:, None].double(), bias.double())
     got = choose("linear_int8", "cpu", forced="cpu").function()(x, weight, bias)
     assert_near(got, exact, roundings=1, what=f"linear_int8 {dtype}", sums=4 * inputs)
@@ -87,8 +89,8 @@ def test_int8_is_near_the_exact_sum(dtype: torch.dtype, rows: int, outputs: int,
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 70, 128), (4, 65, 256), (2, 30, 576), (1, 3, 40)])
 def test_int4_is_near_the_exact_sum(group: int, symmetric: bool, rows: int, outputs: int, inputs: int) -> None:
     x, bias = torch.randn(rows, inputs), torch.randn(outputs)
-    weight = reference.quantize_int4(torch.randn(outputs, inputs), group, symmetric=symmetric)
-    exact = functional.linear(x.double(), reference.dequantize_int4(weight).double(), bias.double())
+    weight = quantize_int4(torch.randn(outputs, inputs), group, symmetric=symmetric)
+    exact = functional.linear(x.double(), dequantize_int4(weight).double(), bias.double())
     got = choose("linear_int4", "cpu", forced="cpu").function()(x, weight, bias)
     assert_near(got, exact, roundings=64, what=f"linear_int4 {group}", sums=64 * inputs)
 
@@ -97,14 +99,14 @@ def test_int4_is_near_the_exact_sum(group: int, symmetric: bool, rows: int, outp
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 def test_int4_rounds_to_the_nearest_step(group: int, symmetric: bool) -> None:
     weight = torch.randn(7, 384)
-    packed = reference.quantize_int4(weight, group, symmetric=symmetric)
+    packed = quantize_int4(weight, group, symmetric=symmetric)
     step = packed.scale.float().abs().repeat_interleave(group, 1)[:, :384]
-    error = (reference.dequantize_int4(packed) - weight).abs()
+    error = (dequantize_int4(packed) - weight).abs()
     assert bool((error <= step * (1.01 if symmetric else 0.52) + 1e-3).all())
     assert packed.nbytes == 7 * 192 + packed.scale.numel() * (2 if symmetric else 4)
 
 
 def test_int8_keeps_eight_bits() -> None:
     weight = torch.randn(7, 100)
-    error = (reference.dequantize_int8(reference.quantize_int8(weight)) - weight).abs()
+    error = (dequantize_int8(quantize_int8(weight)) - weight).abs()
     assert bool((error <= weight.abs().amax(1, keepdim=True) / 127 * 0.501).all())

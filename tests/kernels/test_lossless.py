@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from offload.kernels import choose, reference
+from offload.kernels import choose
+from offload.kernels.formats.lossless import pack_lossless
 
 SHAPES = [(1, 1), (3, 64), (5, 70), (9, 576), (2, 33), (4, 128)]
 
@@ -22,7 +23,7 @@ def matrix(outputs: int, inputs: int, kind: str) -> torch.Tensor:
 def test_every_bit_comes_back(shape: tuple[int, int], kind: str, implementation: str) -> None:
     weight = matrix(*shape, kind)
     unpack = choose("unpack_lossless", "cpu", forced=implementation).function()
-    assert torch.equal(unpack(reference.pack_lossless(weight)).view(torch.int16), weight.view(torch.int16))
+    assert torch.equal(unpack(pack_lossless(weight)).view(torch.int16), weight.view(torch.int16))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -30,10 +31,10 @@ def test_every_bit_comes_back(shape: tuple[int, int], kind: str, implementation:
 def test_products_equal_those_of_the_plain_matrix(shape: tuple[int, int], rows: int) -> None:
     weight = matrix(*shape, "wide")
     x, bias = torch.randn(rows, shape[1]).bfloat16(), torch.randn(shape[0]).bfloat16()
-    packed = choose("linear_lossless", "cpu", forced="cpu").function()(x, reference.pack_lossless(weight), bias)
+    packed = choose("linear_lossless", "cpu", forced="cpu").function()(x, pack_lossless(weight), bias)
     assert torch.equal(packed, choose("linear", "cpu", forced="cpu").function()(x, weight, bias))
 
 
 def test_normal_weights_take_three_quarters() -> None:
     weight = torch.randn(256, 1024).bfloat16()
-    assert reference.pack_lossless(weight).nbytes < 0.77 * weight.nbytes
+    assert pack_lossless(weight).nbytes < 0.77 * weight.nbytes

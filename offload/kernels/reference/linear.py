@@ -1,0 +1,32 @@
+"""Products with a matrix, whatever its format."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from offload.kernels.formats.int4 import Int4Weight, dequantize_int4
+from offload.kernels.formats.int8 import Int8Weight, dequantize_int8
+from offload.kernels.formats.lossless import LosslessWeight, unpack_lossless
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., inputs] by weight [outputs, inputs], plus bias [outputs]."""
+    return functional.linear(x, weight, bias)
+
+
+def linear_int8(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """As `linear`, in float32 throughout; the result has x's dtype."""
+    wide = functional.linear(x.float(), dequantize_int8(weight), None if bias is None else bias.float())
+    return wide.to(x.dtype)
+
+
+def linear_int4(x: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """As `linear`, in float32 throughout; the result has x's dtype."""
+    wide = functional.linear(x.float(), dequantize_int4(weight), None if bias is None else bias.float())
+    return wide.to(x.dtype)
+
+
+def linear_lossless(x: torch.Tensor, weight: LosslessWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """As `linear` with the matrix unpacked."""
+    return linear(x, unpack_lossless(weight), bias)
