@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from offload.api import load, wrap
+    from offload.api import load, pack, wrap
     from offload.errors import (
         BudgetError,
         CheckpointError,
@@ -42,10 +42,11 @@ __all__ = [
     "UsageError",
     "__version__",
     "load",
+    "pack",
     "wrap",
 ]
 
-_API = ("load", "wrap")  # the rest of __all__ is errors
+_API = ("load", "pack", "wrap")  # the rest of __all__ is errors
 
 
 def __getattr__(name: str) -> object:

@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,15 +14,18 @@ from torch import nn
 
 from offload.budgets import Division, Size, divide, from_max_memory, resolve
 from offload.checkpoint import describe, find, open_checkpoint
+from offload.checkpoint.pack import PackReport, pack_checkpoint
 from offload.errors import ModelError, UsageError
 from offload.handle import Offloaded, Progress, start
 from offload.io.engine import Engine
 from offload.io.extents import Extent
-from offload.kernels import Choice, choose
+from offload.kernels.chosen import Kernels
+from offload.kernels.formats.weights import parse_weights
 from offload.planner.placement import Tier
 from offload.runtime.discovery import dissect
+from offload.runtime.linears import unpack_nbytes
 from offload.runtime.session import Session, token_check
-from offload.runtime.warmup import compile_linear
+from offload.runtime.warmup import compile_kernels
 from offload.specs import Budgets, ModelSpec, Workload
 from offload.tiers.device import Device
 from offload.tiers.devices import create, warm_up
@@ -46,6 +50,7 @@ def load(
     prompt_tokens: int | None = None,
     slots: int | None = None,
     io: str = "threads",
+    weights: str | None = None,
     exact: bool = True,
     strict: bool = False,
     dry_run: bool = False,
@@ -72,6 +77,8 @@ def load(
             token's logits only; a plain forward makes those of all tokens, which come on top.
         slots: depth of the rings; 1 turns prefetching off. Default: two, more where slots are small.
         io: I/O backend: threads, uring or aiofiles.
+        weights: format of the weights that stay in memory: "none" (as they are), "lossless", "int8" or "int4" (see
+            `parse_weights`). A checkpoint made by `pack` has its format already.
         exact: compute with torch's own ops only, so that results equal transformers' bit by bit. False takes faster
             kernels, where there are any; sums are in float32, and a result is within a rounding of the exact one.
         strict: a fall-back to something slower is an error.
@@ -100,22 +107,25 @@ def load(
         progress("opening", 0, 0)
     engine = Engine(io, strict=strict)
     try:
-        opened = open_checkpoint(find(model), engine, dtype=dtype if torch_dtype is None else torch_dtype, **kwargs)
+        wanted = dtype if torch_dtype is None else torch_dtype
+        opened = open_checkpoint(find(model), engine, dtype=wanted, weights=parse_weights(weights), **kwargs)
         spec = opened.spec
         total = context or min(2048, spec.max_tokens or 2048)
         work = Workload(batch=batch, total_tokens=total, prompt_tokens=prompt_tokens or total)
         warm_up(device)
-        linear = _linear(device, opened.sources, exact)
-        division = divide(spec, budgets, work, slots=slots)
+        kernels = _kernels(device, opened.sources, exact)
+        extra = unpack_nbytes(opened.sources.values(), exact)
+        division = divide(spec, budgets, work, slots=slots, extra_nbytes=extra, extra_device_nbytes=extra)
         where = _device(device, budgets, division, link)
         parts = opened.model, opened.anatomy, opened.sources
-        session = Session(*parts, division.placement, engine, where, linear=linear)
+        session = Session(*parts, division.placement, engine, where, kernels=kernels)
     except BaseException:
         engine.close()
         raise
     rate = parse_rate(link, "link") if link is not None else None
     handle = Offloaded(opened.model, session, spec, budgets, division, work, rate)
     handle.checkpoint_nbytes = opened.checkpoint.nbytes
+    handle.weights = opened.weights
     if dry_run:
         return handle
     start(handle, progress, strict)
@@ -188,7 +198,7 @@ def wrap(
     work = Workload(batch=1, prompt_tokens=0, total_tokens=0)
     extra = parse_bytes(workspace, "workspace")
     warm_up(device)
-    linear = _linear(device, sources, exact)
+    kernels = _kernels(device, sources, exact)
     division = divide(spec, budgets, work, slots=slots, own_nbytes=spec.nbytes, extra_nbytes=extra)
     home = division.placement.home
     engine = Engine(io, strict=strict)
@@ -201,7 +211,9 @@ def wrap(
             sources |= written
             files[file.path] = file
         where = _device(device, budgets, division, link)
-        session = Session(module, anatomy, sources, division.placement, engine, where, parameters, files, linear=linear)
+        session = Session(
+            module, anatomy, sources, division.placement, engine, where, parameters, files, kernels=kernels
+        )
     except BaseException:
         engine.close()
         raise
@@ -214,6 +226,35 @@ def wrap(
     start(handle, progress, strict)
     handle.ready_s = time.perf_counter() - began
     return handle
+
+
+def pack(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    weights: str = "lossless",
+    io: str = "threads",
+    progress: Progress | None = None,
+) -> PackReport:
+    """Writes a checkpoint with its matrices in fewer bits to a new folder, which `load` takes like any other.
+
+    It is written once and whole: an error, an interrupt or a kill leaves nothing behind.
+
+    Args:
+        model: a folder with config.json and safetensors, or a hub id.
+        out: a folder that does not exist yet, or an empty one.
+        weights: lossless, int8 or int4, see `parse_weights`.
+        io: I/O backend: threads, uring or aiofiles.
+        progress: called while it goes on.
+
+    Raises:
+        CheckpointError, UsageError, StorageError: see offload.errors.
+    """
+    format = parse_weights(weights)
+    if format is None:
+        raise UsageError("weights='none' is how the checkpoint is stored already; name lossless, int8 or int4")
+    with Engine(io) as engine:
+        return pack_checkpoint(find(model), Path(out), format, engine=engine, progress=progress)
 
 
 class _Restore:
@@ -242,13 +283,11 @@ class _Restore:
                     owner.module._parameters[owner.attribute] = self._parameters[name]
 
 
-def _linear(device: str, sources: Mapping[str, Source], exact: bool) -> Choice:
-    """What computes nn.Linear for few rows, ready to run."""
-    choice = choose("linear", "cuda" if device.startswith("cuda") else "cpu", exact=exact)
-    if choice.implementation != "torch":
-        for dtype in {s.dtype for s in sources.values() if s.dtype.is_floating_point and len(s.shape) == 2}:
-            compile_linear(choice, dtype)
-    return choice
+def _kernels(device: str, sources: Mapping[str, Source], exact: bool) -> Kernels:
+    """What computes, ready to run."""
+    kernels = Kernels("cuda" if device.startswith("cuda") else "cpu", exact=exact)
+    compile_kernels(kernels, sources.values())
+    return kernels
 
 
 def _named(device: str | None) -> str:

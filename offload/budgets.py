@@ -131,12 +131,14 @@ def divide(
     slots: int | None = None,
     own_nbytes: int = 0,
     extra_nbytes: int = 0,
+    extra_device_nbytes: int = 0,
 ) -> Division:
     """Sets memory aside for the process and the run, and places the weights in the rest.
 
     Args:
         own_nbytes: weights that are in the process already and will be placed anew (a user's module).
-        extra_nbytes: other memory that the caller knows will be taken.
+        extra_nbytes, extra_device_nbytes: other memory that the caller knows will be taken; the latter on the device,
+            when there is one.
 
     Raises:
         BudgetError: it cannot fit; says which budget would do.
@@ -152,7 +154,12 @@ def divide(
     if budgets.gpu_memory is None:
         host -= need.nbytes
     else:
-        device = budgets.gpu_memory - need.nbytes - DEVICE_SLACK * sum(1 + len(u.tensors) for u in spec.units)
+        device = (
+            budgets.gpu_memory
+            - need.nbytes
+            - extra_device_nbytes
+            - DEVICE_SLACK * sum(1 + len(u.tensors) for u in spec.units)
+        )
         reserve += TRANSIT
         host -= TRANSIT
     target = budgets.resident

@@ -43,6 +43,9 @@ def run(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on past the end token")] = False,
     slots: Annotated[int | None, typer.Option(help="depth of the rings; 1 turns prefetching off")] = None,
     io: Annotated[str, typer.Option(help="I/O backend: threads, uring or aiofiles")] = "threads",
+    weights: Annotated[
+        str | None, typer.Option(help="format of weights in memory: none, lossless, int8, int4, int4-64, int4-128")
+    ] = None,
     exact: Annotated[bool, typer.Option("--exact/--fast", help="torch's own ops only, or faster kernels")] = True,
     strict: Annotated[bool, typer.Option("--strict", help="a fall-back to something slower is an error")] = False,
     trace: Annotated[str | None, typer.Option(help="write a Chrome trace to this file")] = None,
@@ -54,6 +57,20 @@ def run(
 
     values = {k: v for k, v in locals().items() if k in Request.__dataclass_fields__}
     raise typer.Exit(execute(Request(**values)))
+
+
+@app.command()
+def pack(
+    model: Annotated[str, typer.Argument(help="folder with config.json and safetensors, or a hub id")],
+    out: Annotated[str, typer.Argument(help="folder to make")],
+    weights: Annotated[str, typer.Option(help="lossless, int8, int4, int4-64 or int4-128")] = "lossless",
+    io: Annotated[str, typer.Option(help="I/O backend: threads, uring or aiofiles")] = "threads",
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")] = False,
+) -> None:
+    """Write a checkpoint with its weights in fewer bits, once; it is used where it lies from then on."""
+    from offload.commands.pack import execute
+
+    raise typer.Exit(execute(model, out, weights, io, as_json=json))
 
 
 @app.command()

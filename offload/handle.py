@@ -28,6 +28,7 @@ class Offloaded:
         model: the module. Its weights are in memory only while they are used.
         session: its runtime, with counters and the timeline.
         spec, budgets, division: what was decided, and from what.
+        weights: the format of packed matrices.
         ready_s: seconds from the call until the model could be used.
         disk_bytes_per_s: measured read rate; None when nothing is read or nobody asked.
     """
@@ -48,6 +49,7 @@ class Offloaded:
         self.disk_bytes_per_s: float | None = None
         self.ready_s = 0.0
         self.checkpoint_nbytes = 0
+        self.weights = "none"
         self._restore: Callable[[], None] | None = None
 
     def __enter__(self) -> Any:
@@ -72,7 +74,13 @@ class Offloaded:
     @property
     def streamed_nbytes(self) -> int:
         """Bytes of weights that live on disk. Tables among them are read by the row."""
-        return self.spec.nbytes - self.resident_nbytes
+        home = self.division.placement.home
+        return sum(s.nbytes for n, s in self.session.store.sources.items() if home[n] is Tier.DISK)
+
+    @property
+    def weight_errors(self) -> dict[str, float]:
+        """Relative errors of matrices that were packed approximately while loading, by parameter."""
+        return {name: error for name, error in self.session.store.weight_errors.items() if error}
 
     @property
     def fallbacks(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import offload
 NAMES = {
     "__version__",
     "load",
+    "pack",
     "wrap",
     "BudgetError",
     "CheckpointError",
@@ -39,5 +40,5 @@ def test_errors_are_one_tree() -> None:
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(AttributeError, match=r"no attribute 'lode'.*load, wrap"):
+    with pytest.raises(AttributeError, match=r"no attribute 'lode'.*load, pack, wrap"):
         _ = offload.lode

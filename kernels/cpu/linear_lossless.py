@@ -7,13 +7,11 @@ from __future__ import annotations
 import torch
 
 from offload.kernels.cpu.dot import make_products
-from offload.kernels.cpu.linear import step_of
+from offload.kernels.cpu.linear import MAX_ROWS, step_of
 from offload.kernels.cpu.lossless import unpack_row
 from offload.kernels.cpu.team import team_function
 from offload.kernels.cpu.vector import claim, get_bf16, get_i32, get_i64, load_bf16, put_bf16
 from offload.kernels.formats.lossless import LosslessWeight
-
-MAX_ROWS = 16  # beyond, unpacking once and torch's matrix product cost less
 
 _multiply = make_products(load_bf16, get_bf16, put_bf16, get_bf16)
 

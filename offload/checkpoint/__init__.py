@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 from torch import nn
 
 from offload.checkpoint.conversion import locate
+from offload.checkpoint.manifest import read_manifest
+from offload.checkpoint.packable import packable
 from offload.checkpoint.skeleton import build, read_config, resolve_dtype
-from offload.errors import CheckpointError
+from offload.errors import CheckpointError, UsageError
 from offload.io.buffers import Buffer
 from offload.io.engine import Engine
 from offload.io.safetensors import Checkpoint, read_checkpoint
+from offload.kernels.formats.weights import WeightFormat
 from offload.runtime.discovery import Anatomy, dissect
 from offload.specs import ModelSpec, TensorSpec, UnitSpec
 from offload.tiers.host import as_tensor
@@ -38,6 +42,7 @@ class Opened:
         sources: parameter name -> where it is stored.
         spec: the same as numbers.
         checkpoint: the files.
+        weights: the name of the format that packed matrices have, or "none".
     """
 
     model: nn.Module
@@ -45,6 +50,7 @@ class Opened:
     sources: dict[str, Source]
     spec: ModelSpec
     checkpoint: Checkpoint
+    weights: str = "none"
 
 
 def find(model: str | os.PathLike[str]) -> Path:
@@ -75,7 +81,12 @@ def find(model: str | os.PathLike[str]) -> Path:
 
 
 def open_checkpoint(
-    directory: Path, engine: Engine, *, dtype: str | torch.dtype = "auto", **model_kwargs: Any
+    directory: Path,
+    engine: Engine,
+    *,
+    dtype: str | torch.dtype = "auto",
+    weights: WeightFormat | None = None,
+    **model_kwargs: Any,
 ) -> Opened:
     """Builds the model and finds its tensors.
 
@@ -83,6 +94,7 @@ def open_checkpoint(
         directory: with config.json and safetensors.
         engine: reads the few buffers that a checkpoint stores.
         dtype: of the parameters; "auto" takes the configuration's.
+        weights: the format that matrices shall have which stay in memory; a packed checkpoint has its own.
         model_kwargs: handed to transformers, such as attn_implementation.
 
     Raises:
@@ -93,9 +105,18 @@ def open_checkpoint(
     checkpoint = read_checkpoint(directory)
     stored = Counter(e.dtype for e in checkpoint.entries.values()).most_common(1)
     model = build(config, resolve_dtype(dtype, config, stored[0][0] if stored else None), **model_kwargs)
-    located = locate(model, checkpoint.entries, resolve_dtype(dtype, config, stored[0][0] if stored else None))
     anatomy = dissect(model)
+    manifest = read_manifest(directory)
+    if manifest is not None:
+        if resolve_dtype(dtype, config, None) != resolve_dtype("auto", config, None):
+            raise UsageError(f"dtype={dtype!r}: this checkpoint is packed and has the dtype that it was packed with")
+        located = manifest.locate(checkpoint.entries, weights)
+    else:
+        located = locate(model, checkpoint.entries, resolve_dtype(dtype, config, stored[0][0] if stored else None))
     sources = _by_parameter(model, anatomy, located, engine)
+    if weights is not None and manifest is None:
+        for name in packable(anatomy, sources, config, weights, blocks_only=True):
+            sources[name] = replace(sources[name], form=weights.form(sources[name].shape))
     _load_buffers(model, located, engine)
     _take_generation_config(model, directory)
     return Opened(
@@ -104,6 +125,7 @@ def open_checkpoint(
         sources=sources,
         spec=describe(anatomy, sources, getattr(model, "config", None)),
         checkpoint=checkpoint,
+        weights=manifest.weights if manifest is not None else str(weights or "none"),
     )
 
 
@@ -118,12 +140,12 @@ def describe(anatomy: Anatomy, sources: dict[str, Source], config: Any = None) -
             name=name,
             nbytes=source.nbytes,
             read_nbytes=source.read_nbytes,
-            slot_nbytes=source.slot_nbytes,
+            slot_nbytes=source.unpacked.slot_nbytes,
             is_table=is_table,
         )
 
     units = tuple(UnitSpec(name=u.name, tensors=tuple(map(spec, u.tensors))) for u in anatomy.units)
-    itemsize = max((s.dtype.itemsize for s in sources.values()), default=2)
+    itemsize = max((s.dtype.itemsize for s in sources.values()), default=2)  # of what the model computes in
     itemsize = min(itemsize, 4)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     hidden = getattr(text, "hidden_size", 0) or 0
@@ -137,7 +159,7 @@ def describe(anatomy: Anatomy, sources: dict[str, Source], config: Any = None) -
     return ModelSpec(
         units=units,
         loose=tuple(spec(name) for name in anatomy.loose),
-        params=sum(s.nbytes // s.dtype.itemsize for s in sources.values()),
+        params=sum(prod(s.shape) for s in sources.values()),
         kv_bytes_per_token=2 * layers * kv_heads * head_dim * itemsize,
         kv_layers=layers,
         hidden_nbytes=hidden * itemsize,
@@ -165,7 +187,7 @@ def _by_parameter(model: nn.Module, anatomy: Anatomy, located: dict[str, Source]
                     f"config.json ties {found[0].name} and {other.name}, but the checkpoint holds different values for "
                     'them; set "tie_word_embeddings": false in config.json if they are meant to differ'
                 )
-        sources[name] = Source(name, found[0].dtype, found[0].shape, found[0].pieces)
+        sources[name] = replace(found[0], name=name)
     if missing:
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise CheckpointError(f"the checkpoint lacks {len(missing)} tensors that the model needs: {shown}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload.checkpoint.manifest import MANIFEST
 from offload.errors import CheckpointError, UsageError
 
 
@@ -31,6 +32,9 @@ def read_config(directory: Path) -> Any:
             "(trust_remote_code) are not run; build the module yourself and use offload.wrap"
         ) from error
     if getattr(config, "quantization_config", None):
+        if (directory / MANIFEST).is_file():  # packed by offload pack
+            del config.quantization_config
+            return config
         kind = dict(config.quantization_config).get("quant_method", "some quantisation")
         raise CheckpointError(
             f"{directory} is quantised ({kind}), which cannot be streamed yet; use the model's 16-bit checkpoint"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,10 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
 
 from offload.api import Offloaded, load
 from offload.checkpoint import find, read_config
+from offload.commands.bar import bar
 from offload.commands.live import live
 from offload.errors import UsageError
 from offload.generate import Generated, check_ids, check_length, encode, generate, tokenizer_of
@@ -51,6 +49,7 @@ class Request:
     ignore_eos: bool = False
     slots: int | None = None
     io: str = "threads"
+    weights: str | None = None
     exact: bool = True
     strict: bool = False
     trace: str | None = None
@@ -115,7 +114,9 @@ def report(request: Request, handle: Offloaded, tokenizer: Any, result: Generate
         "disk_bytes_per_s": handle.disk_bytes_per_s,
         "link_bytes_per_s": handle.link_bytes_per_s,
         "fallbacks": list(handle.fallbacks),
-        "kernels": {"linear": f"{handle.session.linear.implementation}: {handle.session.linear.why}"},
+        "weights": handle.weights,
+        "weight_errors": handle.weight_errors,
+        "kernels": handle.session.kernels.report(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
@@ -159,7 +160,7 @@ def _text(request: Request) -> str | None:
 
 def _load(request: Request, directory: Path, ids: list[int], console: Console) -> Offloaded:
     context = CHAT_CONTEXT if request.chat else len(ids) + request.max_new_tokens
-    with _bar(console) as progress:
+    with bar(console) as progress:
         return load(
             directory,
             cpu_memory=request.cpu_memory,
@@ -173,20 +174,12 @@ def _load(request: Request, directory: Path, ids: list[int], console: Console) -
             prompt_tokens=CHAT_CONTEXT if request.chat else max(1, len(ids)),
             slots=request.slots,
             io=request.io,
+            weights=request.weights,
             exact=request.exact,
             strict=request.strict,
             dry_run=request.explain,
             progress=progress,
         )
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[Any]:
-    """A progress bar for loading; hands out the callback that moves it."""
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, console=console, transient=True, disable=console.quiet) as bar:
-        task = bar.add_task("opening", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)
 
 
 def _generate(request: Request, handle: Offloaded, tokenizer: Any, ids: list[int], console: Console) -> Generated:

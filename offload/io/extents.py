@@ -22,6 +22,10 @@ class Extent:
         """The first byte after the extent."""
         return self.offset + self.nbytes
 
+    def part(self, at: int, nbytes: int) -> Extent:
+        """`nbytes` bytes from byte `at` of the extent."""
+        return Extent(self.path, self.offset + at, nbytes)
+
     def aligned(self, alignment: int = ALIGNMENT) -> Extent:
         """The smallest aligned extent that holds this one; its end may lie past the end of the file.
 

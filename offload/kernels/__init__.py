@@ -25,6 +25,11 @@ OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the referen
     "linear_int4": ("cpu",),
     "linear_lossless": ("cpu",),
     "unpack_lossless": ("cpu",),
+    "pack_lossless": (),
+    "quantize_int8": (),
+    "quantize_int4": (),
+    "dequantize_int8": (),
+    "dequantize_int4": (),
     "adamw_step": ("cpu",),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ class Binder:
         like: parameter name -> a tensor of its shape and dtype (on meta, say).
         device: what an absent parameter reports as its device.
         fetcher: brings an absent tensor when something touches it outside its unit.
+        faces: name -> what makes, of the run of bytes of a packed matrix, the tensor that a module sees.
     """
 
     def __init__(
@@ -27,8 +28,9 @@ class Binder:
         like: Mapping[str, torch.Tensor],
         device: torch.device,
         fetcher: Fetcher,
+        faces: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
     ) -> None:
-        self._owners = owners
+        self._owners, self._faces = owners, faces
         self._absent = {n: nn.Parameter(Absent(n, like[n], device, fetcher), requires_grad=False) for n in owners}
         self._parameters: dict[int, tuple[torch.Tensor, nn.Parameter]] = {}
 
@@ -37,7 +39,8 @@ class Binder:
         for name, tensor in tensors.items():
             known = self._parameters.get(id(tensor))
             if known is None or known[0] is not tensor:
-                known = tensor, nn.Parameter(tensor, requires_grad=False)
+                face = self._faces[name](tensor) if name in self._faces else tensor
+                known = tensor, nn.Parameter(face, requires_grad=False)
                 self._parameters[id(tensor)] = known
             self._set(name, known[1])
 

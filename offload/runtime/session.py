@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.errors import BudgetError, ClosedError, ModelError
 from offload.io.engine import Engine, File
-from offload.kernels import Choice
+from offload.kernels.chosen import Kernels
 from offload.planner.placement import Placement
 from offload.planner.schedule import Schedule, emit
 from offload.runtime import linears
 from offload.runtime.binding import Binder
 from offload.runtime.discovery import Anatomy, Unit
 from offload.runtime.executor import Executor
+from offload.runtime.packed import Packed
 from offload.runtime.timeline import Timeline, Totals
 from offload.tiers.device import Device
 from offload.tiers.layout import Source
@@ -65,7 +67,7 @@ class Session:
         device: where the model computes; the session closes it.
         given: tensors that are in main memory already.
         files: files that are open already, by path.
-        linear: which implementation computes nn.Linear for few rows, on the CPU.
+        kernels: what computes, packs and unpacks.
     """
 
     def __init__(
@@ -79,16 +81,17 @@ class Session:
         given: Mapping[str, torch.Tensor] | None = None,
         files: Mapping[str, File] | None = None,
         *,
-        linear: Choice,
+        kernels: Kernels,
     ) -> None:
         self.root, self.anatomy, self.placement = root, anatomy, placement
         self.engine, self.device = engine, device
-        self.linear = linear
+        self.kernels = kernels
         self.timeline = Timeline()
         names = {u.name: u.tensors for u in anatomy.units} | {LOOSE: anatomy.loose}
-        self.store = Store(engine, sources, names, placement, device, given, files)
+        self.store = Store(engine, sources, names, placement, device, kernels, given, files)
         like = {n: torch.empty(sources[n].shape, dtype=sources[n].dtype, device="meta") for n in anatomy.owners}
-        self._binder = Binder(anatomy.owners, like, device.torch_device, self)
+        faces = {n: partial(self._face, n) for n, s in self.store.sources.items() if s.form is not None}
+        self._binder = Binder(anatomy.owners, like, device.torch_device, self, faces)
         self._executor: Executor | None = None
         self._handles: list[RemovableHandle] = []
         self._fetched: dict[str, int] = {}
@@ -109,8 +112,9 @@ class Session:
         self._executor = Executor(order, self._emit, self.store, self.timeline) if order else None
         for unit in hooked:
             self._hook(unit)
-        if self.device.torch_device.type == "cpu":
-            self._uninstall = linears.install(self.root, self.linear)
+        has_packed = any(s.form is not None for s in self.store.sources.values())
+        if self.device.torch_device.type == "cpu" or has_packed:
+            self._uninstall = linears.install(self.root, self.kernels, has_packed=has_packed)
         if self._executor is not None and all(u.module is not self.root for u in hooked):
             self._handles += [
                 self.root.register_forward_pre_hook(lambda *_: self._begin_pass(), prepend=True),
@@ -124,6 +128,12 @@ class Session:
     def _emit(self, order: Sequence[str]) -> Schedule:
         sizes = {u.name: sum(self.store.sources[n].nbytes for n in u.tensors) for u in self.anatomy.units}
         return emit([(name, sizes[name]) for name in order], self.placement)
+
+    def _face(self, name: str, run: torch.Tensor) -> torch.Tensor:
+        """What a module sees of a packed matrix."""
+        source = self.store.sources[name]
+        assert source.form is not None
+        return Packed(source.form.view(run), self.kernels, source.shape, source.dtype, self.device.torch_device)
 
     def _move_buffers(self) -> None:
         """Buffers go where the model computes; a device of another kind than they are on needs copies."""

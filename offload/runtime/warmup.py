@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch.nn import functional
 
-from offload.kernels import Choice
+from offload.kernels.chosen import Kernels
+from offload.tiers.layout import Source
+from offload.tiers.packing import pack
 
 _WIDTH = 256
 
 
-def compile_linear(choice: Choice, dtype: torch.dtype) -> None:
-    """Imports the kernel and compiles it, or fetches it from its cache. Do it before memory is divided: compilers are
-    large, and stay in the process.
+def compile_kernels(kernels: Kernels, sources: Iterable[Source]) -> None:
+    """Imports the kernels that a model's weights need and compiles them, or fetches them from their cache. Do it before
+    memory is divided: compilers are large, and stay in the process.
     """
-    x = torch.zeros(1, _WIDTH, dtype=dtype)
-    weight = torch.zeros(_WIDTH, _WIDTH, dtype=dtype)
-    if choice.refuses()(x, weight) is None:
-        choice.function()(x, weight)
+    found = list(sources)
+    for dtype in {s.dtype for s in found if s.form is None and s.dtype.is_floating_point and len(s.shape) == 2}:
+        _try(kernels, "linear", torch.zeros(_WIDTH, _WIDTH, dtype=dtype, device=kernels.device), dtype)
+    for like in {(replace(s.form, outputs=_WIDTH, inputs=_WIDTH), s.dtype, s.is_made) for s in found if s.form}:
+        form, dtype, is_made = like
+        matrix = torch.zeros(_WIDTH, _WIDTH, dtype=dtype)
+        if is_made:
+            pack(matrix, form, kernels)
+        run = torch.zeros(form.nbytes, dtype=torch.uint8, device=kernels.device)
+        kernels.unpack(form.view(run))
+        if not kernels.exact:
+            _try(kernels, f"linear_{form.kind}", form.view(run), dtype)
+
+
+def _try(kernels: Kernels, op: str, weight: Any, dtype: torch.dtype) -> None:
+    """One product, if the chosen implementation is not torch's own and takes it."""
+    x = torch.zeros(1, _WIDTH, dtype=dtype, device=kernels.device)
+    if kernels.choice(op).implementation != "torch" and kernels.refuses(op, x, weight) is None:
+        kernels.run(op, x, weight)
 
 
 def warm_kernels(dtype: torch.dtype, device: torch.device) -> None:

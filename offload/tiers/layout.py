@@ -14,12 +14,13 @@ from there, piece by piece, to an address aligned to 64 bytes, as a fresh alloca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
 from offload.io.extents import ALIGNMENT, Extent, coalesce
+from offload.kernels.formats.form import Form
 
 MAX_GAP = ALIGNMENT  # reading through a hole this small is cheaper than another request
 OVERHEAD = 3 * ALIGNMENT  # of one extent in a slot, at most: rounding at both ends and one hole
@@ -45,20 +46,48 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A tensor of the model and the stored pieces it is made of, which cover it exactly."""
+    """A tensor of the model and the stored pieces it is made of, which cover it exactly.
+
+    Attributes:
+        name: the parameter's.
+        dtype, shape: as the model sees it.
+        pieces: what to read.
+        form: None, or how the matrix is packed in memory, as one run of bytes.
+        is_stored_packed: whether the pieces are that run; else it is made of them while the model is loaded.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    form: Form | None = None
+    is_stored_packed: bool = False
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        """In memory."""
+        return self.form.nbytes if self.form else prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def element(self) -> torch.dtype:
+        """What its pieces are handed on as: the model's dtype, or the bytes of a packed run."""
+        return torch.uint8 if self.is_stored_packed else self.dtype
+
+    @property
+    def is_made(self) -> bool:
+        """Whether it is packed while the model is loaded."""
+        return self.form is not None and not self.is_stored_packed
+
+    @property
+    def unpacked(self) -> Source:
+        """The same as it is stored: for a tensor that streams."""
+        return replace(self, form=None) if self.is_made else self
 
     @property
     def is_plain(self) -> bool:
         """Whether a view into the bytes of the file is the tensor."""
+        if self.form is not None:
+            return self.is_stored_packed
         return (
             len(self.pieces) == 1
             and self.pieces[0].dtype == self.dtype
@@ -117,6 +146,13 @@ class View:
         return area[self.at : self.at + self.nbytes].view(self.dtype).view(self.shape)
 
 
+def view_of(source: Source, at: int) -> View:
+    """Where a tensor lies that begins at `at`: itself, or the run of bytes of its packed form."""
+    if source.form is not None:
+        return View(at, torch.uint8, (source.form.nbytes,))
+    return View(at, source.dtype, source.shape)
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """A bundle: what to read, what to copy, where each tensor ends up.
@@ -150,10 +186,10 @@ def lay_out(sources: Sequence[Source]) -> Layout:
     copies: list[CopyOp] = []
     end = _add_reads(reads, [s.pieces[0].extent for s in plain], 0, False, places := {})
     for k, source in enumerate(plain):
-        views[source.name] = View(places[k], source.dtype, source.shape)
+        views[source.name] = view_of(source, places[k])
     for source in assembled:
         end = _round_up(end, VIEW_ALIGNMENT)
-        views[source.name] = View(end, source.dtype, source.shape)
+        views[source.name] = view_of(source, end)
         end += source.nbytes
     final_nbytes = _round_up(end, ALIGNMENT)
     pieces = [(s, p) for s in assembled for p in s.pieces]

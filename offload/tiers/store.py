@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 import torch
 
 from offload.io.buffers import Buffer, BufferPool, Lease
 from offload.io.engine import Engine, File
 from offload.io.extents import ALIGNMENT
+from offload.kernels.chosen import Kernels
+from offload.kernels.formats.form import Form, Weight, take_rows
 from offload.planner.placement import Placement, Tier
 from offload.tiers import transit
 from offload.tiers.device import Device, Event
 from offload.tiers.futures import join
 from offload.tiers.host import HostArena, as_tensor
-from offload.tiers.layout import VIEW_ALIGNMENT, Layout, Source, View, assemble, lay_out
-from offload.tiers.rows import URGENT, read_rows
+from offload.tiers.layout import VIEW_ALIGNMENT, Layout, Source, View, assemble, lay_out, view_of
+from offload.tiers.packing import pack_to
+from offload.tiers.rows import URGENT, read_packed_rows, read_rows
 from offload.tiers.transit import Put
 
 DEVICE_ALIGNMENT = 512
@@ -30,7 +34,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Store:
-    """The tensors of one model.
+    """The tensors of one model. A packed one (Source.form) is its run of bytes wherever tensors are handed out.
 
     Args:
         engine: reads files. The store does not close it.
@@ -38,6 +42,7 @@ class Store:
         units: unit name -> the tensors that belong to it.
         placement: where they shall live.
         device: where the model computes.
+        kernels: what packs and unpacks.
         given: tensors that are in main memory already; those that stay there are used as they are.
         files: files that are open already, by path.
     """
@@ -49,14 +54,18 @@ class Store:
         units: Mapping[str, Sequence[str]],
         placement: Placement,
         device: Device,
+        kernels: Kernels,
         given: Mapping[str, torch.Tensor] | None = None,
         files: Mapping[str, File] | None = None,
     ) -> None:
-        self.engine, self.sources, self.placement, self.device = engine, sources, placement, device
+        home = placement.home
+        self.engine, self.placement, self.device, self._kernels = engine, placement, device, kernels
+        self.sources = {n: s.unpacked if home.get(n) is Tier.DISK else s for n, s in sources.items()}
         self.fallbacks: list[str] = []
+        self.weight_errors: dict[str, float] = {}
         self._files: dict[str, File] = dict(files or {})
         self._given = dict(given or {})
-        home = placement.home
+        sources = self.sources
         self._resident: Tensors = {n: t for n, t in self._given.items() if home[n] is Tier.HOST}
         read = [(u, [n for n in ns if home[n] is Tier.HOST and n not in self._given]) for u, ns in units.items()]
         self._kept = {u: lay_out([sources[n] for n in ns]) for u, ns in read}
@@ -108,7 +117,9 @@ class Store:
             area = as_tensor(view)
             for name, place in layout.views.items():
                 self._resident[name] = place.of(area)
-                if not self.sources[name].is_plain:
+                if self.sources[name].is_made:
+                    jobs.append((self.sources[name], self._pack_to(name, self._resident[name])))
+                elif not self.sources[name].is_plain:
                     jobs.append((self.sources[name], _copy_to(self._resident[name])))
             for op in layout.reads:
                 if not op.is_staging:
@@ -124,6 +135,8 @@ class Store:
             target = self._resident[name] = self._device_kept[name].of(self._device_arena)
             if name in self._given:
                 self.device.upload([(_flat(target), _flat(self._given.pop(name)))], None).wait()
+            elif self.sources[name].is_made:
+                jobs.append((self.sources[name], self._pack_to(name, target)))
             else:
                 jobs.append((self.sources[name], self._upload_to(target)))
         if jobs:
@@ -141,6 +154,20 @@ class Store:
             self.device.upload([(_flat(flat[start : start + len(values)]), _flat(values))], None).wait()
 
         return put
+
+    def _pack_to(self, name: str, target: torch.Tensor) -> Put:
+        """Packs a matrix into its run of bytes in memory, wherever that is."""
+
+        def put(weight: Weight, form: Form, error: float) -> None:
+            self.weight_errors[name] = error
+            self.sources[name] = replace(self.sources[name], form=form)
+            if self.placement.home[name] is Tier.HOST:
+                form.write(weight, target)
+            else:
+                form.write(weight, run := torch.empty(form.nbytes, dtype=torch.uint8))
+                self.device.upload([(target, run)], None).wait()
+
+        return pack_to(self.sources[name], self._kernels, put)
 
     # What travels in every pass.
 
@@ -177,7 +204,7 @@ class Store:
         return None
 
     def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of a two-dimensional tensor that is not where the model computes; only they are read.
+        """Rows of a two-dimensional tensor that is not where the model computes, unpacked; only they are read.
 
         Args:
             ids: 1-D, sorted, unique.
@@ -189,6 +216,13 @@ class Store:
         wanted = ids.tolist()
         if wanted and not 0 <= wanted[0] <= wanted[-1] < source.shape[0]:
             raise IndexError(f"{name} has rows 0 to {source.shape[0] - 1}; {wanted[0]} to {wanted[-1]} were asked for")
+        if source.form is not None:
+            weight = (
+                take_rows(source.form.view(self._resident[name]), ids.to("cpu"))
+                if name in self._resident
+                else read_packed_rows(source, wanted, self.engine, self.open)
+            )
+            return self._kernels.unpack(weight).to(self.device.torch_device, source.dtype)  # type: ignore[no-any-return]
         if name in self._resident:
             return self._resident[name].index_select(0, ids.to("cpu")).to(self.device.torch_device)
         if len(source.pieces) != 1:
@@ -196,14 +230,19 @@ class Store:
         return read_rows(source, wanted, self.engine, self.open).to(self.device.torch_device)
 
     def whole(self, name: str, device: torch.device | None = None) -> torch.Tensor:
-        """A copy of the tensor where the model computes (or on another device), wherever it lives."""
+        """A copy of the tensor where the model computes (or on another device), wherever it lives; unpacked."""
         device = device or self.device.torch_device
+        source = self.sources[name]
         if name in self._resident:
-            return self._resident[name].to(device)
-        layout = lay_out([self.sources[name]])
-        buffer = Buffer(layout.nbytes)
-        self._submit(layout, buffer.view, URGENT).result()
-        return layout.views[name].of(as_tensor(buffer.view)).to(device)
+            found = self._resident[name]
+        else:
+            layout = lay_out([source])
+            buffer = Buffer(layout.nbytes)
+            self._submit(layout, buffer.view, URGENT).result()
+            found = layout.views[name].of(as_tensor(buffer.view))
+        if source.form is not None:
+            return self._kernels.unpack(source.form.view(found)).to(device, source.dtype)  # type: ignore[no-any-return]
+        return found.to(device)
 
     def resident_nbytes(self, tier: Tier) -> int:
         """Bytes of weights that stay on a tier."""
@@ -249,7 +288,7 @@ class Store:
             end = -(-end // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT
             if self.device.keeps_alignment and source.is_plain:
                 end += source.pieces[0].extent.offset % VIEW_ALIGNMENT
-            places[name] = View(end, source.dtype, source.shape)
+            places[name] = view_of(source, end)
             end += source.nbytes
         return places, end
 

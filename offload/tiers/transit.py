@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from math import prod
 
 import torch
 
@@ -34,6 +35,26 @@ def chunks(source: Source) -> Iterator[Piece]:
             yield Piece(extent, piece.dtype, piece.start + first, count)
 
 
+def gather(source: Source, put: Callable[[torch.Tensor], None]) -> Put:
+    """A receiver that collects a tensor's elements and hands the tensor on when they are all there. It takes the memory
+    of one whole tensor meanwhile.
+    """
+    whole: torch.Tensor | None = None
+    missing = prod(source.shape)
+
+    def receive(start: int, values: torch.Tensor) -> None:
+        nonlocal whole, missing
+        if whole is None:
+            whole = torch.empty(source.shape, dtype=source.dtype)
+        whole.view(-1)[start : start + len(values)] = values
+        missing -= len(values)
+        if not missing:
+            full, whole = whole, None
+            put(full)
+
+    return receive
+
+
 def bring(
     jobs: Sequence[tuple[Source, Put]], engine: Engine, pool: BufferPool, progress: Callable[[int], None] | None = None
 ) -> None:
@@ -54,7 +75,7 @@ def bring(
         begin = piece.extent.offset - piece.extent.aligned().offset
         raw = as_tensor(lease.view)[begin : begin + piece.extent.nbytes]
         stored = (raw.clone() if begin % piece.dtype.itemsize else raw).view(piece.dtype)
-        put(piece.start, stored.to(source.dtype))
+        put(piece.start, stored.to(source.element))
         lease.release()
         if progress is not None:
             progress(nbytes)

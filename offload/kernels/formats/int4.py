@@ -34,7 +34,7 @@ class Int4Weight:
         return self.packed.nbytes + self.scale.nbytes + (self.offset.nbytes if self.offset is not None else 0)
 
 
-def quantize_int4(weight: torch.Tensor, group: int = 32, *, symmetric: bool = False) -> Int4Weight:
+def quantize_int4(weight: torch.Tensor, group: int = 32, symmetric: bool = False) -> Int4Weight:
     """Rounds to the nearest of 16 values: of the group's range, or (symmetric) of -8 to 7 times its scale."""
     outputs, inputs = weight.shape
     padded = -(-inputs // INT4_CHUNK) * INT4_CHUNK

@@ -20,6 +20,10 @@ class Int8Weight:
     scale: torch.Tensor
 
     @property
+    def inputs(self) -> int:
+        return self.q.shape[1]
+
+    @property
     def nbytes(self) -> int:
         return self.q.nbytes + self.scale.nbytes
 

@@ -21,9 +21,10 @@ class LosslessWeight:
         low: uint8 [outputs, padded]: the sign, then the seven bits of the mantissa. Inputs are padded to whole blocks.
         codes: uint8 [outputs, padded / 2]: byte j of a block has input j in its low half and input 32 + j in the high.
         largest: the largest exponent of the matrix.
-        patch_start: int32 [outputs + 1]: where the patches of an output begin.
-        patch_input: int32 [patches]: the input of each.
-        patch_exponent: uint8 [patches]: its exponent.
+        patch_start: int32 [outputs + 1]: where the patches of an output begin, and where the last one's end. Slices of
+            a matrix by outputs share the lists of patches.
+        patch_input: int32 [patches, or more]: the input of each.
+        patch_exponent: uint8 [patches, or more]: its exponent.
         inputs: without the padding.
     """
 
@@ -69,8 +70,10 @@ def unpack_lossless(weight: LosslessWeight) -> torch.Tensor:
     blocks = weight.codes.view(outputs, -1, LOSSLESS_BLOCK // 2)
     code = torch.stack([blocks & 15, blocks >> 4], dim=2).view(outputs, padded).to(torch.int32)
     exponent = weight.largest - code
-    output = torch.repeat_interleave(torch.arange(outputs), weight.patch_start.diff())
-    exponent[output, weight.patch_input.long()] = weight.patch_exponent.to(torch.int32)
+    patches = slice(int(weight.patch_start[0]), int(weight.patch_start[-1]))
+    rows = torch.arange(outputs, device=exponent.device)
+    output = torch.repeat_interleave(rows, weight.patch_start.diff().long())
+    exponent[output, weight.patch_input[patches].long()] = weight.patch_exponent[patches].to(torch.int32)
     low = weight.low.to(torch.int32)
     bits = (low & 0x80) << 8 | exponent << 7 | low & 0x7F
     return bits.to(torch.int16)[:, : weight.inputs].contiguous().view(torch.bfloat16)

@@ -1,0 +1,63 @@
+"""The implementations that one model computes with: each op is chosen once, and what was chosen can be told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from offload.kernels import Choice, choose
+from offload.kernels.formats.form import Int4Weight, Int8Weight, Weight
+
+SAME_BITS = frozenset(("unpack_lossless", "pack_lossless", "quantize_int8", "quantize_int4", "dequantize_int8",
+                       "dequantize_int4"))  # fmt: skip
+"""Ops whose implementations all give the same bits, so that exactness asks nothing of them."""
+
+
+class Kernels:
+    """Ops for tensors on one device.
+
+    Args:
+        device: "cpu" or "cuda", a torch device's type.
+        exact: torch's own ops only, but for those that give the same bits in any implementation.
+    """
+
+    def __init__(self, device: str, *, exact: bool) -> None:
+        self.device, self.exact = device, exact
+        self._choices: dict[str, Choice] = {}
+        self._parts: dict[str, tuple[Callable[..., Any], Callable[..., str | None], Callable[..., Any]]] = {}
+
+    def choice(self, op: str) -> Choice:
+        """Which implementation of `op` this is, and why."""
+        if op not in self._choices:
+            self._choices[op] = choose(op, self.device, exact=self.exact and op not in SAME_BITS)
+        return self._choices[op]
+
+    def refuses(self, op: str, *args: Any) -> str | None:
+        """Why the chosen implementation would not take these; None when it does."""
+        return self._of(op)[1](*args)
+
+    def run(self, op: str, *args: Any) -> Any:
+        """The op, by the chosen implementation or, where it refuses, by the reference."""
+        function, refuses, plain = self._of(op)
+        return function(*args) if refuses(*args) is None else plain(*args)
+
+    def report(self) -> dict[str, str]:
+        """Op -> implementation and why, of those that were asked for."""
+        return {op: f"{c.implementation}: {c.why}" for op, c in self._choices.items()}
+
+    def unpack(self, weight: Weight) -> Any:
+        """The matrix: bfloat16 of a lossless one, else float32."""
+        kind = kind_of(weight)
+        return self.run("unpack_lossless" if kind == "lossless" else f"dequantize_{kind}", weight)
+
+    def _of(self, op: str) -> tuple[Callable[..., Any], Callable[..., str | None], Callable[..., Any]]:
+        if op not in self._parts:
+            choice = self.choice(op)
+            plain = Choice(op, "torch", "").function()
+            self._parts[op] = choice.function(), choice.refuses(), plain
+        return self._parts[op]
+
+
+def kind_of(weight: Weight) -> str:
+    """lossless, int8 or int4."""
+    return "int8" if isinstance(weight, Int8Weight) else "int4" if isinstance(weight, Int4Weight) else "lossless"
