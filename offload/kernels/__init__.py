@@ -30,7 +30,7 @@ OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the referen
     "quantize_int4": ("cpu",),
     "dequantize_int8": ("cpu",),
     "dequantize_int4": ("cpu",),
-    "decode_attention": (),
+    "decode_attention": ("cpu",),
     "merge_attention": (),
     "adamw_step": ("cpu",),
 }
