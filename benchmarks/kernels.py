@@ -11,6 +11,7 @@ parameter of AdamW.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -117,6 +118,8 @@ def cases() -> list[Case]:
     unpack = choose("unpack_lossless", "cpu", forced="cpu").function()
     out = other[: plain.numel() * 2].view(torch.bfloat16).view(SHAPE)
     found.append(Case("unpack lossless to bf16", "unpack_lossless.py", twelve.nbytes, lambda: unpack(twelve, out)))
+    found += packers()
+    found += attention()
     found.append(adamw())
     return found
 
@@ -135,6 +138,50 @@ def in_huge_pages(weight: Any) -> Any:
 
     parts = {field.name: getattr(weight, field.name) for field in fields(weight)}
     return replace(weight, **{k: huge(v) for k, v in parts.items() if isinstance(v, torch.Tensor)})
+
+
+def packers() -> list[Case]:
+    """Packing bf16 and unpacking to it. Their bytes are those of the bf16 matrix, which is larger than the caches."""
+    import torch
+
+    from offload.kernels import choose
+
+    outputs, inputs = SHAPE
+    weight = huge((torch.randn(4 * outputs, inputs) / inputs**0.5).bfloat16())
+    out = torch.empty_like(weight)
+    found = []
+    for name, op, options in (
+        ("pack lossless", "pack_lossless", {}),
+        ("pack int8", "quantize_int8", {}),
+        ("pack int4, groups of 32, asymmetric", "quantize_int4", {"group": 32}),
+        ("pack int4, groups of 128", "quantize_int4", {"group": 128, "symmetric": True}),
+    ):
+        pack = functools.partial(choose(op, "cpu", forced="cpu").function(), weight, **options)
+        found.append(Case(name, f"{op}.py", weight.nbytes, pack))
+        if op != "pack_lossless":
+            back = choose(f"de{op}", "cpu", forced="cpu").function()
+            unpack = functools.partial(back, pack(), torch.bfloat16, out)
+            found.append(Case(f"un{name} to bf16", f"de{op}.py", weight.nbytes, unpack))
+    return found
+
+
+def attention() -> list[Case]:
+    """One new token of each sequence over a cache of Llama 3's shape: 32 heads, 8 key heads, 128 wide."""
+    import torch
+    from torch.nn import functional
+
+    from offload.kernels import choose
+
+    decode = choose("decode_attention", "cpu", forced="cpu").function()
+    found = []
+    for dtype, batch, tokens in ((torch.bfloat16, 1, 32768), (torch.bfloat16, 8, 4096), (torch.float32, 1, 16384)):
+        q = torch.randn(batch, 32, 1, 128).to(dtype)
+        k, v = (huge(torch.randn(batch, 8, tokens, 128).to(dtype)) for _ in range(2))
+        run = functools.partial(decode, q, k, v, scale=128**-0.5)
+        peer = functools.partial(functional.scaled_dot_product_attention, q, k, v, enable_gqa=True)
+        name = f"decode_attention, {str(dtype)[6:]}, {batch} of {tokens} tokens"
+        found.append(Case(name, "decode_attention.py", 2 * k.nbytes, run, peer))
+    return found
 
 
 def adamw() -> Case:

@@ -258,3 +258,33 @@ def claim(typing_context: Any, address: Any) -> Any:
         return b.atomic_rmw("add", b.inttoptr(args[0], _I64.as_pointer()), _I64(1), "monotonic")
 
     return types.int64(types.int64), generate
+
+
+# Whole numbers to memory and back to bits: for packers. ---------------------------------------------------------------
+
+load_u16 = _loader(U16, _I16, _same, 32)
+store_u32 = _storer(U32, _I32, _same)
+store_u32_low = _storer(U32, _I8, lambda b, v: b.trunc(v, ir.VectorType(_I8, 16)))
+store_u16_low = _storer(U16, _I8, lambda b, v: b.trunc(v, ir.VectorType(_I8, 32)))
+put_u8 = _storer(types.uint32, _I8, lambda b, v: b.trunc(v, _I8))
+put_i32 = _storer(types.int64, _I32, lambda b, v: b.trunc(v, _I32))
+
+
+@intrinsic
+def as_u32(typing_context: Any, value: Any) -> Any:
+    """The same bits as whole numbers."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.bitcast(args[0], U32.llvm)
+
+    return U32(F32), generate
+
+
+@intrinsic
+def through_f16(typing_context: Any, value: Any) -> Any:
+    """Of every lane: the nearest float16."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return _widen_f16(b, _narrow_f16(b, args[0]))
+
+    return F32(F32), generate

@@ -25,11 +25,13 @@ OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the referen
     "linear_int4": ("cpu",),
     "linear_lossless": ("cpu",),
     "unpack_lossless": ("cpu",),
-    "pack_lossless": (),
-    "quantize_int8": (),
-    "quantize_int4": (),
-    "dequantize_int8": (),
-    "dequantize_int4": (),
+    "pack_lossless": ("cpu",),
+    "quantize_int8": ("cpu",),
+    "quantize_int4": ("cpu",),
+    "dequantize_int8": ("cpu",),
+    "dequantize_int4": ("cpu",),
+    "decode_attention": ("cpu",),
+    "merge_attention": (),
     "adamw_step": ("cpu",),
 }
 

@@ -45,7 +45,7 @@ def quantize_int4(weight: torch.Tensor, group: int = 32, symmetric: bool = False
         low = -8 * scale.float()
     else:
         low, high = wide.amin(2), wide.amax(2)
-        scale, offset = ((high - low) / 15).half(), low.half()
+        scale, offset = ((high - low) / 15).half(), low.half().add_(0)  # zero has one sign, in whatever order
         low = offset.float()
     step = scale.float()
     safe = torch.where(step == 0, torch.ones_like(step), step)
@@ -58,11 +58,14 @@ def _pack_int4(q: torch.Tensor) -> torch.Tensor:
     return (parts[:, :, :, 0] | parts[:, :, :, 1] << 4).transpose(2, 3).reshape(q.shape[0], -1).contiguous()
 
 
-def dequantize_int4(weight: Int4Weight) -> torch.Tensor:
-    """float32 [outputs, inputs]."""
+def dequantize_int4(
+    weight: Int4Weight, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[outputs, inputs] of `dtype`, rounded once from float32; in `out` (contiguous, of that dtype) if it is given."""
     outputs = weight.packed.shape[0]
     words = weight.packed.view(outputs, -1, 16, 4).transpose(2, 3)
     q = torch.stack([words & 15, words >> 4], dim=3).reshape(outputs, -1, weight.group).float()
     scale = weight.scale.float()
     offset = -8 * scale if weight.offset is None else weight.offset.float()
-    return (q * scale[..., None] + offset[..., None]).view(outputs, -1)[:, : weight.inputs]
+    wide = (q * scale[..., None] + offset[..., None]).view(outputs, -1)[:, : weight.inputs]
+    return wide.to(dtype) if out is None else out.copy_(wide)

@@ -35,6 +35,9 @@ def quantize_int8(weight: torch.Tensor) -> Int8Weight:
     return Int8Weight((wide / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale)
 
 
-def dequantize_int8(weight: Int8Weight) -> torch.Tensor:
-    """float32 [outputs, inputs]."""
-    return weight.q.float() * weight.scale[:, None]
+def dequantize_int8(
+    weight: Int8Weight, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[outputs, inputs] of `dtype`, rounded once from float32; in `out` (contiguous, of that dtype) if it is given."""
+    wide = weight.q.float() * weight.scale[:, None]
+    return wide.to(dtype) if out is None else out.copy_(wide)

@@ -42,12 +42,17 @@ class LosslessWeight:
         return sum(part.nbytes for part in parts)
 
 
-def pack_lossless(weight: torch.Tensor) -> LosslessWeight:
-    """bfloat16 [outputs, inputs] in fewer bits."""
+def pack_lossless(weight: torch.Tensor, largest: int | None = None) -> LosslessWeight:
+    """bfloat16 [outputs, inputs] in fewer bits.
+
+    Args:
+        largest: the largest exponent of the matrix, where `weight` is only some of its rows; default: that of `weight`.
+    """
     outputs, inputs = weight.shape
     bits = functional.pad(weight.view(torch.int16), (0, -inputs % LOSSLESS_BLOCK)).to(torch.int32) & 0xFFFF
     exponent = bits >> 7 & 0xFF
-    exponent[:, inputs:] = largest = int(exponent.max())
+    largest = int(exponent.max()) if largest is None else largest
+    exponent[:, inputs:] = largest
     code = (largest - exponent).clamp_max_(15).to(torch.uint8)
     halves = code.view(outputs, -1, 2, LOSSLESS_BLOCK // 2)
     output, at = (code == 15).nonzero(as_tuple=True)

@@ -4,17 +4,20 @@ from offload.kernels.formats.int4 import dequantize_int4, quantize_int4
 from offload.kernels.formats.int8 import dequantize_int8, quantize_int8
 from offload.kernels.formats.lossless import pack_lossless, unpack_lossless
 from offload.kernels.reference.adamw import AdamW, adamw_step
+from offload.kernels.reference.attention import decode_attention, merge_attention
 from offload.kernels.reference.linear import linear, linear_int4, linear_int8, linear_lossless
 
 __all__ = [
     "AdamW",
     "adamw_step",
+    "decode_attention",
     "dequantize_int4",
     "dequantize_int8",
     "linear",
     "linear_int4",
     "linear_int8",
     "linear_lossless",
+    "merge_attention",
     "pack_lossless",
     "quantize_int4",
     "quantize_int8",

@@ -1,0 +1,252 @@
+"""Attention of one or a few new tokens over a cache of keys and values where it lies: each byte of it is read once.
+
+Work is cut into chunks of CHUNK tokens of one sequence and one key head, counted from the sequence's first valid token.
+So there is work for every thread with a single sequence, the cuts never depend on the number of threads nor on the
+neighbours, and a sequence gives the same bits with padding on its left and without. Parts are added in order of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from numba import float32, int64, njit
+
+from offload.kernels.cpu.attention_block import BLOCK, STATE, load2_bf16, load2_f32, make_block
+from offload.kernels.cpu.exp import exp2
+from offload.kernels.cpu.lanes import evens, first, odds, total_of_4, zip_high, zip_low
+from offload.kernels.cpu.team import TeamFunction, team_function
+from offload.kernels.cpu.vector import (
+    claim,
+    fma,
+    get_f32,
+    get_i64,
+    load_bf16,
+    load_f32,
+    load_u32,
+    put_f32,
+    put_i32,
+    splat_f32,
+    store_bf16,
+    store_f32,
+)  # fmt: skip
+
+CHUNK = 256  # tokens; whole blocks
+_INFINITY = float("inf")
+_LN_2 = math.log(2)
+
+
+@njit(error_model="numpy")
+def _read(q: int, i: int, is_bf16: bool) -> Any:
+    return load_bf16(q, i) if is_bf16 else load_f32(q, i)
+
+
+@njit(error_model="numpy")
+def _write(out: int, i: int, value: Any, is_bf16: bool) -> None:
+    if is_bf16:
+        store_bf16(out, i, value)
+    else:
+        store_f32(out, i, value)
+
+
+def _make(name: str, load: Any, load2: Any, in_pairs: bool) -> tuple[TeamFunction, TeamFunction]:
+    scores, values = make_block(load, load2)
+
+    @njit(error_model="numpy")
+    def place(q: int, is_bf16: bool, dim: int, to: int) -> None:
+        """A query in float32, in the order in which keys are read."""
+        paired = dim // 64 * 64
+        for i in range(0, paired, 32):
+            a, b = _read(q, i, is_bf16), _read(q, i + 16, is_bf16)
+            store_f32(to, i, evens(a, b) if in_pairs else a)
+            store_f32(to, i + 16, odds(a, b) if in_pairs else b)
+        for i in range(paired, dim, 16):
+            store_f32(to, i, _read(q, i, is_bf16))
+
+    @team_function(f"decode_attention_{name}")
+    def attend(block: int) -> None:
+        pieces, chunks, kv_heads, tokens = get_i64(block, 1), get_i64(block, 2), get_i64(block, 3), get_i64(block, 4)
+        q, q_batch, q_head, q_row = get_i64(block, 5), get_i64(block, 6), get_i64(block, 7), get_i64(block, 8)
+        k, k_batch, k_head, k_token = get_i64(block, 9), get_i64(block, 10), get_i64(block, 11), get_i64(block, 12)
+        v, v_batch, v_head, v_token = get_i64(block, 13), get_i64(block, 14), get_i64(block, 15), get_i64(block, 16)
+        firsts, lengths, window = get_i64(block, 17), get_i64(block, 18), get_i64(block, 19)
+        is_bf16, group, queries = get_i64(block, 20) != 0, get_i64(block, 21), get_i64(block, 22)
+        dim, numbers = get_i64(block, 23), get_i64(block, 24)
+        parts, part_sums, scratch_size = get_i64(block, 25), get_i64(block, 26), get_i64(block, 28)
+        scratch = get_i64(block, 29) + claim(block + 27 * 8) * scratch_size  # this thread's
+        scale, cap, rows = get_f32(numbers, 0), get_f32(numbers, 1), group * queries
+        fours = (rows + 3) // 4
+        state_size, of_queries = int64(4 * (STATE + 32)), scratch + fours * 4 * (STATE + 32)
+        piece = claim(block)
+        while piece < pieces:
+            sequence, head, chunk = piece // chunks // kv_heads, piece // chunks % kv_heads, piece % chunks
+            start = get_i64(firsts, sequence) if firsts else int64(0)
+            stop = get_i64(lengths, sequence) if lengths else tokens
+            low = start + chunk * CHUNK
+            high, least = min(low + CHUNK, stop), start  # what the first query sees, at the least, begins there
+            if window:
+                least = max(start, stop - queries + 1 - window)
+            sums, mine = part_sums + piece * fours * 16 * dim, parts + piece * fours * 4 * 8
+            for r in range(4 * fours):
+                put_f32(mine, 2 * r, float32(-_INFINITY))
+                put_f32(mine, 2 * r + 1, float32(0))
+            if max(low, least) < high:
+                for r in range(4 * fours):
+                    state = scratch + r // 4 * state_size
+                    begin = count = int64(0)
+                    to = of_queries + 4 * r * dim
+                    if r < rows:
+                        end = stop - queries + 1 + r % queries
+                        begin = max(start, end - window) if window else start
+                        count = max(int64(0), end - begin)
+                        at = q + sequence * q_batch + (head * group + r // queries) * q_head + r % queries * q_row
+                        place(at, is_bf16, dim, to)
+                    else:
+                        for i in range(0, dim, 16):
+                            store_f32(to, i, splat_f32(float32(0)))
+                    for i in range(0, dim, 16):
+                        store_f32(sums, r * dim + i, splat_f32(float32(0)))
+                    for lane in range(4 * (r % 4), 4 * (r % 4) + 4):
+                        put_f32(state, lane, float32(-_INFINITY))
+                        put_f32(state, 16 + lane, float32(0))
+                        put_i32(state, STATE + lane, begin)
+                        put_i32(state, STATE + 16 + lane, count)
+                latest = max(start, stop - window) if window else start
+                for token in range(low, high, BLOCK):
+                    begin, end = max(token, least) - token, min(int64(BLOCK), high - token)
+                    if begin >= end:
+                        continue
+                    masks = token < latest or token + BLOCK > stop - queries + 1 or end < BLOCK
+                    keys = k + sequence * k_batch + head * k_head + token * k_token
+                    vs = v + sequence * v_batch + head * v_head + token * v_token
+                    for four in range(fours):
+                        state = scratch + four * state_size
+                        scores(
+                            state, of_queries + four * 16 * dim, keys, k_token, begin, end, dim, scale, cap, masks,
+                            token, load_u32(state, STATE), load_u32(state, STATE + 16),
+                        )  # fmt: skip
+                        values(state, vs, v_token, begin, end, dim, sums + four * 16 * dim)
+                for four in range(fours):
+                    state = scratch + four * state_size
+                    store_f32(state, 16, total_of_4(load_f32(state, 16)))
+                    for r in range(4):
+                        put_f32(mine, 8 * four + 2 * r, get_f32(state, 4 * r))
+                        put_f32(mine, 8 * four + 2 * r + 1, get_f32(state, 16 + 4 * r))
+            piece = claim(block)
+
+    @team_function(f"decode_attention_{name}_merge")
+    def merge(block: int) -> None:
+        pieces, chunks, rows, dim = get_i64(block, 1), get_i64(block, 2), get_i64(block, 3), get_i64(block, 4)
+        parts, part_sums, out, lse = get_i64(block, 5), get_i64(block, 6), get_i64(block, 7), get_i64(block, 8)
+        is_bf16 = get_i64(block, 9) != 0
+        sums = get_i64(block, 11) + claim(block + 10 * 8) * 4 * dim  # this thread's
+        padded, zero = (rows + 3) // 4 * 4, splat_f32(float32(0))
+        piece = claim(block)
+        while piece < pieces:
+            at = piece // rows * chunks * padded + piece % rows  # the first chunk's
+            most, total = float32(-_INFINITY), float32(0)
+            for chunk in range(chunks):
+                if get_f32(parts, 2 * (at + chunk * padded) + 1) != 0:
+                    most = max(most, get_f32(parts, 2 * (at + chunk * padded)))
+            for i in range(0, dim, 16):
+                store_f32(sums, i, zero)
+            for chunk in range(chunks):
+                row = at + chunk * padded
+                of_part = get_f32(parts, 2 * row + 1)
+                if of_part != 0:
+                    by = exp2(splat_f32(get_f32(parts, 2 * row) - most))
+                    total += first(by) * of_part
+                    for i in range(0, dim, 16):
+                        store_f32(sums, i, fma(load_f32(part_sums, row * dim + i), by, load_f32(sums, i)))
+            whole = splat_f32(total) if total != 0 else splat_f32(float32(1))
+            paired, to = dim // 64 * 64, piece * dim
+            for i in range(0, paired, 32):
+                a, b = load_f32(sums, i) / whole, load_f32(sums, i + 16) / whole
+                _write(out, to + i, zip_low(a, b) if in_pairs else a, is_bf16)
+                _write(out, to + i + 16, zip_high(a, b) if in_pairs else b, is_bf16)
+            for i in range(paired, dim, 16):
+                _write(out, to + i, load_f32(sums, i) / whole, is_bf16)
+            value = most * _LN_2 + math.log(total) if total != 0 else -_INFINITY
+            put_f32(lse, piece, float32(value))
+            piece = claim(block)
+
+    return attend, merge
+
+
+_FUNCTIONS = {
+    torch.bfloat16: _make("bf16", load_bf16, load2_bf16, True),
+    torch.float32: _make("f32", load_f32, load2_f32, False),
+}
+
+
+def refuses(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    first: torch.Tensor | None = None,
+    length: torch.Tensor | None = None,
+) -> str | None:
+    """Why `decode_attention` would not take these; None when it does."""
+    if q.device.type != "cpu":
+        return f"on {q.device}"
+    if k.dtype not in _FUNCTIONS or v.dtype != k.dtype or q.dtype not in _FUNCTIONS:
+        return f"{q.dtype} with {k.dtype} and {v.dtype}"
+    if q.dim() not in (3, 4) or k.dim() != 4 or k.shape != v.shape or q.shape[1] % k.shape[1]:
+        return f"shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+    if q.shape[-1] % 16 or q.shape[-1] != k.shape[3]:
+        return f"a head dimension of {q.shape[-1]}, not a multiple of 16"
+    if any(t.stride(-1) != 1 for t in (q, k, v)):
+        return "head dimensions that do not lie in one piece"
+    return None
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    first: torch.Tensor | None = None,
+    length: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See offload.kernels.reference.decode_attention; bfloat16 or float32, any strides but the last.
+
+    Raises:
+        ValueError: `first` or `length` is not within the cache.
+    """
+    batch, kv_heads, tokens, dim = k.shape
+    spans = [None if ends is None else ends.to(torch.int64).contiguous() for ends in (first, length)]
+    for ends, what in zip(spans, ("first", "length"), strict=True):
+        if ends is not None and (ends.shape != (batch,) or not 0 <= int(ends.min()) <= int(ends.max()) <= tokens):
+            raise ValueError(f"{what} {ends.tolist()} for {batch} sequences of {tokens} tokens")
+    q4 = q if q.dim() == 4 else q.unsqueeze(2)
+    group, queries = q.shape[1] // kv_heads, q4.shape[2]
+    rows, fours, chunks = group * queries, -(-group * queries // 4), -(-tokens // CHUNK)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[:-1])
+    pieces = batch * kv_heads * chunks
+    parts, sums = torch.empty(pieces, fours * 4, 2), torch.empty(pieces, fours * 4, dim)
+    scratch = torch.empty(torch.get_num_threads(), fours * (STATE + 32 + 4 * dim))
+    numbers = torch.tensor([scale, softcap or 0.0])
+    attend, merge = _FUNCTIONS[k.dtype]
+    attend(
+        pieces, chunks, kv_heads, tokens,
+        q.data_ptr(), *(stride * q.itemsize for stride in q4.stride()[:3]),
+        k.data_ptr(), *(stride * k.itemsize for stride in k.stride()[:3]),
+        v.data_ptr(), *(stride * v.itemsize for stride in v.stride()[:3]),
+        *(0 if ends is None else ends.data_ptr() for ends in spans), window or 0, q.dtype == torch.bfloat16,
+        group, queries, dim, numbers.data_ptr(), parts.data_ptr(), sums.data_ptr(), 0, scratch[0].nbytes,
+        scratch.data_ptr(),
+    )  # fmt: skip
+    merge(
+        batch * kv_heads * rows, chunks, rows, dim, parts.data_ptr(), sums.data_ptr(), out.data_ptr(), lse.data_ptr(),
+        q.dtype == torch.bfloat16, 0, scratch.data_ptr(), threads=None if sums.numel() > 1 << 16 else 1,
+    )  # fmt: skip
+    return out, lse
