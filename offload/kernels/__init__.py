@@ -25,6 +25,7 @@ OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the referen
     "linear_int4": ("cpu",),
     "linear_lossless": ("cpu",),
     "unpack_lossless": ("cpu",),
+    "gate_up_silu": ("cpu",),
     "adamw_step": ("cpu",),
 }
 
