@@ -20,9 +20,9 @@ from offload.kernels.cpu.vector import (
     get_f16,
     get_f32,
     get_i64,
-    load_bf16,
     load_f16,
     load_f32,
+    load_pairs,
     put_bf16,
     put_f16,
     put_f32,
@@ -33,7 +33,8 @@ MAX_ROWS = 4  # beyond, torch's matrix product is as fast or faster
 
 
 def _make(name: str, load: Any, get: Any, put: Any, itemsize: int) -> TeamFunction:
-    multiply = make_products(load, get, put, get)
+    by_pairs = load is load_pairs
+    multiply = make_products(load, get, put, get, by_pairs=by_pairs, nbytes=64 if by_pairs else 16 * itemsize)
 
     @team_function(name)
     def linear(block: int) -> None:
@@ -52,7 +53,7 @@ def _make(name: str, load: Any, get: Any, put: Any, itemsize: int) -> TeamFuncti
 
 
 _FUNCTIONS = {
-    torch.bfloat16: _make("linear_bf16", load_bf16, get_bf16, put_bf16, 2),
+    torch.bfloat16: _make("linear_bf16", load_pairs, get_bf16, put_bf16, 2),
     torch.float16: _make("linear_f16", load_f16, get_f16, put_f16, 2),
     torch.float32: _make("linear_f32", load_f32, get_f32, put_f32, 4),
 }
@@ -89,7 +90,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     outputs, inputs = weight.shape
     y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
-    wide = x.float()
+    wide = x if x.dtype == torch.bfloat16 else x.float()
     step = step_of(inputs * weight.itemsize)
     _FUNCTIONS[x.dtype](
         -(-outputs // step), step, wide.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),

@@ -10,10 +10,10 @@ from offload.kernels.cpu.dot import make_products
 from offload.kernels.cpu.linear import MAX_ROWS, step_of
 from offload.kernels.cpu.lossless import unpack_row
 from offload.kernels.cpu.team import team_function
-from offload.kernels.cpu.vector import claim, get_bf16, get_i32, get_i64, load_bf16, put_bf16
+from offload.kernels.cpu.vector import claim, get_bf16, get_i32, get_i64, load_pairs, put_bf16
 from offload.kernels.formats.lossless import LosslessWeight
 
-_multiply = make_products(load_bf16, get_bf16, put_bf16, get_bf16)
+_multiply = make_products(load_pairs, get_bf16, put_bf16, get_bf16, by_pairs=True, nbytes=0)
 
 
 @team_function("linear_lossless")
@@ -54,13 +54,12 @@ def linear_lossless(x: torch.Tensor, weight: LosslessWeight, bias: torch.Tensor 
     """See offload.kernels.reference.linear_lossless; equal to offload.kernels.cpu.linear on the unpacked matrix."""
     outputs, padded = weight.low.shape
     y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
-    wide = x.float()
     scratch = torch.empty(torch.get_num_threads(), 4, padded, dtype=torch.int16)
     step = step_of(2 * padded)
     _linear_lossless(
         -(-outputs // step), step, 0, 2 * padded, scratch.data_ptr(), weight.low.data_ptr(), weight.codes.data_ptr(),
         weight.largest, weight.patch_start.data_ptr(), weight.patch_input.data_ptr(), weight.patch_exponent.data_ptr(),
-        wide.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), x.numel() // weight.inputs, outputs,
+        x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), x.numel() // weight.inputs, outputs,
         weight.inputs, padded,
     )  # fmt: skip
     return y

@@ -40,6 +40,19 @@ class Vector(types.Type):  # type: ignore[misc]
 F32, U32, U16 = Vector("F32", _FLOAT, 16), Vector("U32", _I32, 16), Vector("U16", _I16, 32)
 
 
+class _Bfloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not have."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Bfloat)
+
+    def __hash__(self) -> int:
+        return hash(_Bfloat)
+
+
 @register_default(Vector)
 class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, vector: Vector) -> None:
@@ -92,6 +105,25 @@ def _widen_i8(b: Any, stored: Any) -> Any:
     return b.sitofp(b.sext(stored, _as(stored, _I32)), _as(stored, _FLOAT))
 
 
+def _pair_up(b: Any, stored: Any) -> Any:
+    """32 of 16 bits as 16 pairs."""
+    return b.bitcast(stored, U32.llvm)
+
+
+def _zip(b: Any, stored: Any) -> Any:
+    """32 of 16 bits as pairs of one in the first half and one in the second."""
+    order = [i // 2 + i % 2 * 16 for i in range(32)]
+    return _pair_up(b, b.shuffle_vector(stored, stored, ir.Constant(ir.VectorType(_I32, 32), order)))
+
+
+def _pair_up_i8(b: Any, stored: Any) -> Any:
+    """32 of 8 bits as pairs of bf16, which holds such whole numbers: the upper halves of float32."""
+    lanes = stored.type.count
+    halves = b.bitcast(_widen_i8(b, stored), ir.VectorType(_I16, 2 * lanes))
+    upper = ir.Constant(ir.VectorType(_I32, lanes), list(range(1, 2 * lanes, 2)))
+    return _pair_up(b, b.shuffle_vector(halves, halves, upper))
+
+
 def _same(b: Any, value: Any) -> Any:
     return value
 
@@ -131,11 +163,15 @@ load_bf16 = _loader(F32, _I16, _widen_bf16, 16)
 load_f16 = _loader(F32, _I16, _widen_f16, 16)
 load_i8 = _loader(F32, _I8, _widen_i8, 16)
 load_u32 = _loader(U32, _I32, _same, 16)
+load_pairs = _loader(U32, _I16, _pair_up, 32)
+load_zipped = _loader(U32, _I16, _zip, 32)
+load_i8_pairs = _loader(U32, _I8, _pair_up_i8, 32)
 load_u8 = _loader(U16, _I8, lambda b, v: b.zext(v, ir.VectorType(_I16, 32)), 32)
 
 store_f32 = _storer(F32, _FLOAT, _same)
 store_bf16 = _storer(F32, _I16, _narrow_bf16)
 store_u16 = _storer(U16, _I16, _same)
+store_u32 = _storer(U32, _I32, _same)
 
 get_f32 = _loader(types.float32, _FLOAT, _same, 0)
 get_bf16 = _loader(types.float32, _I16, _widen_bf16, 0)
@@ -203,6 +239,48 @@ def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
 def sqrt(typing_context: Any, value: Any) -> Any:
     """Of every lane."""
     return F32(F32), lambda context, builder, signature, args: _call(builder, "sqrt", args)
+
+
+def _widen_halves(b: Any, pairs: Any) -> Any:
+    """The numbers in the lower and in the upper halves of 16 pairs of bf16."""
+    low, high = b.shl(pairs, _number(b, pairs, 16)), b.and_(pairs, _number(b, pairs, 0xFFFF0000))
+    return b.bitcast(low, F32.llvm), b.bitcast(high, F32.llvm)
+
+
+@intrinsic
+def fma_pairs(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
+    """c + a * b over both numbers of each pair of bf16: the upper one first, each with one rounding.
+
+    Processors with AVX512-BF16 have an instruction for it, which differs in one respect: it takes numbers below the
+    smallest normal float32 for zero.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        left, right, sums = args
+        if "+avx512bf16" in context.codegen().magic_tuple()[2]:
+            pairs = ir.VectorType(_Bfloat(), 32)
+            kind = ir.FunctionType(F32.llvm, [F32.llvm, pairs, pairs])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+            return builder.call(function, [sums, builder.bitcast(left, pairs), builder.bitcast(right, pairs)])
+        for one, other in reversed([*zip(_widen_halves(builder, left), _widen_halves(builder, right), strict=True)]):
+            sums = _call(builder, "fma", [one, other, sums])
+        return sums
+
+    return F32(U32, U32, F32), generate
+
+
+@intrinsic
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Asks for the 64 bytes at `address`, which need not be anybody's."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        byte = _I8.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+        b.call(function, [b.inttoptr(args[0], byte), _I32(0), _I32(2), _I32(1)])  # to read, second cache, data
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @intrinsic

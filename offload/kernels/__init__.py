@@ -32,6 +32,7 @@ OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the referen
     "dequantize_int4": ("cpu",),
     "decode_attention": ("cpu",),
     "merge_attention": (),
+    "gate_up_silu": ("cpu",),
     "adamw_step": ("cpu",),
 }
 

@@ -15,8 +15,9 @@ class Int4Weight:
     """A matrix in 4 bits: weight[n, k] = scale * q + offset, with a scale and an offset for each group of inputs.
 
     Attributes:
-        packed: uint8 [outputs, padded / 2]: chunks of 128 inputs as 16 words of 32 bits; word l holds inputs l, 16 + l,
-            ... 112 + l of its chunk, lowest bits first. Inputs are padded to whole chunks.
+        packed: uint8 [outputs, padded / 2]: chunks of 128 inputs as 16 words of 32 bits; the lower half of word l holds
+            inputs l, 32 + l, 64 + l, 96 + l of its chunk, lowest bits first, the upper half those 16 further on, so
+            that what is side by side in both halves needs one scale. Inputs are padded to whole chunks.
         scale: float16 [outputs, padded / group].
         offset: float16 of the same shape; None for symmetric: -8 * scale.
         inputs: without the padding.
@@ -54,8 +55,8 @@ def quantize_int4(weight: torch.Tensor, group: int = 32, symmetric: bool = False
 
 
 def _pack_int4(q: torch.Tensor) -> torch.Tensor:
-    parts = q.view(q.shape[0], -1, 4, 2, 16)  # chunk, byte of the word, low or high half, word
-    return (parts[:, :, :, 0] | parts[:, :, :, 1] << 4).transpose(2, 3).reshape(q.shape[0], -1).contiguous()
+    parts = q.view(q.shape[0], -1, 2, 2, 2, 16)  # chunk, byte of a half, bits of a byte, half of a word, word
+    return (parts[:, :, :, 0] | parts[:, :, :, 1] << 4).permute(0, 1, 4, 3, 2).reshape(q.shape[0], -1).contiguous()
 
 
 def dequantize_int4(
@@ -63,7 +64,7 @@ def dequantize_int4(
 ) -> torch.Tensor:
     """[outputs, inputs] of `dtype`, rounded once from float32; in `out` (contiguous, of that dtype) if it is given."""
     outputs = weight.packed.shape[0]
-    words = weight.packed.view(outputs, -1, 16, 4).transpose(2, 3)
+    words = weight.packed.view(outputs, -1, 16, 2, 2).permute(0, 1, 4, 3, 2)
     q = torch.stack([words & 15, words >> 4], dim=3).reshape(outputs, -1, weight.group).float()
     scale = weight.scale.float()
     offset = -8 * scale if weight.offset is None else weight.offset.float()

@@ -5,6 +5,7 @@ from offload.kernels.formats.int8 import dequantize_int8, quantize_int8
 from offload.kernels.formats.lossless import pack_lossless, unpack_lossless
 from offload.kernels.reference.adamw import AdamW, adamw_step
 from offload.kernels.reference.attention import decode_attention, merge_attention
+from offload.kernels.reference.gate_up_silu import gate_up_silu
 from offload.kernels.reference.linear import linear, linear_int4, linear_int8, linear_lossless
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "decode_attention",
     "dequantize_int4",
     "dequantize_int8",
+    "gate_up_silu",
     "linear",
     "linear_int4",
     "linear_int8",
