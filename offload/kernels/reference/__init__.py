@@ -2,6 +2,16 @@
 
 from offload.kernels.formats.lossless import unpack_lossless
 from offload.kernels.reference.adamw import AdamW, adamw_step
+from offload.kernels.reference.gather import gather_pages
 from offload.kernels.reference.linear import linear, linear_int4, linear_int8, linear_lossless
 
-__all__ = ["AdamW", "adamw_step", "linear", "linear_int4", "linear_int8", "linear_lossless", "unpack_lossless"]
+__all__ = [
+    "AdamW",
+    "adamw_step",
+    "gather_pages",
+    "linear",
+    "linear_int4",
+    "linear_int8",
+    "linear_lossless",
+    "unpack_lossless",
+]
