@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,10 @@ __all__ = ["IMPLEMENTATIONS", "OPS", "Choice", "available", "choose"]
 IMPLEMENTATIONS = ("torch", "cpu", "gpu")
 OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the reference
     "linear": ("cpu",),
-    "linear_int8": ("cpu",),
-    "linear_int4": ("cpu",),
-    "linear_lossless": ("cpu",),
-    "unpack_lossless": ("cpu",),
+    "linear_int8": ("cpu", "gpu"),
+    "linear_int4": ("cpu", "gpu"),
+    "linear_lossless": ("cpu", "gpu"),
+    "unpack_lossless": ("cpu", "gpu"),
     "pack_lossless": ("cpu",),
     "quantize_int8": ("cpu",),
     "quantize_int4": ("cpu",),
@@ -33,7 +34,8 @@ OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the referen
     "decode_attention": ("cpu",),
     "merge_attention": (),
     "gate_up_silu": ("cpu",),
-    "adamw_step": ("cpu",),
+    "adamw_step": ("cpu", "gpu"),
+    "gather_pages": ("gpu",),
 }
 
 
@@ -94,20 +96,27 @@ def choose(op: str, device: str, *, exact: bool = False, forced: str | None = No
         return Choice(op, "torch", f"there is no {kind} kernel for it")
     if (state := available()[kind]) != "yes":
         return Choice(op, "torch", state)
-    return Choice(op, kind, "measured faster")
+    return Choice(op, kind, "measured faster" if kind == "cpu" else "made to be faster, not measured yet")
 
 
 def available() -> dict[str, str]:
-    """For "cpu" and "gpu": "yes", or "no: " followed by what is missing."""
+    """For "cpu" and "gpu": "yes", or "no: " followed by what is missing.
+
+    Triton's interpreter (TRITON_INTERPRET=1) counts as a GPU: slow, for tests, on tensors in main memory.
+    """
     cpu = "yes" if _found("numba") else "no: numba is not installed"
-    gpus, why_none = probe_gpus()
-    if not gpus:
+    gpus, why_none = ([], "") if _interprets() else probe_gpus()
+    if not gpus and not _interprets():
         gpu = f"no: {why_none}"
     elif not _found("triton"):
         gpu = "no: triton is not installed (it comes with torch's CUDA build)"
     else:
         gpu = "yes"
     return {"cpu": cpu, "gpu": gpu}
+
+
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
 
 
 def _found(package: str) -> bool:
