@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
+from itertools import product
 from math import exp, prod
 from pathlib import Path
 from typing import Any
@@ -58,19 +59,17 @@ def arguments() -> argparse.Namespace:
     return ap.parse_args()
 
 
-def formats(*, shuffled: bool) -> list[Format]:
-    """All of them, from many bits to few. `shuffled` adds the grouped ones with inputs in random order."""
+def formats() -> list[Format]:
+    """All of them; those with an offset also with inputs in random order, so that groups are not the model's own."""
     from offload.kernels.formats.int4 import dequantize_int4, quantize_int4
     from offload.kernels.formats.int8 import dequantize_int8, quantize_int8
     from offload.kernels.formats.lossless import pack_lossless, unpack_lossless
 
     found = [Format("lossless", pack_lossless, unpack_lossless), Format("int8", quantize_int8, dequantize_int8)]
-    for mixed in (False, True) if shuffled else (False,):
-        for group in GROUPS:
-            for symmetric in (False, True):
-                name = f"int4-{group}" + "-symmetric" * symmetric + ", shuffled" * mixed
-                pack = partial(quantize_int4, group=group, symmetric=symmetric)
-                found.append(Format(name, pack, dequantize_int4, mixed))
+    kinds = product(GROUPS, (("", False, False), ("-symmetric", True, False), (", shuffled", False, True)))
+    for group, (kind, symmetric, shuffled) in kinds:
+        pack = partial(quantize_int4, group=group, symmetric=symmetric)
+        found.append(Format(f"int4-{group}{kind}", pack, dequantize_int4, shuffled))
     return found
 
 
@@ -170,15 +169,15 @@ def change(line: Line, before: Line) -> str:
 
 def quality_table(lines: Sequence[Line]) -> str:
     """A row for each format, bf16 first."""
-    header = ["weights", "bits a weight", "perplexity", "change, %", "KL, nats", "same top token, %"]
+    header = ["weights", "bits a weight", "perplexity", "change, %", "KL, millinats", "same top token, %"]
     rows = []
     for line in lines:
         errors = list(line["errors"].values())
         same = "all bits" if line["equal"] else number(100 * line["top1"])
         figures = [number(line["bits"], 4), f"{exp(mean(line['nll'])):.3f}", change(line, lines[0])]
-        figures += [number(mean(line["kl"])), same, number(100 * mean(errors)), number(100 * max(errors))]
+        figures += [number(mean(line["kl"]), scale=1e-3), same, number(100 * mean(errors)), number(100 * max(errors))]
         rows.append([line["format"], *figures])
-    return table([*header, "error of a layer, %", "largest, %"], rows)
+    return table([*header, "error of a matrix, %", "largest, %"], rows)
 
 
 def errors_table(lines: Sequence[Line]) -> str:
@@ -237,7 +236,7 @@ def main() -> None:
         folders = [folder for folder in (a.model, a.trained or a.train) if folder]
         if not folders:
             raise SystemExit("nothing to measure: give --model, --trained or --train")
-        chosen = [one for one in formats(shuffled=True) if a.only in one.name]
+        chosen = [one for one in formats() if a.only in one.name]
         result = {
             "date": date.today().isoformat(),
             "hardware": hardware(),
