@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from report import RESULTS, ROOT, hardware, machine_line, number, table, write
+from report import RESULTS, ROOT, hardware, machine_line, number, put_between, table, write
 
 SHAPE = 8192, 3072  # a matrix of a 3B Llama's feed-forward
 AREA = 768 << 20  # bytes of weights in a pass
@@ -205,13 +205,6 @@ def adamw() -> Case:
         step(master, mean, square, grad, weight, numbers)
 
     return Case("adamw_step", "adamw_step.py", 30 * count, run, peer.step, "copy")
-
-
-def put_between(page: Path, begin: str, end: str, text: str) -> None:
-    """Replaces what stands between two markers of a page."""
-    before, _, rest = page.read_text().partition(begin)
-    _, _, after = rest.partition(end)
-    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
 def main() -> None:

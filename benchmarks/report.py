@@ -122,6 +122,13 @@ def write(name: str, result: dict[str, Any], markdown: str, out: Path = RESULTS)
     return paths[0], paths[1]
 
 
+def put_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Replaces what stands between two markers of a page."""
+    before, _, rest = page.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table: the first column to the left, the others to the right, padded so that the source reads well."""
     cells = [list(header), *map(list, rows)]
