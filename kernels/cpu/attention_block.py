@@ -15,12 +15,12 @@ from typing import Any
 
 from numba import float32, int64, njit, uint32
 
-from offload.kernels.cpu.dot import wide4
 from offload.kernels.cpu.exp import LOG2_E, exp2
 from offload.kernels.cpu.lanes import lane_numbers, larger, largest_of_4, totals, where_equal, where_less
 from offload.kernels.cpu.vector import (
     as_f32,
     as_u32,
+    fma,
     get_f32,
     load_f32,
     load_u32,
@@ -33,6 +33,12 @@ BLOCK = 64  # tokens
 STATE = 16 * 3 + BLOCK * 4  # floats of scratch for four rows: largest, sum, correction, weights
 
 _INFINITY = float("inf")
+
+
+@njit(error_model="numpy")
+def wide4(w: Any, x: Any, sums: Any) -> Any:
+    """Four vectors by one, added to four sums."""
+    return fma(w[0], x, sums[0]), fma(w[1], x, sums[1]), fma(w[2], x, sums[2]), fma(w[3], x, sums[3])
 
 
 @njit(error_model="numpy")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from offload.kernels import Choice, choose
-from offload.kernels.formats.form import Int4Weight, Int8Weight, Weight
+from offload.kernels.formats.form import Int4Weight, Int8Weight, LosslessWeight, Weight
 
 SAME_BITS = frozenset(("unpack_lossless", "pack_lossless", "quantize_int8", "quantize_int4", "dequantize_int8",
                        "dequantize_int4"))  # fmt: skip
@@ -45,10 +47,11 @@ class Kernels:
         """Op -> implementation and why, of those that were asked for."""
         return {op: f"{c.implementation}: {c.why}" for op, c in self._choices.items()}
 
-    def unpack(self, weight: Weight) -> Any:
-        """The matrix: bfloat16 of a lossless one, else float32."""
-        kind = kind_of(weight)
-        return self.run("unpack_lossless" if kind == "lossless" else f"dequantize_{kind}", weight)
+    def unpack(self, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix, rounded once to `dtype`."""
+        if isinstance(weight, LosslessWeight):
+            return self.run("unpack_lossless", weight).to(dtype)  # type: ignore[no-any-return]
+        return self.run(f"dequantize_{kind_of(weight)}", weight, dtype)  # type: ignore[no-any-return]
 
     def _of(self, op: str) -> tuple[Callable[..., Any], Callable[..., str | None], Callable[..., Any]]:
         if op not in self._parts:
