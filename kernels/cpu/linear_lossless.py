@@ -13,7 +13,7 @@ from offload.kernels.cpu.team import team_function
 from offload.kernels.cpu.vector import claim, get_bf16, get_i32, get_i64, load_pairs, put_bf16
 from offload.kernels.formats.lossless import LosslessWeight
 
-_multiply = make_products(load_pairs, get_bf16, put_bf16, get_bf16, by_pairs=True, nbytes=0)
+_multiply = make_products(load_pairs, get_bf16, put_bf16, get_bf16, by_pairs=True)
 
 
 @team_function("linear_lossless")
@@ -55,7 +55,7 @@ def linear_lossless(x: torch.Tensor, weight: LosslessWeight, bias: torch.Tensor 
     outputs, padded = weight.low.shape
     y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
     scratch = torch.empty(torch.get_num_threads(), 4, padded, dtype=torch.int16)
-    step = step_of(2 * padded)
+    step = step_of(padded * 3 // 2, outputs)
     _linear_lossless(
         -(-outputs // step), step, 0, 2 * padded, scratch.data_ptr(), weight.low.data_ptr(), weight.codes.data_ptr(),
         weight.largest, weight.patch_start.data_ptr(), weight.patch_input.data_ptr(), weight.patch_exponent.data_ptr(),

@@ -270,20 +270,6 @@ def fma_pairs(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
-def prefetch(typing_context: Any, address: Any) -> Any:
-    """Asks for the 64 bytes at `address`, which need not be anybody's."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        byte = _I8.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
-        b.call(function, [b.inttoptr(args[0], byte), _I32(0), _I32(2), _I32(1)])  # to read, second cache, data
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-@intrinsic
 def as_f32(typing_context: Any, bits: Any) -> Any:
     """The same bits as float32."""
 
