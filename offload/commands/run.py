@@ -50,7 +50,7 @@ class Request:
     slots: int | None = None
     io: str = "threads"
     weights: str | None = None
-    exact: bool = True
+    exact: bool = False
     strict: bool = False
     trace: str | None = None
     explain: bool = False
