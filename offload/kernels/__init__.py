@@ -26,6 +26,7 @@ OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the referen
     "linear_lossless": ("cpu",),
     "unpack_lossless": ("cpu",),
     "adamw_step": ("cpu",),
+    "adamw_step_8bit": ("cpu",),
 }
 
 

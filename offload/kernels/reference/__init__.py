@@ -1,7 +1,16 @@
 """What is correct: each op in plain torch, as short as it can be said. Kernels are held to these within tolerances."""
 
 from offload.kernels.formats.lossless import unpack_lossless
-from offload.kernels.reference.adamw import AdamW, adamw_step
+from offload.kernels.reference.adamw import AdamW, adamw_step, adamw_step_8bit
 from offload.kernels.reference.linear import linear, linear_int4, linear_int8, linear_lossless
 
-__all__ = ["AdamW", "adamw_step", "linear", "linear_int4", "linear_int8", "linear_lossless", "unpack_lossless"]
+__all__ = [
+    "AdamW",
+    "adamw_step",
+    "adamw_step_8bit",
+    "linear",
+    "linear_int4",
+    "linear_int8",
+    "linear_lossless",
+    "unpack_lossless",
+]
