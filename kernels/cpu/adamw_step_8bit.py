@@ -11,6 +11,7 @@ from numba import float32, int64, njit, uint32
 from offload.kernels import reference
 from offload.kernels.cpu.adamw_step import constants
 from offload.kernels.cpu.lanes import (
+    absolute,
     bits_of,
     larger,
     larger_i32,
@@ -20,12 +21,11 @@ from offload.kernels.cpu.lanes import (
     magnitude,
     pick,
     scratch,
-    smaller_i32,
+    smaller,
     store_codes,
     stream_bf16,
     to_f32,
     to_i32,
-    where_less,
 )  # fmt: skip
 from offload.kernels.cpu.team import TeamFunction, team_function
 from offload.kernels.cpu.vector import (
@@ -48,43 +48,41 @@ from offload.kernels.cpu.vector import (
 from offload.kernels.formats.dynamic8 import BLOCK, LEAST_LARGEST, SMALLEST, Dynamic8, dynamic8_tables
 from offload.kernels.reference import AdamW
 
-BLOCKS = 64  # of 256 parameters, that a thread claims; their sum of squares is kept, so that threads change nothing
+BLOCKS = 256  # of 256 parameters, that a thread claims; their sum of squares is kept, so that threads change nothing
 _TABLES = 16  # floats before the tables in the block of numbers
-_SIGNED, _UNSIGNED = _TABLES, _TABLES + 7 * 16
+_SIGNED, _UNSIGNED = _TABLES, _TABLES + 6 * 16
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", forceinline=True)
 def _value(rank: Any, slope: Any, offset: Any) -> Any:
-    zeros = leading_zeros(rank)
-    return fma(to_f32(rank), pick(slope, zeros), pick(offset, zeros))
+    index = leading_zeros(rank) & splat_u32(uint32(15))
+    return fma(to_f32(rank), pick(slope, index), pick(offset, index))
 
 
-@njit(error_model="numpy")
-def _rank(x: Any, threshold: Any, zone: Any, up: Any, base: Any, top: Any) -> Any:
-    """See Dynamic8Tables; x is not negative."""
+@njit(error_model="numpy", forceinline=True)
+def _rank(x: Any, carry: Any, up: Any, base: Any, top: Any) -> Any:
+    """See Dynamic8Tables; x is not negative, and the rank is yet to be rounded towards zero."""
     x = larger(x, splat_f32(float32(SMALLEST)))
-    part = bits_of(x) >> splat_u32(uint32(24))
-    below = pick(zone, part)
-    at = where_less(x, pick(threshold, part), below, below + splat_u32(uint32(1)))
-    return smaller_i32(to_i32(fma(x, pick(up, at), pick(base, at))), pick(top, at))
+    bits = bits_of(x) << splat_u32(uint32(4))
+    part = (bits + pick(carry, bits >> splat_u32(uint32(28)))) >> splat_u32(uint32(28))
+    return smaller(fma(x, pick(up, part), pick(base, part)), pick(top, part))
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", forceinline=True)
 def _quantize(values: int, largest: Any, codes: int, k: int, tables: int, signed: bool) -> None:
     """256 float32 to the codes from k on."""
-    threshold, zone = load_f32(tables, 32), load_u32(tables, 48)
-    up, base, top = load_f32(tables, 64), load_f32(tables, 80), load_u32(tables, 96)
+    carry = load_u32(tables, 32) << splat_u32(uint32(4))
+    up, base, top = load_f32(tables, 48), load_f32(tables, 64), load_f32(tables, 80)
     inverse = splat_f32(float32(1) / max(largest, float32(LEAST_LARGEST)))
-    zero, none = splat_u32(uint32(127)), splat_u32(uint32(0))
+    zero, sign = splat_u32(uint32(127)), splat_u32(uint32(0x80000000))
     for j in range(0, BLOCK, 16):
         value = load_f32(values, j)
-        rank = _rank(magnitude(value) * inverse, threshold, zone, up, base, top)
         if signed:
-            down = larger_i32(zero - rank, none)
-            code = where_less(value, splat_f32(float32(0)), down, zero + rank)
+            rank = _rank(magnitude(value) * inverse, carry, up, base, top)
+            down = to_i32(as_f32(bits_of(rank) | (bits_of(value) & sign)))
+            store_codes(codes, k + j, larger_i32(down + zero, splat_u32(uint32(0))))
         else:
-            code = rank - splat_u32(uint32(1))
-        store_codes(codes, k + j, code)
+            store_codes(codes, k + j, to_i32(_rank(value * inverse, carry, up, base, top)))
 
 
 def _make(name: str, load: Any) -> TeamFunction:
@@ -96,43 +94,39 @@ def _make(name: str, load: Any) -> TeamFunction:
             get_i64(block, 8), get_i64(block, 9), get_i64(block, 10), get_i64(block, 11),
         )  # fmt: skip
         means, roots = scratch(1024), scratch(1024)
-        scale, keep = splat_f32(get_f32(numbers, 0)), splat_f32(get_f32(numbers, 1))
-        new1, old2, new2 = (
-            splat_f32(get_f32(numbers, 2)),
-            splat_f32(get_f32(numbers, 3)),
-            splat_f32(get_f32(numbers, 4)),
-        )
+        scale, keep, new1, new2 = get_f32(numbers, 0), get_f32(numbers, 1), get_f32(numbers, 2), get_f32(numbers, 4)
+        keep, new1, new2 = splat_f32(keep), splat_f32(new1 * scale), splat_f32(new2 * scale * scale)
         root, eps, rate = splat_f32(get_f32(numbers, 5)), splat_f32(get_f32(numbers, 6)), splat_f32(get_f32(numbers, 7))
-        slope1, offset1 = load_f32(numbers, _SIGNED), load_f32(numbers, _SIGNED + 16)
-        slope2, offset2 = load_f32(numbers, _UNSIGNED), load_f32(numbers, _UNSIGNED + 16)
         zero, one, sign = splat_u32(uint32(127)), splat_u32(uint32(1)), splat_u32(uint32(0x80000000))
-        lines = weight % 64 == 0
+        streams = weight % 64 == 0
         piece = claim(block)
         while piece < pieces:
             sums = splat_f32(float32(0))
             for b in range(piece * BLOCKS, min(blocks, (piece + 1) * BLOCKS)):
                 first = b * int64(BLOCK)
-                unit1, unit2 = splat_f32(get_f32(mean_largest, b)), splat_f32(get_f32(square_largest, b))
+                # Tables for moments that have decayed already.
+                unit1 = splat_f32(get_f32(mean_largest, b) * get_f32(numbers, 8))
+                unit2 = splat_f32(get_f32(square_largest, b) * get_f32(numbers, 3))
+                slope1, offset1 = load_f32(numbers, _SIGNED) * unit1, load_f32(numbers, _SIGNED + 16) * unit1
+                slope2, offset2 = load_f32(numbers, _UNSIGNED) * unit2, load_f32(numbers, _UNSIGNED + 16) * unit2
                 most1 = most2 = splat_f32(float32(0))
                 p = splat_f32(float32(0))
                 for j in range(0, BLOCK, 16):
                     k, before = first + j, p
-                    raw = load(grad, k)
-                    sums = fma(raw, raw, sums)
-                    g = raw * scale
+                    g = load(grad, k)
+                    gg = g * g
+                    sums = sums + gg
                     shifted = load_codes(mean, k) - zero
-                    size = bits_of(_value(larger_i32(shifted, splat_u32(uint32(0)) - shifted), slope1, offset1))
-                    m = as_f32(size | (shifted & sign)) * unit1
-                    m = fma(g - m, new1, m)
-                    v = _value(load_codes(square, k) + one, slope2, offset2) * unit2
-                    v = fma(g * g, new2, v * old2)
+                    m = as_f32(bits_of(_value(absolute(shifted), slope1, offset1)) | (shifted & sign))
+                    m = fma(g, new1, m)
+                    v = fma(gg, new2, _value(load_codes(square, k) + one, slope2, offset2))
                     p = fma(m / fma(sqrt(v), root, eps), rate, load_f32(master, k) * keep)
                     store_f32(master, k, p)
                     store_f32(means, j, m)
                     store_f32(roots, j, v)
                     most1, most2 = larger(magnitude(m), most1), larger(v, most2)
                     if weight != 0:
-                        if not lines:
+                        if not streams:
                             store_bf16(weight, k, p)
                         elif j & 16:
                             stream_bf16(weight, k - 16, before, p)
@@ -182,7 +176,7 @@ def adamw_step_8bit(
     whole = blocks * BLOCK
     squares = 0.0
     if blocks:
-        table = torch.cat([constants(numbers), torch.zeros(_TABLES - 8), _tables()])
+        table = torch.cat([constants(numbers), torch.zeros(_TABLES - 9), _tables()])
         sums = torch.empty(-(-blocks // BLOCKS))
         _FUNCTIONS[grad.dtype](
             len(sums), blocks, master.data_ptr(), grad.data_ptr(), 0 if weight is None else weight.data_ptr(),
@@ -204,6 +198,6 @@ def _tables() -> torch.Tensor:
         [
             table.view(torch.float32)
             for t in (dynamic8_tables(True), dynamic8_tables(False))
-            for table in (t.slope, t.offset, t.threshold, t.zone, t.up, t.base, t.top)
+            for table in (t.slope, t.offset, t.carry, t.up, t.base, t.top)
         ]
     )

@@ -16,11 +16,8 @@ from offload.kernels.cpu.vector import (
     F32,
     LANES,
     U32,
-    _narrow_bf16,
     _number,
 )
-
-_MASK = ir.VectorType(ir.IntType(1), LANES)
 
 
 def _unary(result: Any, operand: Any, make: Any) -> Any:
@@ -39,11 +36,18 @@ def _count_leading_zeros(b: Any, value: Any) -> Any:
     return b.call(function, [value, ir.IntType(1)(0)])
 
 
+def _absolute(b: Any, value: Any) -> Any:
+    kind = ir.FunctionType(U32.llvm, [U32.llvm, ir.IntType(1)])
+    function = cgutils.get_or_insert_function(b.module, kind, "llvm.abs.v16i32")
+    return b.call(function, [value, ir.IntType(1)(0)])
+
+
 def _magnitude(b: Any, value: Any) -> Any:
     return b.bitcast(b.and_(b.bitcast(value, U32.llvm), _number(b, ir.Constant(U32.llvm, None), 0x7FFFFFFF)), F32.llvm)
 
 
 magnitude = _unary(F32, F32, _magnitude)  # without its sign
+absolute = _unary(U32, U32, _absolute)  # of signed integers
 leading_zeros = _unary(U32, U32, _count_leading_zeros)  # 32 for 0
 bits_of = _unary(U32, F32, lambda b, v: b.bitcast(v, U32.llvm))
 to_f32 = _unary(F32, U32, lambda b, v: b.sitofp(v, F32.llvm))  # of signed integers
@@ -61,13 +65,13 @@ def larger(typing_context: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def smaller_i32(typing_context: Any, a: Any, b: Any) -> Any:
-    """Of every lane the smaller, as signed integers."""
+def smaller(typing_context: Any, a: Any, b: Any) -> Any:
+    """Of every lane the smaller; b where a is NaN."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.select(b.icmp_signed("<", *args), *args)
+        return b.select(b.fcmp_ordered("<", *args), *args)
 
-    return U32(U32, U32), generate
+    return F32(F32, F32), generate
 
 
 @intrinsic
@@ -81,21 +85,11 @@ def larger_i32(typing_context: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def where_less(typing_context: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
-    """`yes` in lanes where the float a is less than b, else `no`."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.select(b.fcmp_ordered("<", args[0], args[1]), args[2], args[3])
-
-    return yes(F32, F32, yes, yes), generate
-
-
-@intrinsic
 def pick(typing_context: Any, table: Any, index: Any) -> Any:
-    """Of a table of 16, the entry that the lowest four bits of each lane of `index` name."""
+    """Of a table of 16, the entry that each lane of `index` names, which must be less than 16."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        which = b.and_(args[1], _number(b, args[1], LANES - 1))
+        which = args[1]
         out = ir.Constant(args[0].type, ir.Undefined)
         for lane in range(LANES):  # LLVM makes one permutation of this where there is one
             entry = b.extract_element(args[0], b.extract_element(which, _I32(lane)))
@@ -151,6 +145,21 @@ def store_codes(typing_context: Any, address: Any, index: Any, value: Any) -> An
     return types.void(types.int64, types.int64, U32), generate
 
 
+def _narrow_pair(b: Any, low: Any, high: Any) -> Any:
+    """32 floats to bf16, the same bits as one by one, with half the work."""
+    words = ir.VectorType(_I16, 2 * LANES)
+    halves = [b.bitcast(one, words) for one in (low, high)]
+    rest, kept = (
+        b.shuffle_vector(*halves, ir.Constant(ir.VectorType(_I32, 2 * LANES), list(range(first, 4 * LANES, 2))))
+        for first in (0, 1)
+    )
+    half = b.sub(_number(b, kept, 0x8000), b.and_(kept, _number(b, kept, 1)))  # a tie goes up from an odd number
+    rounded = b.add(kept, b.zext(b.icmp_unsigned(">", rest, half), words))
+    order = ir.Constant(ir.VectorType(_I32, 2 * LANES), list(range(2 * LANES)))
+    is_nan = b.shuffle_vector(*(b.fcmp_unordered("uno", one, one) for one in (low, high)), order)
+    return b.select(is_nan, _number(b, kept, 0x7FC0), rounded)
+
+
 @intrinsic
 def stream_bf16(typing_context: Any, address: Any, index: Any, low: Any, high: Any) -> Any:
     """Stores 32 bf16, past the caches: a whole line of memory, which must begin at a multiple of 64 bytes.
@@ -159,14 +168,26 @@ def stream_bf16(typing_context: Any, address: Any, index: Any, low: Any, high: A
     """
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        halves = [_narrow_bf16(b, one) for one in args[2:]]
-        line = b.shuffle_vector(*halves, ir.Constant(ir.VectorType(_I32, 2 * LANES), list(range(2 * LANES))))
+        line = _narrow_pair(b, *args[2:])
         element = b.gep(b.inttoptr(args[0], _I16.as_pointer()), [args[1]])
         made = b.store(line, b.bitcast(element, line.type.as_pointer()), align=64)
         made.set_metadata("nontemporal", b.module.add_metadata([_I32(1)]))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, F32, F32), generate
+
+
+@intrinsic
+def stream_f32(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
+    """Stores a whole line of memory past the caches, as stream_bf16."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        element = b.gep(b.inttoptr(args[0], ir.FloatType().as_pointer()), [args[1]])
+        made = b.store(args[2], b.bitcast(element, F32.llvm.as_pointer()), align=64)
+        made.set_metadata("nontemporal", b.module.add_metadata([_I32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, F32), generate
 
 
 @intrinsic

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 BLOCK = 256  # values that share a largest magnitude
-SMALLEST = 2.0**-31  # stands for all smaller ones: bits >> 24 then has 16 values up to 2
+SMALLEST = 2.0**-29  # stands for all smaller ones: with them, (bits >> 24) % 16 runs from 1 to 15 up to 2
 LEAST_LARGEST = 2.0**-126  # of a block: its reciprocal is finite
 _DECADES = 7
 _ZERO = 127  # the code of 0 where there is a sign
@@ -51,14 +51,15 @@ class Dynamic8Tables:
     A rank is |code - 127| with a sign, code + 1 without: a power of two begins a decade. With the leading zeros of
     the rank's 32 bits, modulo 16, as index: value = slope * rank + offset, rounded once.
 
-    The other way, x >= SMALLEST is in zone[i] + (x >= threshold[i]) with i = (bits of x) >> 24, modulo 16. With the
-    zone as index: rank = min(floor(up * x + base), top), where up * x + base is rounded once.
+    The other way, the bits of x >= SMALLEST without their highest four are looked at as a part (four bits) and a place
+    within it (24 bits). No part has more than one change of decade, so `carry`, with the part as index, is what to add
+    for a carry into the part from the change on. With the new part as index: rank = min(up * x + base, top), rounded
+    once and then towards zero; without a sign it is the rank less 1, the code.
     """
 
     slope: torch.Tensor
     offset: torch.Tensor
-    threshold: torch.Tensor
-    zone: torch.Tensor
+    carry: torch.Tensor
     up: torch.Tensor
     base: torch.Tensor
     top: torch.Tensor
@@ -68,27 +69,28 @@ class Dynamic8Tables:
 def dynamic8_tables(signed: bool) -> Dynamic8Tables:
     """The map in pieces: zone 0 is the value 0, then the decades, and last the value 1."""
     first = 0 if signed else 1  # log2 of the steps in decade 0
+    least = 0 if signed else -1  # what is encoded as 0, as a rank less 1 or not
     decode = torch.zeros(2, 16, dtype=torch.float64)
-    encode = torch.zeros(3, 16, dtype=torch.float64)
-    encode[:, 0] = torch.tensor([0.0, first, first])  # rank 0 or 1
+    zones = torch.zeros(3, _DECADES + 2, dtype=torch.float64)
+    zones[2, 0] = 0.5
     edges = [0.0]  # the values on both sides of every change of zone
     for decade in range(_DECADES):
         log = first + decade
         steps, high = 2.0**log, 10.0 ** (decade - _DECADES + 1)
         slope = high * 0.9 / steps
         decode[:, _leading_zeros(log)] = torch.tensor([slope, high * (0.45 / steps - 0.8)])
-        encode[:, 1 + decade] = torch.tensor([1 / slope, steps - 0.1 * high / slope, 2 * steps - 1])
+        zones[:, 1 + decade] = torch.tensor([1 / slope, steps - 0.1 * high / slope + least, 2 * steps + least - 0.5])
         edges += [0.1 * high + 0.5 * slope, high - 0.5 * slope]
     last = first + _DECADES
     decode[1, _leading_zeros(last)] = 1
-    encode[:, 1 + _DECADES] = torch.tensor([0.0, 2.0**last, 2.0**last])
-    changes = torch.tensor([*edges, 1.0], dtype=torch.float64).view(-1, 2).mean(1).float()
-    where = changes.view(torch.int32) >> 24 & 15
-    threshold = torch.full((16,), torch.inf).index_copy_(0, where.long(), changes)
-    zone = (torch.arange(16)[:, None] > where).sum(1, dtype=torch.int32)  # changes below this part
-    up, base, top = encode.float()
-    slopes, offsets = decode.float()
-    return Dynamic8Tables(slopes, offsets, threshold, zone, up, base, top.int())
+    zones[:, -1] = torch.tensor([0.0, 2.0**last + least, 2.0**last + least + 0.5])
+    changes = torch.tensor([*edges, 1.0], dtype=torch.float64).view(-1, 2).mean(1).float().view(torch.int32)
+    part = changes >> 24 & 15
+    carry = torch.zeros(16, dtype=torch.int32).index_copy_(0, part.long(), (1 << 24) - (changes & 0xFFFFFF))
+    zone = (torch.arange(1, 17)[:, None] > part).sum(1).roll(1)  # changes below the part; 0 stands for 16
+    up, base, top = zones.float()[:, zone]
+    slope, offset = decode.float()
+    return Dynamic8Tables(slope, offset, carry, up, base, top)
 
 
 def _leading_zeros(log: int) -> int:
@@ -123,11 +125,11 @@ def quantize_dynamic8(values: torch.Tensor, *, signed: bool) -> Dynamic8:
     largest = rows.abs().nan_to_num(0.0, torch.inf).amax(1)
     x = rows.abs() * (1 / largest.clamp_min(LEAST_LARGEST))[:, None]
     x = torch.where(x > SMALLEST, x, SMALLEST).view(-1)[: len(values)]
-    part = x.view(torch.int32) >> 24 & 15
-    zone = tables.zone[part] + (x >= tables.threshold[part])
-    rank = (tables.up.double()[zone] * x + tables.base.double()[zone]).float().floor().int()
-    rank = torch.minimum(rank, tables.top[zone])
-    code = torch.where(values < 0, (_ZERO - rank).clamp_min(0), _ZERO + rank) if signed else rank - 1
+    bits = x.view(torch.int32)
+    part = (bits + tables.carry[bits >> 24 & 15]) >> 24 & 15
+    rank = (tables.up.double()[part] * x + tables.base.double()[part]).float()
+    rank = torch.minimum(rank, tables.top[part]).int()
+    code = torch.where(values < 0, (_ZERO - rank).clamp_min(0), _ZERO + rank) if signed else rank
     return Dynamic8(code.to(torch.uint8), largest, signed)
 
 
