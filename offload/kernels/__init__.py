@@ -35,6 +35,7 @@ OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the referen
     "merge_attention": (),
     "gate_up_silu": ("cpu",),
     "adamw_step": ("cpu", "gpu"),
+    "adamw_step_8bit": ("cpu",),
     "gather_pages": ("gpu",),
 }
 
