@@ -26,6 +26,8 @@ OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the referen
     "linear_int4": ("cpu", "gpu"),
     "linear_lossless": ("cpu", "gpu"),
     "unpack_lossless": ("cpu", "gpu"),
+    "decode_attention": ("gpu",),
+    "merge_attention": (),
     "adamw_step": ("cpu", "gpu"),
     "gather_pages": ("gpu",),
 }
