@@ -28,9 +28,9 @@ _LN_2 = tl.constexpr(math.log(2))
 
 
 def blocks(head_dim: int) -> tuple[int, int]:
-    """(tokens, numbers of a head) that a program holds at a time: 32 KiB of bf16 keys and values."""
+    """(tokens, numbers of a head) that a program holds at a time: at most 32 KiB of bf16 keys and values."""
     wide = max(16, triton.next_power_of_2(head_dim))
-    return min(CHUNK, max(16, 8192 // wide)), wide
+    return (64 if wide <= 128 else 32), wide
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _tanh(x):
     return tl.where(s < 0.04, near, tl.where(x < 0, -far, far))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "tokens", "kv_heads", "rows", "queries", "chunks"])
 def _attend(
     q, k, v, sums, tops, totals, first, length, scale, cap, window, tokens, kv_heads, rows, queries, dim, chunks,
     k_batch, k_head, k_token, v_batch, v_head, v_token,
@@ -92,7 +92,7 @@ def _attend(
     tl.store(sums + slot[:, None] * dim + d[None, :], acc, mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _merge(sums, tops, totals, out, lse, dim, chunks, MERGED: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -113,9 +113,10 @@ def _merge(sums, tops, totals, out, lse, dim, chunks, MERGED: tl.constexpr, BLOC
         part = tl.load(sums + slot[:, None] * dim + d[None, :], mask=held, other=0.0)
         acc += weight[:, None] * part
     whole = tl.sum(total, 0)
-    y = tl.sum(acc, 0) / tl.where(whole > 0, whole, 1.0)
+    some = tl.where(whole > 0, whole, 1.0)
+    y = tl.sum(acc, 0) / some
     tl.store(out + row * dim + d, rounded(y, out.dtype.element_ty), mask=d < dim)
-    tl.store(lse + row, (safe + tl.log2(whole)) * _LN_2)
+    tl.store(lse + row, tl.where(whole > 0, (safe + tl.log2(some)) * _LN_2, float("-inf")))
 
 
 def refuses(
@@ -174,6 +175,7 @@ def decode_attention(
             float(scale), None if softcap is None else float(softcap), window or 0,
             tokens, kv_heads, rows, queries, dim, chunks, *k.stride()[:3], *v.stride()[:3],
             ROWS=TILE_ROWS, CHUNK=CHUNK, BLOCK_T=block, BLOCK_D=wide, PARTS=3 if q.dtype == torch.float32 else 2,
+            num_stages=3 if k.itemsize == 2 else 2,  # what is read ahead must fit into 99 KiB, as small GPUs have
         )  # fmt: skip
         _merge[(every,)](sums, tops, totals, out, lse, dim, chunks, MERGED=_MERGED, BLOCK_D=wide)
     return out, lse
