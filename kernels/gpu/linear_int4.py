@@ -90,7 +90,7 @@ def _row(sums, low, high, s, o, x, row, rows, k, inputs):
     return sums
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit(do_not_specialize=["rows", "chunks", "steps", "one"])
 def _few(
     x, words, scale, offset, bias, y, rows, outputs, inputs, chunks, steps, one,
     ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -142,7 +142,7 @@ def _total(sums):
     return tl.sum(tl.sum(sums, 2), 1) * 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "chunks", "steps"])
 def _many(
     x, words, scale, offset, bias, y, rows, outputs, inputs, chunks, steps,
     ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr,
