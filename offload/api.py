@@ -113,6 +113,8 @@ def load(
         total = context or min(2048, spec.max_tokens or 2048)
         work = Workload(batch=batch, total_tokens=total, prompt_tokens=prompt_tokens or total)
         warm_up(device)
+        if progress is not None:
+            progress("preparing kernels", 0, 0)
         kernels = _kernels(device, opened.sources, exact)
         extra = unpack_nbytes(opened.sources.values(), exact)
         division = divide(spec, budgets, work, slots=slots, extra_nbytes=extra, extra_device_nbytes=extra)

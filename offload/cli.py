@@ -76,11 +76,17 @@ def pack(
 @app.command()
 def doctor(
     offload_dir: Annotated[str | None, typer.Option(help="a folder to examine besides the current one")] = None,
+    warm: Annotated[bool, typer.Option("--warm", help="compile all kernels now instead of at their first use")] = False,
 ) -> None:
     """Tell what this machine has and lacks."""
     from rich.console import Console
 
     from offload.doctor import examine, render
+
+    if warm:
+        from offload.commands.warm import execute
+
+        execute(Console())
 
     findings = examine(offload_dir)
     render(findings, Console())
