@@ -14,7 +14,6 @@ from offload.kernels.cpu.blend import (
     absolute,
     bits_of,
     larger,
-    larger_i32,
     largest,
     leading_zeros,
     load_codes,
@@ -23,6 +22,7 @@ from offload.kernels.cpu.blend import (
     scratch,
     smaller,
     store_codes,
+    store_signed_codes,
     stream_bf16,
     to_f32,
     to_i32,
@@ -55,34 +55,33 @@ _SIGNED, _UNSIGNED = _TABLES, _TABLES + 6 * 16
 
 @njit(error_model="numpy", forceinline=True)
 def _value(rank: Any, slope: Any, offset: Any) -> Any:
-    index = leading_zeros(rank) & splat_u32(uint32(15))
+    index = leading_zeros(rank)
     return fma(to_f32(rank), pick(slope, index), pick(offset, index))
 
 
 @njit(error_model="numpy", forceinline=True)
-def _rank(x: Any, carry: Any, up: Any, base: Any, top: Any) -> Any:
-    """See Dynamic8Tables; x is not negative, and the rank is yet to be rounded towards zero."""
-    x = larger(x, splat_f32(float32(SMALLEST)))
-    bits = bits_of(x) << splat_u32(uint32(4))
-    part = (bits + pick(carry, bits >> splat_u32(uint32(28)))) >> splat_u32(uint32(28))
+def _rank(size: Any, inverse: Any, carry: Any, up: Any, base: Any, top: Any) -> Any:
+    """See Dynamic8Tables; yet to be rounded towards zero."""
+    x = fma(size, inverse, splat_f32(float32(SMALLEST)))
+    shift = splat_u32(uint32(24))
+    part = (bits_of(x) + pick(carry, bits_of(x) >> shift)) >> shift
     return smaller(fma(x, pick(up, part), pick(base, part)), pick(top, part))
 
 
 @njit(error_model="numpy", forceinline=True)
 def _quantize(values: int, largest: Any, codes: int, k: int, tables: int, signed: bool) -> None:
     """256 float32 to the codes from k on."""
-    carry = load_u32(tables, 32) << splat_u32(uint32(4))
+    carry = load_u32(tables, 32)
     up, base, top = load_f32(tables, 48), load_f32(tables, 64), load_f32(tables, 80)
     inverse = splat_f32(float32(1) / max(largest, float32(LEAST_LARGEST)))
-    zero, sign = splat_u32(uint32(127)), splat_u32(uint32(0x80000000))
+    sign = splat_u32(uint32(0x80000000))
     for j in range(0, BLOCK, 16):
         value = load_f32(values, j)
         if signed:
-            rank = _rank(magnitude(value) * inverse, carry, up, base, top)
-            down = to_i32(as_f32(bits_of(rank) | (bits_of(value) & sign)))
-            store_codes(codes, k + j, larger_i32(down + zero, splat_u32(uint32(0))))
+            rank = _rank(magnitude(value), inverse, carry, up, base, top)
+            store_signed_codes(codes, k + j, to_i32(as_f32(bits_of(rank) | (sign - (bits_of(value) & sign)))))
         else:
-            store_codes(codes, k + j, to_i32(_rank(value * inverse, carry, up, base, top)))
+            store_codes(codes, k + j, to_i32(_rank(value, inverse, carry, up, base, top)))
 
 
 def _make(name: str, load: Any) -> TeamFunction:
@@ -93,7 +92,7 @@ def _make(name: str, load: Any) -> TeamFunction:
         mean, mean_largest, square, square_largest = (
             get_i64(block, 8), get_i64(block, 9), get_i64(block, 10), get_i64(block, 11),
         )  # fmt: skip
-        means, roots = scratch(1024), scratch(1024)
+        means, roots = scratch(2048), scratch(2048)  # new moments of two blocks
         scale, keep, new1, new2 = get_f32(numbers, 0), get_f32(numbers, 1), get_f32(numbers, 2), get_f32(numbers, 4)
         keep, new1, new2 = splat_f32(keep), splat_f32(new1 * scale), splat_f32(new2 * scale * scale)
         root, eps, rate = splat_f32(get_f32(numbers, 5)), splat_f32(get_f32(numbers, 6)), splat_f32(get_f32(numbers, 7))
@@ -102,38 +101,51 @@ def _make(name: str, load: Any) -> TeamFunction:
         piece = claim(block)
         while piece < pieces:
             sums = splat_f32(float32(0))
-            for b in range(piece * BLOCKS, min(blocks, (piece + 1) * BLOCKS)):
-                first = b * int64(BLOCK)
-                # Tables for moments that have decayed already.
-                unit1 = splat_f32(get_f32(mean_largest, b) * get_f32(numbers, 8))
-                unit2 = splat_f32(get_f32(square_largest, b) * get_f32(numbers, 3))
-                slope1, offset1 = load_f32(numbers, _SIGNED) * unit1, load_f32(numbers, _SIGNED + 16) * unit1
-                slope2, offset2 = load_f32(numbers, _UNSIGNED) * unit2, load_f32(numbers, _UNSIGNED + 16) * unit2
-                most1 = most2 = splat_f32(float32(0))
-                p = splat_f32(float32(0))
-                for j in range(0, BLOCK, 16):
-                    k, before = first + j, p
-                    g = load(grad, k)
-                    gg = g * g
-                    sums = sums + gg
-                    shifted = load_codes(mean, k) - zero
-                    m = as_f32(bits_of(_value(absolute(shifted), slope1, offset1)) | (shifted & sign))
-                    m = fma(g, new1, m)
-                    v = fma(gg, new2, _value(load_codes(square, k) + one, slope2, offset2))
-                    p = fma(m / fma(sqrt(v), root, eps), rate, load_f32(master, k) * keep)
-                    store_f32(master, k, p)
-                    store_f32(means, j, m)
-                    store_f32(roots, j, v)
-                    most1, most2 = larger(magnitude(m), most1), larger(v, most2)
-                    if weight != 0:
-                        if not streams:
-                            store_bf16(weight, k, p)
-                        elif j & 16:
-                            stream_bf16(weight, k - 16, before, p)
-                put_f32(mean_largest, b, largest(most1))
-                put_f32(square_largest, b, largest(most2))
-                _quantize(means, largest(most1), mean, first, numbers + 4 * _SIGNED, True)
-                _quantize(roots, largest(most2), square, first, numbers + 4 * _UNSIGNED, False)
+            start, end = piece * BLOCKS, min(blocks, (piece + 1) * BLOCKS)
+            for b in range(start, end + 1):
+                first, here = b * int64(BLOCK), (b & 1) * 1024
+                if b < end:
+                    # Tables for moments that have decayed already.
+                    unit1 = splat_f32(get_f32(mean_largest, b) * get_f32(numbers, 8))
+                    unit2 = splat_f32(get_f32(square_largest, b) * get_f32(numbers, 3))
+                    slope1, offset1 = load_f32(numbers, _SIGNED) * unit1, load_f32(numbers, _SIGNED + 16) * unit1
+                    slope2, offset2 = load_f32(numbers, _UNSIGNED) * unit2, load_f32(numbers, _UNSIGNED + 16) * unit2
+                    most1 = most2 = splat_f32(float32(0))
+                    p = splat_f32(float32(0))
+                    for j in range(0, BLOCK, 16):
+                        k, before = first + j, p
+                        g = load(grad, k)
+                        gg = g * g
+                        sums = sums + gg
+                        shifted = load_codes(mean, k) - zero
+                        m = as_f32(bits_of(_value(absolute(shifted), slope1, offset1)) | (shifted & sign))
+                        m = fma(g, new1, m)
+                        v = fma(gg, new2, _value(load_codes(square, k) + one, slope2, offset2))
+                        p = fma(m / fma(sqrt(v), root, eps), rate, load_f32(master, k) * keep)
+                        store_f32(master, k, p)
+                        store_f32(means + here, j, m)
+                        store_f32(roots + here, j, v)
+                        most1, most2 = larger(magnitude(m), most1), larger(v, most2)
+                        if weight != 0:
+                            if not streams:
+                                store_bf16(weight, k, p)
+                            elif j & 16:
+                                stream_bf16(weight, k - 16, before, p)
+                    put_f32(mean_largest, b, largest(most1))
+                    put_f32(square_largest, b, largest(most2))
+                if b > start:  # a block later, so that nothing waits for its largest magnitude
+                    old, there = b - 1, 1024 - here
+                    _quantize(
+                        means + there, get_f32(mean_largest, old), mean, first - BLOCK, numbers + 4 * _SIGNED, True
+                    )
+                    _quantize(
+                        roots + there,
+                        get_f32(square_largest, old),
+                        square,
+                        first - BLOCK,
+                        numbers + 4 * _UNSIGNED,
+                        False,
+                    )
             put_f32(squares, piece, total(sums))
             piece = claim(block)  # also orders the streamed stores before whatever this thread does next
 

@@ -75,26 +75,21 @@ def smaller(typing_context: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def larger_i32(typing_context: Any, a: Any, b: Any) -> Any:
-    """Of every lane the larger, as signed integers."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.select(b.icmp_signed(">", *args), *args)
-
-    return U32(U32, U32), generate
-
-
-@intrinsic
 def pick(typing_context: Any, table: Any, index: Any) -> Any:
-    """Of a table of 16, the entry that each lane of `index` names, which must be less than 16."""
+    """Of a table of 16 float32 or integers, the entry that the lowest four bits of each lane of `index` name."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        which = args[1]
-        out = ir.Constant(args[0].type, ir.Undefined)
-        for lane in range(LANES):  # LLVM makes one permutation of this where there is one
-            entry = b.extract_element(args[0], b.extract_element(which, _I32(lane)))
+        entries, which = b.bitcast(args[0], U32.llvm), args[1]
+        if "+avx512f" in context.codegen().magic_tuple()[2]:  # one instruction, that looks at four bits only
+            kind = ir.FunctionType(U32.llvm, [U32.llvm, U32.llvm])
+            permute = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512.permvar.si.512")
+            return b.bitcast(b.call(permute, [entries, which]), args[0].type)
+        which = b.and_(which, _number(b, which, LANES - 1))
+        out = ir.Constant(U32.llvm, ir.Undefined)
+        for lane in range(LANES):
+            entry = b.extract_element(entries, b.extract_element(which, _I32(lane)))
             out = b.insert_element(out, entry, _I32(lane))
-        return out
+        return b.bitcast(out, args[0].type)
 
     return table(table, U32), generate
 
@@ -130,6 +125,24 @@ def load_codes(typing_context: Any, address: Any, index: Any) -> Any:
         return b.zext(b.load(b.bitcast(element, kind.as_pointer()), align=1), U32.llvm)
 
     return U32(types.int64, types.int64), generate
+
+
+@intrinsic
+def store_signed_codes(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
+    """127 less each lane, where -128 stands for all smaller ones and 127 for all larger ones, in a byte."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        value = args[2]
+        for sign, bound in (("<", 127), (">", -128)):
+            limit = _number(b, value, bound)
+            value = b.select(b.icmp_signed(sign, value, limit), value, limit)
+        out = b.trunc(value, ir.VectorType(_I8, LANES))
+        out = b.xor(out, _number(b, out, 127))
+        element = b.gep(b.inttoptr(args[0], _I8.as_pointer()), [args[1]])
+        b.store(out, b.bitcast(element, out.type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, U32), generate
 
 
 @intrinsic

@@ -85,7 +85,6 @@ def test_zeros_and_extremes(signed: bool) -> None:
     for size in (1e-42, 1e-38, 3e38):
         back = dequantize_dynamic8(quantize_dynamic8(torch.full((3,), size), signed=signed))
         assert bool(((back >= 0) & (back <= size)).all())
-    assert quantize_dynamic8(torch.tensor([float("nan"), 1.0]), signed=signed).codes[0] == zero.codes[0]
 
 
 @pytest.mark.parametrize("count", [1, BLOCK, 5 * BLOCK + 3, 70_001])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 BLOCK = 256  # values that share a largest magnitude
-SMALLEST = 2.0**-29  # stands for all smaller ones: with them, (bits >> 24) % 16 runs from 1 to 15 up to 2
+SMALLEST = 2.0**-29  # is added before encoding: the bits 24 to 27 of float32 then run from 1 to 15 up to 2
 LEAST_LARGEST = 2.0**-126  # of a block: its reciprocal is finite
 _DECADES = 7
 _ZERO = 127  # the code of 0 where there is a sign
@@ -51,10 +51,11 @@ class Dynamic8Tables:
     A rank is |code - 127| with a sign, code + 1 without: a power of two begins a decade. With the leading zeros of
     the rank's 32 bits, modulo 16, as index: value = slope * rank + offset, rounded once.
 
-    The other way, the bits of x >= SMALLEST without their highest four are looked at as a part (four bits) and a place
-    within it (24 bits). No part has more than one change of decade, so `carry`, with the part as index, is what to add
-    for a carry into the part from the change on. With the new part as index: rank = min(up * x + base, top), rounded
-    once and then towards zero; without a sign it is the rank less 1, the code.
+    The other way, x is the magnitude over the block's largest, plus SMALLEST (rounded once). Its bits without the
+    highest four are looked at as a part (four bits) and a place within it (24 bits). No part has more than one change
+    of decade, so `carry`, with the part as index, is what to add for a carry into the part from the change on. With the
+    new part as index: rank = min(up * x + base, top), rounded once and then towards zero; where there is no sign, it is
+    the rank less 1, the code.
     """
 
     slope: torch.Tensor
@@ -79,12 +80,14 @@ def dynamic8_tables(signed: bool) -> Dynamic8Tables:
         steps, high = 2.0**log, 10.0 ** (decade - _DECADES + 1)
         slope = high * 0.9 / steps
         decode[:, _leading_zeros(log)] = torch.tensor([slope, high * (0.45 / steps - 0.8)])
-        zones[:, 1 + decade] = torch.tensor([1 / slope, steps - 0.1 * high / slope + least, 2 * steps + least - 0.5])
+        base = steps - (0.1 * high + SMALLEST) / slope + least
+        zones[:, 1 + decade] = torch.tensor([1 / slope, base, 2 * steps + least - 0.5])
         edges += [0.1 * high + 0.5 * slope, high - 0.5 * slope]
     last = first + _DECADES
     decode[1, _leading_zeros(last)] = 1
     zones[:, -1] = torch.tensor([0.0, 2.0**last + least, 2.0**last + least + 0.5])
-    changes = torch.tensor([*edges, 1.0], dtype=torch.float64).view(-1, 2).mean(1).float().view(torch.int32)
+    changes = torch.tensor([*edges, 1.0], dtype=torch.float64).view(-1, 2).mean(1)
+    changes = (changes + SMALLEST).float().view(torch.int32)
     part = changes >> 24 & 15
     carry = torch.zeros(16, dtype=torch.int32).index_copy_(0, part.long(), (1 << 24) - (changes & 0xFFFFFF))
     zone = (torch.arange(1, 17)[:, None] > part).sum(1).roll(1)  # changes below the part; 0 stands for 16
@@ -116,19 +119,19 @@ def zeros_dynamic8(count: int, *, signed: bool) -> Dynamic8:
 
 
 def quantize_dynamic8(values: torch.Tensor, *, signed: bool) -> Dynamic8:
-    """Rounds float32 [n] to the nearest values of the map, ties away from 0; NaN becomes 0.
+    """Rounds float32 [n] to the nearest values of the map, ties away from 0; what a NaN becomes is not defined.
 
     In float32, so the border between two codes is within 1e-4 of a step of their middle.
     """
     tables = dynamic8_tables(signed)
     rows = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
     largest = rows.abs().nan_to_num(0.0, torch.inf).amax(1)
-    x = rows.abs() * (1 / largest.clamp_min(LEAST_LARGEST))[:, None]
-    x = torch.where(x > SMALLEST, x, SMALLEST).view(-1)[: len(values)]
+    inverse = 1 / largest.clamp_min(LEAST_LARGEST)
+    x = (rows.abs().double() * inverse[:, None].double() + SMALLEST).float().view(-1)[: len(values)]
     bits = x.view(torch.int32)
     part = (bits + tables.carry[bits >> 24 & 15]) >> 24 & 15
     rank = (tables.up.double()[part] * x + tables.base.double()[part]).float()
-    rank = torch.minimum(rank, tables.top[part]).int()
+    rank = torch.where(rank < tables.top[part], rank, tables.top[part]).int()
     code = torch.where(values < 0, (_ZERO - rank).clamp_min(0), _ZERO + rank) if signed else rank
     return Dynamic8(code.to(torch.uint8), largest, signed)
 
