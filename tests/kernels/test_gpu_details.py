@@ -57,6 +57,7 @@ def test_a_query_that_sees_nothing(place: str) -> None:
     assert out[1].ne(0).any()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about the bad numbers
 def test_a_bad_gradient_shows_in_the_sum(place: str) -> None:
     for bad in (math.nan, math.inf):
         grad = torch.ones(1500)
