@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,12 @@ class Kernels:
             plain = Choice(op, "torch", "").function()
             self._parts[op] = choice.function(), choice.refuses(), plain
         return self._parts[op]
+
+
+def compile_seconds() -> float:
+    """Seconds that compiling kernels took in this process; those from the cache cost nothing."""
+    team = sys.modules.get("offload.kernels.cpu.team")
+    return float(team.compiled_s) if team is not None else 0.0
 
 
 def kind_of(weight: Weight) -> str:
