@@ -32,6 +32,8 @@ OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the referen
     "dequantize_int4": ("cpu",),
     "decode_attention": ("cpu",),
     "merge_attention": (),
+    "rms_norm": ("cpu",),
+    "rotary": ("cpu",),
     "adamw_step": ("cpu",),
 }
 
