@@ -26,6 +26,7 @@ from offload.kernels.chosen import Kernels
 from offload.kernels.formats.form import Form, Weight, form_of
 from offload.kernels.formats.weights import WeightFormat
 from offload.tiers import transit
+from offload.tiers.host import Scratch
 from offload.tiers.layout import Source
 from offload.tiers.packing import error_of, pack
 from offload.tiers.sink import Sink
@@ -109,6 +110,7 @@ class _Writer:
 
     def __init__(self, sources: dict[str, Source], names: list[str], format: WeightFormat, kernels: Kernels) -> None:
         self._sources, self._names, self._format, self._kernels = sources, names, format, kernels
+        self._scratch = Scratch()
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt", "weights": str(format)}}
         self.manifest = Manifest(version=VERSION, weights=str(format), tensors={})
 
@@ -140,6 +142,7 @@ class _Writer:
                 sink.finish(self._head(head_nbytes))
         finally:
             pool.close()
+            self._scratch.close()
         return report
 
     def _packs(self, name: str, sink: Sink, report: PackReport) -> Put:
@@ -156,7 +159,7 @@ class _Writer:
             self.manifest.tensors[name] = _described(form, source.dtype)
             _append(sink, form, weight)
 
-        return transit.gather(source, put)
+        return transit.gather(source, self._scratch, put)
 
     def _keeps(self, name: str, sink: Sink) -> Put:
         source = self._sources[name]
