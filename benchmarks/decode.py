@@ -30,7 +30,7 @@ from runner import announce, run
 from offload.hardware import versions
 from offload.units import format_bytes, parse_bytes
 
-PEERS = tables.ACCELERATE, tables.LLAMACPP, tables.AIRLLM
+PEERS = tables.PACKED, tables.ACCELERATE, tables.LLAMACPP, tables.AIRLLM
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Job:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--model", type=Path, help="checkpoint folder; default: a random one of 6 GB, made in scratch/")
+    ap.add_argument("--packed", type=Path, help="the same weights by `offload pack`")
     ap.add_argument("--peer-scripts", type=Path, help="folder with the peers' scripts")
     ap.add_argument("--gguf", type=Path, help="the same weights for llama.cpp")
     ap.add_argument("--shards", type=Path, help="the same weights as AirLLM's files, one per layer")
@@ -77,9 +78,9 @@ def limiter(a: argparse.Namespace) -> tuple[list[str], str]:
     return [str(script), "-c", str(parse_bytes(a.limit))], f"Every system runs cold in a memory cgroup of {size}."
 
 
-def ours(a: argparse.Namespace, batch: int) -> list[str]:
+def ours(a: argparse.Namespace, model: Path, batch: int) -> list[str]:
     prompt = ",".join(str(k) for k in range(3, 3 + a.prompt))
-    command = [sys.executable, "-m", "offload.cli", "run", str(a.model), "--device", "cpu", "--cpu-memory", a.limit]
+    command = [sys.executable, "-m", "offload.cli", "run", str(model), "--device", "cpu", "--cpu-memory", a.limit]
     command += ["--prompt-ids", prompt, "--max-new-tokens", str(a.new), "--batch", str(batch), "--ignore-eos", "--json"]
     return command + a.extra.split()
 
@@ -87,6 +88,8 @@ def ours(a: argparse.Namespace, batch: int) -> list[str]:
 def peer(a: argparse.Namespace, system: str, batch: int) -> tuple[list[str], str]:
     """(command, "") of a peer, or ([], why it is not measured)."""
     sizes = ["--batch", str(batch), "--prompt", str(a.prompt), "--new", str(a.new)]
+    if system == tables.PACKED:
+        return (ours(a, a.packed, batch), "") if a.packed else ([], "no --packed")
     if system == tables.ACCELERATE:
         memory = ["--cpu-mem", a.accelerate_cpu_mem]
         script, place = ROOT / "benchmarks" / "peer_accelerate.py", ["--place", "disk"]
@@ -124,7 +127,7 @@ def plan(a: argparse.Namespace) -> tuple[list[Job], dict[str, str]]:
             left_out[system] = "not among --only"
             continue
         for batch in batches if system != tables.AIRLLM else [1]:
-            command, why = (ours(a, batch), "") if system == tables.OURS else peer(a, system, batch)
+            command, why = (ours(a, a.model, batch), "") if system == tables.OURS else peer(a, system, batch)
             if why:
                 left_out[system] = why
             else:
@@ -179,7 +182,7 @@ def main() -> int:
         print(render(result)[0])
         return 0
     a.model = (a.model or made_checkpoint("3b")).absolute()
-    for name in ("peer_scripts", "gguf", "shards"):
+    for name in ("peer_scripts", "gguf", "shards", "packed"):
         if value := getattr(a, name):
             setattr(a, name, value.absolute())
     jobs, left_out = plan(a)

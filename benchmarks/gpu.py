@@ -123,7 +123,7 @@ def main() -> int:
     card = a.card or nbytes // SHARE
     tests: dict[str, Any] = {"output": "skipped"}
     if not a.skip_tests:
-        tests = run([sys.executable, "-m", "pytest", "-m", "gpu", "tests"], timeout_s=150, wants_json=False)
+        tests = run([sys.executable, "-m", "pytest", "-m", "gpu", "tests"], timeout_s=240, wants_json=False)
         print(tests["output"].strip().splitlines()[-1:], flush=True)
     rates = links()
     disk: dict[str, Any] = {}
@@ -160,7 +160,7 @@ def rehearse(a: argparse.Namespace, size: str | None, why: str) -> int:
     print(f"GPU: {why or 'there is one'}")
     note = "" if model.is_dir() else ", to be made"
     print(f"model: {model.name}, {nbytes / 1e9:.2f} GB{note}; card {card / 1e9:.2f} GB")
-    print("tests: " + ("skipped" if a.skip_tests else "pytest -m gpu tests, at most 150 s"))
+    print("tests: " + ("skipped" if a.skip_tests else "pytest -m gpu tests, at most 240 s"))
     print(f"links: pinned and pageable copies of {', '.join(f'{n:,}' for n in LINK_BYTES)} bytes")
     print("disk: " + ("disk_limit.py --quick" if a.peer_scripts else "offload's own measurement (no --peer-scripts)"))
     for job in decode_jobs(model, card, [int(part) for part in a.batches.split(",")], a.prompt, a.new):

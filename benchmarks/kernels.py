@@ -2,19 +2,23 @@
 
     python benchmarks/kernels.py
     python benchmarks/kernels.py --docs     # and writes the table in docs/kernels.md anew
+    python benchmarks/kernels.py --only adamw --deepspeed-python VENV/bin/python
 
 Weights lie in huge pages, as under offload, and every pass goes over several hundred megabytes of them, so that no
-cache helps. A kernel's bandwidth counts the bytes that it must move at least: packed weights, or 30 bytes for a
-parameter of AdamW.
+cache helps. A kernel's bandwidth counts the bytes that it must move at least: packed weights, or 16 bytes for a
+parameter of AdamW with moments in 8 bits, or 30 with moments in float32 (2 of which a plain store of the 16-bit weight
+would fetch). --deepspeed-python runs DeepSpeedCPUAdam in turn with it, in a process of another environment's Python.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
+import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -36,18 +40,21 @@ class Case:
     run: Callable[[], Any]
     peer: Callable[[], Any] | None = None
     bound: str = "read"
+    others: Mapping[str, Callable[[], Any]] = field(default_factory=dict)  # further peers, by name
+    parameters: int = 0  # of an optimizer's step
 
 
 def arguments() -> argparse.Namespace:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--rounds", type=int, default=7)
     ap.add_argument("--only", default="", help="cases whose name contains this")
+    ap.add_argument("--deepspeed-python", type=Path, help="Python of an environment with torch and DeepSpeed")
     ap.add_argument("--docs", action="store_true", help="put the table into docs/kernels.md")
     ap.add_argument("--out", type=Path, default=RESULTS)
     return ap.parse_args()
 
 
-def cases() -> list[Case]:
+def cases(deepspeed: Path | None) -> list[Case]:
     """All of them; they share one area of memory for weights."""
     import torch
     from torch.nn import functional
@@ -120,8 +127,7 @@ def cases() -> list[Case]:
     found.append(Case("unpack lossless to bf16", "unpack_lossless.py", twelve.nbytes, lambda: unpack(twelve, out)))
     found += packers()
     found += attention()
-    found.append(adamw())
-    return found
+    return found + adamw(deepspeed)
 
 
 def huge(tensor: Any) -> Any:
@@ -184,27 +190,56 @@ def attention() -> list[Case]:
     return found
 
 
-def adamw() -> Case:
+def adamw(deepspeed: Path | None) -> list[Case]:
+    """A step with moments in float32 and one with moments in 8 bits, on the same parameters, in turn with peers."""
     import torch
 
     from offload.kernels import choose
+    from offload.kernels.formats.dynamic8 import zeros_dynamic8
     from offload.kernels.reference import AdamW
 
     count = 32 << 20
     master, mean, square = huge(torch.randn(count)), huge(torch.zeros(count)), huge(torch.zeros(count))
+    small = [in_huge_pages(zeros_dynamic8(count, signed=signed)) for signed in (True, False)]
     grad, weight = huge(torch.randn(count).bfloat16()), huge(torch.empty(count, dtype=torch.bfloat16))
     parameter = torch.nn.Parameter(huge(master))
     parameter.grad = huge(grad.float())
     peer = torch.optim.AdamW([parameter], lr=1e-3, fused=True)
     peer.step()
     peer.state[parameter] |= {k: huge(v) for k, v in peer.state[parameter].items() if k != "step"}
-    step = choose("adamw_step", "cpu", forced="cpu").function()
+    steps = {op: choose(op, "cpu", forced="cpu").function() for op in ("adamw_step", "adamw_step_8bit")}
     numbers = AdamW(lr=1e-3, step=3)
+    others = {} if deepspeed is None else dict([deepspeed_adam(deepspeed, count)])
 
-    def run() -> None:
-        step(master, mean, square, grad, weight, numbers)
+    def plain() -> None:
+        steps["adamw_step"](master, mean, square, grad, weight, numbers)
 
-    return Case("adamw_step", "adamw_step.py", 30 * count, run, peer.step, "copy")
+    def packed() -> None:
+        steps["adamw_step_8bit"](master, *small, grad, weight, numbers)
+
+    return [
+        Case("adamw_step", "adamw_step.py", 30 * count, plain, peer.step, "copy", others, count),
+        Case("adamw_step_8bit", "adamw_step_8bit.py", 16 * count, packed, peer.step, "copy", {}, count),
+    ]
+
+
+def deepspeed_adam(python: Path, count: int) -> tuple[str, Callable[[], None]]:
+    """Its name and version, and a step of it, in a process that ends with this one."""
+    script = Path(__file__).with_name("peer_deepspeed_adam.py")
+    process = subprocess.Popen(
+        [python, script, "--count", str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    asked, told = process.stdin, process.stdout
+    assert asked is not None
+    assert told is not None
+    version = json.loads(told.readline())["version"]
+
+    def step() -> None:
+        asked.write("\n")
+        asked.flush()
+        float(told.readline())
+
+    return f"DeepSpeedCPUAdam {version}", step
 
 
 def main() -> None:
@@ -214,12 +249,12 @@ def main() -> None:
     from offload.hardware import versions
     from offload.kernels.cpu import team
 
-    chosen = [c for c in cases() if a.only in c.name or c.name in ("read", "copy")]
+    chosen = [c for c in cases(a.deepspeed_python) if a.only in c.name or c.name in ("read", "copy")]
     seconds: dict[tuple[str, str], list[float]] = {}
     with torch.no_grad():
         for turn in range(a.rounds + 1):
             for case in chosen:
-                for who, run in (("offload", case.run), ("torch", case.peer)):
+                for who, run in (("offload", case.run), ("torch", case.peer), *case.others.items()):
                     if run is None:
                         continue
                     run()  # fills, compiles, warms
@@ -242,12 +277,19 @@ def main() -> None:
                 number(rates[case.name] / rates[case.bound], digits=2),
             ]
         )
+    optimizers = [
+        f"`{name}` {who} {case.parameters / middle[name, who] / 1e9:.2f}"
+        for case in chosen
+        for (name, who) in middle
+        if name == case.name and case.parameters
+    ]
     facts = hardware()
     body = (
         f"{machine_line(facts)}; {torch.get_num_threads()} threads; {date.today()}. Matrices of {SHAPE[0]} x "
         f"{SHAPE[1]}; medians of {a.rounds} rounds; compiling took {team.compiled_s:.1f} s.\n\n"
         + table(["op", "file", "GB/s", "torch, GB/s", "times torch", "of the bound"], rows)
-        + "\nThe bound is the rate of pure reading; for `adamw_step` that of copying, counted at 2 bytes a byte.\n"
+        + "\nThe bound is the rate of pure reading; for AdamW that of copying, counted at 2 bytes a byte.\n"
+        + (f"\nParameters a second, in 10^9: {', '.join(optimizers)}.\n" if optimizers else "")
     )
     page = f"# CPU kernels, {date.today()}\n\n{body}"
     print(page)

@@ -68,7 +68,7 @@ def compare(folder: Path, console: Console) -> bool:
     del model
     gc.collect()
 
-    handle = offload.load(folder, resident=RESIDENT, device="cpu", context=ids.shape[1] + NEW_TOKENS)
+    handle = offload.load(folder, exact=True, resident=RESIDENT, device="cpu", context=ids.shape[1] + NEW_TOKENS)
     with handle as model:
         before = handle.session.statistics().read_bytes
         streamed = ask(model, ids)

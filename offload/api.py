@@ -51,7 +51,7 @@ def load(
     slots: int | None = None,
     io: str = "threads",
     weights: str | None = None,
-    exact: bool = True,
+    exact: bool = False,
     strict: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -113,6 +113,8 @@ def load(
         total = context or min(2048, spec.max_tokens or 2048)
         work = Workload(batch=batch, total_tokens=total, prompt_tokens=prompt_tokens or total)
         warm_up(device)
+        if progress is not None:
+            progress("preparing kernels", 0, 0)
         kernels = _kernels(device, opened.sources, exact)
         extra = unpack_nbytes(opened.sources.values(), exact)
         division = divide(spec, budgets, work, slots=slots, extra_nbytes=extra, extra_device_nbytes=extra)
@@ -147,7 +149,7 @@ def wrap(
     workspace: str | int = "256MiB",
     slots: int | None = None,
     io: str = "threads",
-    exact: bool = True,
+    exact: bool = False,
     strict: bool = False,
     progress: Progress | None = None,
     max_memory: Mapping[Any, Size] | None = None,

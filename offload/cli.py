@@ -46,7 +46,7 @@ def run(
     weights: Annotated[
         str | None, typer.Option(help="format of weights in memory: none, lossless, int8, int4, int4-64, int4-128")
     ] = None,
-    exact: Annotated[bool, typer.Option("--exact/--fast", help="torch's own ops only, or faster kernels")] = True,
+    exact: Annotated[bool, typer.Option("--exact/--fast", help="torch's own ops only, or faster kernels")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="a fall-back to something slower is an error")] = False,
     trace: Annotated[str | None, typer.Option(help="write a Chrome trace to this file")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="print the schedule of one pass and stop")] = False,
@@ -76,11 +76,17 @@ def pack(
 @app.command()
 def doctor(
     offload_dir: Annotated[str | None, typer.Option(help="a folder to examine besides the current one")] = None,
+    warm: Annotated[bool, typer.Option("--warm", help="compile all kernels now instead of at their first use")] = False,
 ) -> None:
     """Tell what this machine has and lacks."""
     from rich.console import Console
 
     from offload.doctor import examine, render
+
+    if warm:
+        from offload.commands.warm import execute
+
+        execute(Console())
 
     findings = examine(offload_dir)
     render(findings, Console())

@@ -68,7 +68,7 @@ def load(checkpoint: Path, **options: Any) -> offload.handle.Offloaded:
     while True:
         try:
             device = {"gpu_memory": gpu_memory} if "device" in options else {}
-            return offload.load(checkpoint, batch=8, context=32, **options, **device)
+            return offload.load(checkpoint, exact=True, batch=8, context=32, **options, **device)
         except offload.BudgetError:
             assert gpu_memory < 4_000_000
             gpu_memory += 100_000

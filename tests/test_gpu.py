@@ -45,7 +45,7 @@ def test_offloaded_equals_on_the_card(name: str, dtype: torch.dtype, place: str,
     options = dict(PLACES[place])
     while True:  # the least memory that works for this model
         try:
-            handle = offload.load(checkpoint, dtype=dtype, device="cuda", batch=2, context=32, **options)
+            handle = offload.load(checkpoint, exact=True, dtype=dtype, device="cuda", batch=2, context=32, **options)
             break
         except offload.BudgetError:
             size = int(str(options["gpu_memory"]).removesuffix("KB")) + 100
@@ -69,7 +69,7 @@ def test_wrap_on_the_card(resident: float, tmp_path: Path) -> None:
         expected = module.to("cuda")(x)
         module.to("cpu")
         options = {"device": "cuda", "gpu_memory": "1MiB", "resident": resident}
-        with offload.wrap(module, offload_dir=tmp_path, **options) as wrapped:
+        with offload.wrap(module, exact=True, offload_dir=tmp_path, **options) as wrapped:
             for _ in range(20):
                 assert torch.equal(wrapped(x), expected)
     assert all(p.device.type == "cpu" for p in module.parameters())
@@ -81,7 +81,10 @@ def test_peak_stays_below_the_budget(tmp_path: Path) -> None:
     module = torch.nn.Sequential(*[torch.nn.Linear(2048, 2048, bias=False) for _ in range(32)]).eval()
     x = torch.randn(16, 2048, device="cuda")
     budget = 128 * MIB
-    with torch.no_grad(), offload.wrap(module, offload_dir=tmp_path, device="cuda", gpu_memory=budget) as wrapped:
+    with (
+        torch.no_grad(),
+        offload.wrap(module, exact=True, offload_dir=tmp_path, device="cuda", gpu_memory=budget) as wrapped,
+    ):
         torch.cuda.reset_peak_memory_stats()
         for _ in range(5):
             wrapped(x)

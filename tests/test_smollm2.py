@@ -53,5 +53,37 @@ def test_the_same_words(checkpoint: Path, place: dict[str, object]) -> None:
         return found
 
     expected = outputs(plain)
-    with offload.load(checkpoint, batch=4, context=128, **place) as model:  # type: ignore[arg-type]
+    with offload.load(checkpoint, exact=True, batch=4, context=128, **place) as model:  # type: ignore[arg-type]
         assert all(torch.equal(a, b) for a, b in zip(outputs(model), expected, strict=True))
+
+
+TOLERANCE = 1.0  # of a logit, which 30 layers of bf16 make uncertain by as much, whoever computes them
+
+
+def test_fast_kernels_say_the_same_words(checkpoint: Path) -> None:
+    """200 greedy tokens, one at a time: the fast kernels choose the same one wherever the choice is clear."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    message = [{"role": "user", "content": "Write a long story about a lighthouse and the sea."}]
+    prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    options = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False, "output_logits": True}
+    with offload.load(checkpoint, exact=True, context=300) as model:
+        found = model.generate(**prompt, **options, return_dict_in_generate=True)
+    logits, tokens = torch.cat(found.logits).float(), found.sequences[0]
+    best = logits.topk(2).values
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        wide = model(tokens[None, :-1]).logits[0, -200:]
+    is_clear = best[:, 0] - best[:, 1] > TOLERANCE
+    length = prompt["input_ids"].shape[1]
+    for weights in ("none", "lossless"):
+        with offload.load(checkpoint, weights=weights, resident=0.25, context=300) as model, torch.no_grad():
+            out = model(tokens[None, :length], logits_to_keep=1)
+            steps = [out.logits[0]]
+            for token in tokens[length:-1]:
+                out = model(token.view(1, 1), past_key_values=out.past_key_values)
+                steps.append(out.logits[0])
+        again = torch.cat(steps).float()
+        assert int(is_clear.sum()) > 80
+        assert torch.equal(again.argmax(1)[is_clear], tokens[length:][is_clear])
+        assert float((again - logits).abs().max()) <= TOLERANCE
+        assert (again - wide).norm() <= 1.05 * (logits - wide).norm(), "torch is nearer to float32"

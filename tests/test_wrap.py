@@ -177,7 +177,7 @@ def test_wrap_changes_nothing(kind: Callable[[], Any], place: str, tmp_path: Pat
     equal = torch.allclose if (kind, place) == (views, "device") else torch.equal
     state = {k: v.clone() for k, v in module.state_dict().items()}
     parameters = dict(module.named_parameters())
-    with offload.wrap(module, offload_dir=tmp_path, **PLACES[place]) as wrapped:
+    with offload.wrap(module, exact=True, offload_dir=tmp_path, **PLACES[place]) as wrapped:
         assert wrapped is module
         for _ in range(3):
             found = tensors(wrapped(*arguments, **inputs))
@@ -207,7 +207,7 @@ def test_generate_of_an_encoder_decoder(tmp_path: Path) -> None:
 
 def test_swap_is_out_of_sight(tmp_path: Path) -> None:
     module, inputs = sequential()
-    with offload.wrap(module, offload_dir=tmp_path, resident=0) as wrapped:
+    with offload.wrap(module, exact=True, offload_dir=tmp_path, resident=0) as wrapped:
         assert list(tmp_path.iterdir()) == []
         wrapped(inputs["input"])
 
@@ -247,7 +247,7 @@ def test_an_exception_inside_restores_the_module(tmp_path: Path) -> None:
 def test_gradients_are_refused_where_they_would_be_wrong(tmp_path: Path) -> None:
     module, inputs = sequential()
     with (
-        offload.wrap(module, offload_dir=tmp_path, resident=0) as wrapped,
+        offload.wrap(module, exact=True, offload_dir=tmp_path, resident=0) as wrapped,
         pytest.raises(offload.ModelError, match="no_grad"),
     ):
         wrapped(inputs["input"].clone().requires_grad_())

@@ -11,6 +11,7 @@ import torch
 from numba import float32, njit
 
 from offload.kernels import reference
+from offload.kernels.cpu.blend import stream_bf16
 from offload.kernels.cpu.team import TeamFunction, team_function
 from offload.kernels.cpu.vector import (
     claim,
@@ -28,47 +29,56 @@ from offload.kernels.cpu.vector import (
 )  # fmt: skip
 from offload.kernels.reference import AdamW
 
-PIECE = 16 << 10  # parameters that a thread claims; their sum of squares is kept, so that threads change nothing
+PIECE = 64 << 10  # parameters that a thread claims; their sum of squares is kept, so that threads change nothing
+_STEP = 32  # parameters at a time: a line of bf16
 
 
-def _make(name: str, load: Any, writes: bool) -> TeamFunction:
-    @njit(error_model="numpy")
-    def update(master: int, mean: int, square: int, grad: int, weight: int, k: int, numbers: int) -> Any:
-        """16 parameters; returns the squares of their gradients."""
-        raw = load(grad, k)
-        g = raw * splat_f32(get_f32(numbers, 0))
+def _make(name: str, load: Any) -> TeamFunction:
+    @njit(error_model="numpy", forceinline=True)
+    def update(master: int, mean: int, square: int, g: Any, k: int, numbers: Any) -> Any:
+        """16 parameters; returns their new values."""
+        keep, new1, old2, new2, root, eps, rate = numbers
         m = load_f32(mean, k)
-        m = fma(g - m, splat_f32(get_f32(numbers, 2)), m)
-        v = fma(g * g, splat_f32(get_f32(numbers, 4)), load_f32(square, k) * splat_f32(get_f32(numbers, 3)))
-        bottom = fma(sqrt(v), splat_f32(get_f32(numbers, 5)), splat_f32(get_f32(numbers, 6)))
-        p = fma(m / bottom, splat_f32(get_f32(numbers, 7)), load_f32(master, k) * splat_f32(get_f32(numbers, 1)))
+        m = fma(g - m, new1, m)
+        v = fma(g * g, new2, load_f32(square, k) * old2)
+        p = fma(m / fma(sqrt(v), root, eps), rate, load_f32(master, k) * keep)
         store_f32(mean, k, m)
         store_f32(square, k, v)
         store_f32(master, k, p)
-        if writes:
-            store_bf16(weight, k, p)
-        return raw * raw
+        return p
 
     @team_function(name)
     def adamw_step(block: int) -> None:
         pieces, count = get_i64(block, 1), get_i64(block, 2)
         master, mean, square = get_i64(block, 3), get_i64(block, 4), get_i64(block, 5)
         grad, weight, numbers, squares = get_i64(block, 6), get_i64(block, 7), get_i64(block, 8), get_i64(block, 9)
+        scale, rest = splat_f32(get_f32(numbers, 0)), (
+            splat_f32(get_f32(numbers, 1)), splat_f32(get_f32(numbers, 2)), splat_f32(get_f32(numbers, 3)),
+            splat_f32(get_f32(numbers, 4)), splat_f32(get_f32(numbers, 5)), splat_f32(get_f32(numbers, 6)),
+            splat_f32(get_f32(numbers, 7)),
+        )  # fmt: skip
         piece = claim(block)
         while piece < pieces:
-            sums = splat_f32(float32(0))
-            for k in range(piece * PIECE, min(count, (piece + 1) * PIECE), 16):
-                sums = sums + update(master, mean, square, grad, weight, k, numbers)
-            put_f32(squares, piece, total(sums))
-            piece = claim(block)
+            even = odd = splat_f32(float32(0))
+            for k in range(piece * PIECE, min(count, (piece + 1) * PIECE), _STEP):
+                g, h = load(grad, k), load(grad, k + 16)
+                even, odd = fma(g, g, even), fma(h, h, odd)
+                p = update(master, mean, square, g * scale, k, rest)
+                q = update(master, mean, square, h * scale, k + 16, rest)
+                if weight % 64 != 0:
+                    store_bf16(weight, k, p)
+                    store_bf16(weight, k + 16, q)
+                elif weight != 0:
+                    stream_bf16(weight, k, p, q)
+            put_f32(squares, piece, total(even + odd))
+            piece = claim(block)  # also orders the streamed stores before whatever this thread does next
 
     return adamw_step
 
 
 _FUNCTIONS = {
-    (dtype, writes): _make(f"adamw_step_{str(dtype)[6:]}{writes * '_write'}", load, writes)
+    dtype: _make(f"adamw_step_{str(dtype)[6:]}", load)
     for dtype, load in ((torch.bfloat16, load_bf16), (torch.float32, load_f32))
-    for writes in (True, False)
 }
 
 
@@ -98,14 +108,14 @@ def adamw_step(
 ) -> float:
     """See offload.kernels.reference.adamw_step; tensors of any shape, contiguous."""
     count = master.numel()
-    whole = count // 16 * 16
+    whole = count // _STEP * _STEP
     squares = 0.0
     if whole:
-        constants = _constants(numbers)
-        sums = torch.empty(-(-whole // PIECE), dtype=torch.float32)
-        _FUNCTIONS[grad.dtype, weight is not None](
+        table = constants(numbers)
+        sums = torch.empty(-(-whole // PIECE))
+        _FUNCTIONS[grad.dtype](
             len(sums), whole, master.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), grad.data_ptr(),
-            0 if weight is None else weight.data_ptr(), constants.data_ptr(), sums.data_ptr(),
+            0 if weight is None else weight.data_ptr(), table.data_ptr(), sums.data_ptr(),
         )  # fmt: skip
         squares = float(sums.double().sum())
     if whole < count:
@@ -114,8 +124,11 @@ def adamw_step(
     return squares
 
 
-def _constants(n: AdamW) -> torch.Tensor:
+def constants(n: AdamW) -> torch.Tensor:
+    """float32 [9]: what a kernel multiplies and adds with."""
     beta1, beta2 = n.betas
     root = (1 - beta2**n.step) ** -0.5
     rate = -n.lr / (1 - beta1**n.step)
-    return torch.tensor([n.grad_scale, 1 - n.lr * n.weight_decay, 1 - beta1, beta2, 1 - beta2, root, n.eps, rate])
+    return torch.tensor(
+        [n.grad_scale, 1 - n.lr * n.weight_decay, 1 - beta1, beta2, 1 - beta2, root, n.eps, rate, beta1]
+    )

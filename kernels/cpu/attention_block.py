@@ -15,15 +15,17 @@ from typing import Any
 
 from numba import float32, int64, njit, uint32
 
-from offload.kernels.cpu.dot import wide4
 from offload.kernels.cpu.exp import LOG2_E, exp2
 from offload.kernels.cpu.lanes import lane_numbers, larger, largest_of_4, totals, where_equal, where_less
 from offload.kernels.cpu.vector import (
     as_f32,
     as_u32,
+    dot_bf16,
+    fma,
     get_f32,
     load_f32,
     load_u32,
+    prefetch,
     splat_f32,
     splat_u32,
     store_f32,
@@ -33,6 +35,12 @@ BLOCK = 64  # tokens
 STATE = 16 * 3 + BLOCK * 4  # floats of scratch for four rows: largest, sum, correction, weights
 
 _INFINITY = float("inf")
+
+
+@njit(error_model="numpy")
+def wide4(w: Any, x: Any, sums: Any) -> Any:
+    """Four vectors by one, added to four sums."""
+    return fma(w[0], x, sums[0]), fma(w[1], x, sums[1]), fma(w[2], x, sums[2]), fma(w[3], x, sums[3])
 
 
 @njit(error_model="numpy")
@@ -48,7 +56,18 @@ def _capped(scores: Any, cap: Any) -> Any:
     return as_f32(as_u32(tanh) | sign) * splat_f32(cap)
 
 
-def make_block(load: Any, load2: Any) -> tuple[Any, Any]:
+@njit(error_model="numpy")
+def _dots(w: Any, x: Any, sums: Any) -> Any:
+    """Four rows of pairs of bf16 by one."""
+    return (
+        dot_bf16(sums[0], w[0], x),
+        dot_bf16(sums[1], w[1], x),
+        dot_bf16(sums[2], w[2], x),
+        dot_bf16(sums[3], w[3], x),
+    )
+
+
+def make_block(load: Any, load2: Any, itemsize: int) -> tuple[Any, Any]:
     """(scores, values) for keys and values that `load` reads 16 at a time and `load2` 32 at a time."""
 
     @njit(error_model="numpy")
@@ -74,19 +93,39 @@ def make_block(load: Any, load2: Any) -> tuple[Any, Any]:
         return totals(a + b + c + d)
 
     @njit(error_model="numpy")
+    def four_by_four_bf16(q: int, k0: int, k1: int, k2: int, k3: int, dim: int) -> Any:
+        """The same with four rows of bf16, as far apart as if they were float32."""
+        zero = splat_f32(float32(0))
+        a = b = c = d = (zero, zero, zero, zero)
+        q1, q2, q3 = q + 4 * dim, q + 8 * dim, q + 12 * dim
+        paired, i = dim // 32 * 32, int64(0)
+        while i < paired:
+            word = i >> 1
+            four = load_u32(k0, word), load_u32(k1, word), load_u32(k2, word), load_u32(k3, word)
+            a, b = _dots(four, load_u32(q, word), a), _dots(four, load_u32(q1, word), b)
+            c, d = _dots(four, load_u32(q2, word), c), _dots(four, load_u32(q3, word), d)
+            i += 32
+        if i < dim:
+            wide = load(k0, i), load(k1, i), load(k2, i), load(k3, i)
+            a, b = wide4(wide, load(q, i), a), wide4(wide, load(q1, i), b)
+            c, d = wide4(wide, load(q2, i), c), wide4(wide, load(q3, i), d)
+        return totals(a + b + c + d)
+
+    @njit(error_model="numpy")
     def scores(
         state: int, q: int, keys: int, stride: int, begin: int, end: int, dim: int, scale: Any, cap: Any,
-        masks: bool, token: int, seen_from: Any, seen: Any,
+        masks: bool, token: int, seen_from: Any, seen: Any, ahead: int, stride_ahead: int, narrow: bool,
     ) -> None:  # fmt: skip
         """Weights of the block's tokens `begin` to `end` for four rows, and their softmax's largest score and sum.
 
         Args:
             state: address of STATE floats: the largest score so far (of 2 to its power), the sums of weights by lane,
                 and, as results, by what sums so far are to be multiplied, and the weights.
-            q: address of four rows of float32.
+            q: address of four rows of float32; or of bf16, if `narrow`, as far apart.
             keys: address of token 0 of the block; only tokens from `begin` on, and before `end`, are there.
             masks: whether some row sees only some of these tokens: those from `seen_from`, `seen` many, where the
                 block's token 0 has the number `token`.
+            ahead: address of the value of the block's token 0, which is wanted next.
         """
         weights, four = state + 4 * 48, int64(begin // 4)
         old = most = load_f32(state, 0)
@@ -95,7 +134,14 @@ def make_block(load: Any, load2: Any) -> tuple[Any, Any]:
             t = 4 * group
             k0, k1 = keys + max(t, begin) * stride, keys + min(max(t + 1, begin), end - 1) * stride
             k2, k3 = keys + min(max(t + 2, begin), end - 1) * stride, keys + min(t + 3, end - 1) * stride
-            s = four_by_four(q, k0, k1, k2, k3, dim) * splat_f32(scale)
+            for other in range(t, t + 4):
+                for line in range(0, dim * itemsize, 64):
+                    prefetch(ahead + other * stride_ahead + line)
+            if narrow and itemsize == 2:
+                s = four_by_four_bf16(q, k0, k1, k2, k3, dim)
+            else:
+                s = four_by_four(q, k0, k1, k2, k3, dim)
+            s = s * splat_f32(scale)
             if cap > float32(0):
                 s = _capped(s, cap)
             s = s * splat_f32(float32(LOG2_E))
@@ -144,12 +190,15 @@ def make_block(load: Any, load2: Any) -> tuple[Any, Any]:
         store_f32(sums, 3 * dim + i, four[3])
 
     @njit(error_model="numpy")
-    def values(state: int, vs: int, stride: int, begin: int, end: int, dim: int, sums: int) -> None:
+    def values(
+        state: int, vs: int, stride: int, begin: int, end: int, dim: int, sums: int, ahead: int, stride_ahead: int
+    ) -> None:
         """Adds the values of the block's tokens `begin` to `end`, by their weights, to the sums of four rows.
 
         Args:
             vs: address of the value of the block's token 0.
             sums: address of four rows of float32.
+            ahead: address of the next block's keys, which are wanted next.
         """
         weights, by = state + 4 * 48, _four(state, 32, 4)
         paired, i = dim // 64 * 64, int64(0)
@@ -158,6 +207,8 @@ def make_block(load: Any, load2: Any) -> tuple[Any, Any]:
             c, d = _open(sums, i + 32, dim, by), _open(sums, i + 48, dim, by)
             for t in range(begin, end):
                 p, at = _four(weights, 16 * (t // 4) + t % 4, 4), vs + t * stride
+                for line in range(i * itemsize, (i + 64) * itemsize, 64):
+                    prefetch(ahead + t * stride_ahead + line)
                 even, odd = load2(at, i)
                 a, b = wide4(p, even, a), wide4(p, odd, b)
                 even, odd = load2(at, i + 32)

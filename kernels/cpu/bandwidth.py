@@ -10,7 +10,7 @@ from numba import float32, int64
 from offload.kernels.cpu.team import team_function
 from offload.kernels.cpu.vector import claim, get_i64, load_f32, put_f32, splat_f32, store_f32, total
 
-PIECE = 1 << 18  # bytes that a thread claims
+PIECE = 1 << 20  # bytes that a thread claims, as long as those of the kernels
 
 
 @team_function("read")
@@ -41,12 +41,12 @@ def _copy(block: int) -> None:
 
 
 def read(area: torch.Tensor, threads: int | None = None) -> Any:
-    """Reads all of `area` (uint8, contiguous, whole pieces of 256 KiB)."""
+    """Reads all of `area` (uint8, contiguous, whole pieces of 1 MiB)."""
     sink = torch.empty(area.numel() // PIECE)
     _read(len(sink), area.data_ptr(), sink.data_ptr(), threads=threads)
     return sink
 
 
 def copy(target: torch.Tensor, source: torch.Tensor, threads: int | None = None) -> None:
-    """Copies `source` to `target` (uint8, contiguous, whole pieces of 256 KiB)."""
+    """Copies `source` to `target` (uint8, contiguous, whole pieces of 1 MiB)."""
     _copy(source.numel() // PIECE, source.data_ptr(), target.data_ptr(), threads=threads)

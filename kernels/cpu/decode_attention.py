@@ -8,6 +8,7 @@ neighbours, and a sequence gives the same bits with padding on its left and with
 from __future__ import annotations
 
 import math
+import struct
 from typing import Any
 
 import torch
@@ -50,13 +51,17 @@ def _write(out: int, i: int, value: Any, is_bf16: bool) -> None:
         store_f32(out, i, value)
 
 
-def _make(name: str, load: Any, load2: Any, in_pairs: bool) -> tuple[TeamFunction, TeamFunction]:
-    scores, values = make_block(load, load2)
+def _make(name: str, load: Any, load2: Any, itemsize: int, in_pairs: bool) -> TeamFunction:
+    scores, values = make_block(load, load2, itemsize)
 
     @njit(error_model="numpy")
-    def place(q: int, is_bf16: bool, dim: int, to: int) -> None:
-        """A query in float32, in the order in which keys are read."""
+    def place(q: int, is_bf16: bool, narrow: bool, dim: int, to: int) -> None:
+        """A query as it is (`narrow`), or in float32 in the order in which keys are read."""
         paired = dim // 64 * 64
+        if narrow:
+            for i in range(0, dim, 16):
+                store_bf16(to, i, load_bf16(q, i))
+            return
         for i in range(0, paired, 32):
             a, b = _read(q, i, is_bf16), _read(q, i + 16, is_bf16)
             store_f32(to, i, evens(a, b) if in_pairs else a)
@@ -72,11 +77,11 @@ def _make(name: str, load: Any, load2: Any, in_pairs: bool) -> tuple[TeamFunctio
         v, v_batch, v_head, v_token = get_i64(block, 13), get_i64(block, 14), get_i64(block, 15), get_i64(block, 16)
         firsts, lengths, window = get_i64(block, 17), get_i64(block, 18), get_i64(block, 19)
         is_bf16, group, queries = get_i64(block, 20) != 0, get_i64(block, 21), get_i64(block, 22)
-        dim, numbers = get_i64(block, 23), get_i64(block, 24)
+        dim = get_i64(block, 23)
+        scale, cap, rows = get_f32(block + 24 * 8, 0), get_f32(block + 24 * 8, 1), group * queries
         parts, part_sums, scratch_size = get_i64(block, 25), get_i64(block, 26), get_i64(block, 28)
         scratch = get_i64(block, 29) + claim(block + 27 * 8) * scratch_size  # this thread's
-        scale, cap, rows = get_f32(numbers, 0), get_f32(numbers, 1), group * queries
-        fours = (rows + 3) // 4
+        fours, narrow = (rows + 3) // 4, is_bf16 and itemsize == 2
         state_size, of_queries = int64(4 * (STATE + 32)), scratch + fours * 4 * (STATE + 32)
         piece = claim(block)
         while piece < pieces:
@@ -101,7 +106,7 @@ def _make(name: str, load: Any, load2: Any, in_pairs: bool) -> tuple[TeamFunctio
                         begin = max(start, end - window) if window else start
                         count = max(int64(0), end - begin)
                         at = q + sequence * q_batch + (head * group + r // queries) * q_head + r % queries * q_row
-                        place(at, is_bf16, dim, to)
+                        place(at, is_bf16, narrow, dim, to)
                     else:
                         for i in range(0, dim, 16):
                             store_f32(to, i, splat_f32(float32(0)))
@@ -124,9 +129,11 @@ def _make(name: str, load: Any, load2: Any, in_pairs: bool) -> tuple[TeamFunctio
                         state = scratch + four * state_size
                         scores(
                             state, of_queries + four * 16 * dim, keys, k_token, begin, end, dim, scale, cap, masks,
-                            token, load_u32(state, STATE), load_u32(state, STATE + 16),
+                            token, load_u32(state, STATE), load_u32(state, STATE + 16), vs, v_token,
+                            narrow,
                         )  # fmt: skip
-                        values(state, vs, v_token, begin, end, dim, sums + four * 16 * dim)
+                        after = keys + BLOCK * k_token
+                        values(state, vs, v_token, begin, end, dim, sums + four * 16 * dim, after, k_token)
                 for four in range(fours):
                     state = scratch + four * state_size
                     store_f32(state, 16, total_of_4(load_f32(state, 16)))
@@ -135,48 +142,49 @@ def _make(name: str, load: Any, load2: Any, in_pairs: bool) -> tuple[TeamFunctio
                         put_f32(mine, 8 * four + 2 * r + 1, get_f32(state, 16 + 4 * r))
             piece = claim(block)
 
-    @team_function(f"decode_attention_{name}_merge")
-    def merge(block: int) -> None:
-        pieces, chunks, rows, dim = get_i64(block, 1), get_i64(block, 2), get_i64(block, 3), get_i64(block, 4)
-        parts, part_sums, out, lse = get_i64(block, 5), get_i64(block, 6), get_i64(block, 7), get_i64(block, 8)
-        is_bf16 = get_i64(block, 9) != 0
-        sums = get_i64(block, 11) + claim(block + 10 * 8) * 4 * dim  # this thread's
-        padded, zero = (rows + 3) // 4 * 4, splat_f32(float32(0))
-        piece = claim(block)
-        while piece < pieces:
-            at = piece // rows * chunks * padded + piece % rows  # the first chunk's
-            most, total = float32(-_INFINITY), float32(0)
-            for chunk in range(chunks):
-                if get_f32(parts, 2 * (at + chunk * padded) + 1) != 0:
-                    most = max(most, get_f32(parts, 2 * (at + chunk * padded)))
-            for i in range(0, dim, 16):
-                store_f32(sums, i, zero)
-            for chunk in range(chunks):
-                row = at + chunk * padded
-                of_part = get_f32(parts, 2 * row + 1)
-                if of_part != 0:
-                    by = exp2(splat_f32(get_f32(parts, 2 * row) - most))
-                    total += first(by) * of_part
-                    for i in range(0, dim, 16):
-                        store_f32(sums, i, fma(load_f32(part_sums, row * dim + i), by, load_f32(sums, i)))
-            whole = splat_f32(total) if total != 0 else splat_f32(float32(1))
-            paired, to = dim // 64 * 64, piece * dim
-            for i in range(0, paired, 32):
-                a, b = load_f32(sums, i) / whole, load_f32(sums, i + 16) / whole
-                _write(out, to + i, zip_low(a, b) if in_pairs else a, is_bf16)
-                _write(out, to + i + 16, zip_high(a, b) if in_pairs else b, is_bf16)
-            for i in range(paired, dim, 16):
-                _write(out, to + i, load_f32(sums, i) / whole, is_bf16)
-            value = most * _LN_2 + math.log(total) if total != 0 else -_INFINITY
-            put_f32(lse, piece, float32(value))
-            piece = claim(block)
+    return attend
 
-    return attend, merge
+
+@team_function("decode_attention_merge")
+def _merge(block: int) -> None:
+    pieces, chunks, rows, dim = get_i64(block, 1), get_i64(block, 2), get_i64(block, 3), get_i64(block, 4)
+    parts, part_sums, out, lse = get_i64(block, 5), get_i64(block, 6), get_i64(block, 7), get_i64(block, 8)
+    is_bf16, in_pairs = get_i64(block, 9) != 0, get_i64(block, 10) != 0
+    sums = get_i64(block, 12) + claim(block + 11 * 8) * 4 * dim  # this thread's
+    padded, zero = (rows + 3) // 4 * 4, splat_f32(float32(0))
+    piece = claim(block)
+    while piece < pieces:
+        at = piece // rows * chunks * padded + piece % rows  # the first chunk's
+        most, total = float32(-_INFINITY), float32(0)
+        for chunk in range(chunks):
+            if get_f32(parts, 2 * (at + chunk * padded) + 1) != 0:
+                most = max(most, get_f32(parts, 2 * (at + chunk * padded)))
+        for i in range(0, dim, 16):
+            store_f32(sums, i, zero)
+        for chunk in range(chunks):
+            row = at + chunk * padded
+            of_part = get_f32(parts, 2 * row + 1)
+            if of_part != 0:
+                by = exp2(splat_f32(get_f32(parts, 2 * row) - most))
+                total += first(by) * of_part
+                for i in range(0, dim, 16):
+                    store_f32(sums, i, fma(load_f32(part_sums, row * dim + i), by, load_f32(sums, i)))
+        whole = splat_f32(total) if total != 0 else splat_f32(float32(1))
+        paired, to = dim // 64 * 64, piece * dim
+        for i in range(0, paired, 32):
+            a, b = load_f32(sums, i) / whole, load_f32(sums, i + 16) / whole
+            _write(out, to + i, zip_low(a, b) if in_pairs else a, is_bf16)
+            _write(out, to + i + 16, zip_high(a, b) if in_pairs else b, is_bf16)
+        for i in range(paired, dim, 16):
+            _write(out, to + i, load_f32(sums, i) / whole, is_bf16)
+        value = most * _LN_2 + math.log(total) if total != 0 else -_INFINITY
+        put_f32(lse, piece, float32(value))
+        piece = claim(block)
 
 
 _FUNCTIONS = {
-    torch.bfloat16: _make("bf16", load_bf16, load2_bf16, True),
-    torch.float32: _make("f32", load_f32, load2_f32, False),
+    torch.bfloat16: _make("bf16", load_bf16, load2_bf16, 2, True),
+    torch.float32: _make("f32", load_f32, load2_f32, 4, False),
 }
 
 
@@ -229,24 +237,25 @@ def decode_attention(
     q4 = q if q.dim() == 4 else q.unsqueeze(2)
     group, queries = q.shape[1] // kv_heads, q4.shape[2]
     rows, fours, chunks = group * queries, -(-group * queries // 4), -(-tokens // CHUNK)
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[:-1])
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:-1])
     pieces = batch * kv_heads * chunks
-    parts, sums = torch.empty(pieces, fours * 4, 2), torch.empty(pieces, fours * 4, dim)
-    scratch = torch.empty(torch.get_num_threads(), fours * (STATE + 32 + 4 * dim))
-    numbers = torch.tensor([scale, softcap or 0.0])
-    attend, merge = _FUNCTIONS[k.dtype]
-    attend(
+    size = fours * (STATE + 32 + 4 * dim)  # floats of scratch for each thread
+    work = torch.empty(pieces * fours * 4 * (dim + 2) + torch.get_num_threads() * size)
+    sums = work.data_ptr()
+    parts = sums + pieces * fours * 4 * dim * 4
+    scratch = parts + pieces * fours * 4 * 2 * 4
+    (numbers,) = struct.unpack("<q", struct.pack("<ff", scale, softcap or 0.0))
+    is_bf16 = q.dtype == torch.bfloat16
+    _FUNCTIONS[k.dtype](
         pieces, chunks, kv_heads, tokens,
         q.data_ptr(), *(stride * q.itemsize for stride in q4.stride()[:3]),
         k.data_ptr(), *(stride * k.itemsize for stride in k.stride()[:3]),
         v.data_ptr(), *(stride * v.itemsize for stride in v.stride()[:3]),
-        *(0 if ends is None else ends.data_ptr() for ends in spans), window or 0, q.dtype == torch.bfloat16,
-        group, queries, dim, numbers.data_ptr(), parts.data_ptr(), sums.data_ptr(), 0, scratch[0].nbytes,
-        scratch.data_ptr(),
+        *(0 if ends is None else ends.data_ptr() for ends in spans), window or 0, is_bf16,
+        group, queries, dim, numbers, parts, sums, 0, 4 * size, scratch,
     )  # fmt: skip
-    merge(
-        batch * kv_heads * rows, chunks, rows, dim, parts.data_ptr(), sums.data_ptr(), out.data_ptr(), lse.data_ptr(),
-        q.dtype == torch.bfloat16, 0, scratch.data_ptr(), threads=None if sums.numel() > 1 << 16 else 1,
+    _merge(
+        batch * kv_heads * rows, chunks, rows, dim, parts, sums, out.data_ptr(), lse.data_ptr(), is_bf16,
+        k.dtype == torch.bfloat16, 0, scratch, threads=None if pieces * rows * dim > 1 << 16 else 1,
     )  # fmt: skip
     return out, lse

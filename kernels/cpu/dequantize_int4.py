@@ -22,7 +22,9 @@ from offload.kernels.cpu.vector import (
     store_bf16,
     store_f32,
 )  # fmt: skip
-from offload.kernels.formats.int4 import INT4_CHUNK, Int4Weight
+from offload.kernels.formats.int4 import INT4_CHUNK, Int4Weight, first_bit
+
+_first_bit = njit(first_bit)
 
 
 def _make(name: str, store: Any, itemsize: int) -> TeamFunction:
@@ -34,7 +36,7 @@ def _make(name: str, store: Any, itemsize: int) -> TeamFunction:
             step = get_f16(scale, g)
             low = get_f16(offset, g) if offset else step * float32(-8)
             for part in range(g * parts, (g + 1) * parts):
-                nibble = words >> splat_u32(uint32(4 * part)) & splat_u32(uint32(15))
+                nibble = words >> splat_u32(uint32(_first_bit(part))) & splat_u32(uint32(15))
                 q = as_f32(nibble | splat_u32(uint32(0x4B000000))) - first  # 2^23 + q, in its lowest bits
                 store(out, 16 * part, q * splat_f32(step) + splat_f32(low))
 

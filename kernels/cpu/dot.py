@@ -18,12 +18,9 @@ from offload.kernels.cpu.vector import (
     get_f32,
     load_f32,
     load_pairs,
-    prefetch,
     splat_f32,
     total,
 )
-
-AHEAD = 4096  # bytes: weights are asked for in the order in which they lie, four rows are used side by side
 
 
 @njit(error_model="numpy")
@@ -37,7 +34,7 @@ def _totals(wide: Any, rest: Any) -> Any:
     return total(wide[0]) + rest[0], total(wide[1]) + rest[1], total(wide[2]) + rest[2], total(wide[3]) + rest[3]
 
 
-def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: bool, nbytes: int) -> Any:
+def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: bool) -> Any:
     """`multiply` for stored numbers that `load` and `get` read, and results that `put` writes.
 
     multiply(weights, stride, first, last, x, rows, outputs, inputs, scale, bias, y) computes outputs `first` to `last`:
@@ -46,11 +43,9 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
 
     Args:
         by_pairs: x is bf16, and `load` gives 32 numbers as pairs of bf16; else x is float32, and `load` gives 16.
-        nbytes: what `load` reads from memory, to be asked for in advance; 0 for weights that lie in a cache.
     """
     load_x, get_x, accumulate = (load_pairs, get_bf16, fma_pairs) if by_pairs else (load_f32, get_f32, fma)
     step, x_nbytes = (32, 2) if by_pairs else (16, 4)
-    lines = 4 * nbytes // 64
 
     @njit(error_model="numpy")
     def wide4(w: Any, x: Any, sums: Any) -> Any:
@@ -59,14 +54,11 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
         return a, b, accumulate(w[2], x, sums[2]), accumulate(w[3], x, sums[3])
 
     @njit(error_model="numpy")
-    def dot4(w: int, stride: int, x: int, count: int, ahead: int) -> Any:
+    def dot4(w: int, stride: int, x: int, count: int) -> Any:
         w1, w2, w3 = w + stride, w + 2 * stride, w + 3 * stride
         zero, none = splat_f32(float32(0)), float32(0)
         a, rest, k = (zero, zero, zero, zero), (none, none, none, none), 0
         while k + step <= count:
-            for line in range(lines):
-                prefetch(ahead + line * 64)
-            ahead += lines * 64
             a = wide4((load(w, k), load(w1, k), load(w2, k), load(w3, k)), load_x(x, k), a)
             k += step
         while k < count:
@@ -75,7 +67,7 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
         return _totals(a, rest)
 
     @njit(error_model="numpy")
-    def dot16(w: int, stride: int, x: int, count: int, ahead: int) -> Any:
+    def dot16(w: int, stride: int, x: int, count: int) -> Any:
         w1, w2, w3 = w + stride, w + 2 * stride, w + 3 * stride
         x1, x2, x3 = x + x_nbytes * count, x + 2 * x_nbytes * count, x + 3 * x_nbytes * count
         zero, none = splat_f32(float32(0)), float32(0)
@@ -83,9 +75,6 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
         ra = rb = rc = rd = (none, none, none, none)
         k = 0
         while k + step <= count:
-            for line in range(lines):
-                prefetch(ahead + line * 64)
-            ahead += lines * 64
             four = load(w, k), load(w1, k), load(w2, k), load(w3, k)
             a = wide4(four, load_x(x, k), a)
             b = wide4(four, load_x(x1, k), b)
@@ -123,16 +112,15 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
         while n < last:
             many = 4 if n + 4 <= last else 1  # a single one is computed four times over; that is rare
             w, apart, row = weights + (n - first) * stride, stride if many == 4 else 0, int64(0)
-            ahead = w + AHEAD
             while row + 4 <= rows:
-                a, b, c, d = dot16(w, apart, x + row * inputs * x_nbytes, inputs, ahead)
+                a, b, c, d = dot16(w, apart, x + row * inputs * x_nbytes, inputs)
                 write4(y, row * outputs, n, many, a, scale, bias)
                 write4(y, (row + 1) * outputs, n, many, b, scale, bias)
                 write4(y, (row + 2) * outputs, n, many, c, scale, bias)
                 write4(y, (row + 3) * outputs, n, many, d, scale, bias)
                 row += 4
             while row < rows:
-                values = dot4(w, apart, x + row * inputs * x_nbytes, inputs, ahead)
+                values = dot4(w, apart, x + row * inputs * x_nbytes, inputs)
                 write4(y, row * outputs, n, many, values, scale, bias)
                 row += 1
             n += many

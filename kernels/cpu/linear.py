@@ -28,13 +28,13 @@ from offload.kernels.cpu.vector import (
     put_f32,
 )
 
-PIECE_NBYTES = 128 << 10  # of weights: long enough to be worth a claim, short enough to share fairly
+PIECE_NBYTES = 128 << 10, 1 << 20  # of weights, least and most: processors prefetch better in one long run
+SHARE = 8  # pieces for each thread, if they are not too short: then all are done at about the same time
 MAX_ROWS = 4  # beyond, torch's matrix product is as fast or faster
 
 
 def _make(name: str, load: Any, get: Any, put: Any, itemsize: int) -> TeamFunction:
-    by_pairs = load is load_pairs
-    multiply = make_products(load, get, put, get, by_pairs=by_pairs, nbytes=64 if by_pairs else 16 * itemsize)
+    multiply = make_products(load, get, put, get, by_pairs=load is load_pairs)
 
     @team_function(name)
     def linear(block: int) -> None:
@@ -59,9 +59,16 @@ _FUNCTIONS = {
 }
 
 
-def step_of(stride: int) -> int:
-    """Outputs in a piece: whole groups of four."""
-    return max(1, PIECE_NBYTES // stride // 4) * 4
+def step_of(stride: int, outputs: int = 0) -> int:
+    """Outputs in a piece: whole groups of four.
+
+    Args:
+        stride: bytes of an output's weights.
+        outputs: how many there are, to make pieces long where that leaves enough of them.
+    """
+    least, most = PIECE_NBYTES
+    nbytes = min(most, max(least, outputs * stride // (SHARE * torch.get_num_threads())))
+    return max(1, nbytes // stride // 4) * 4
 
 
 def refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> str | None:
@@ -91,7 +98,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     outputs, inputs = weight.shape
     y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
     wide = x if x.dtype == torch.bfloat16 else x.float()
-    step = step_of(inputs * weight.itemsize)
+    step = step_of(inputs * weight.itemsize, outputs)
     _FUNCTIONS[x.dtype](
         -(-outputs // step), step, wide.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
         y.data_ptr(), x.numel() // inputs, outputs, inputs,

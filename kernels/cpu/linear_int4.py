@@ -28,7 +28,6 @@ from offload.kernels.cpu.vector import (
     load_f32,
     load_u32,
     load_zipped,
-    prefetch,
     put_f32,
     splat_f32,
     splat_u32,
@@ -39,7 +38,6 @@ from offload.kernels.cpu.vector import (
 from offload.kernels.formats.int4 import INT4_CHUNK, Int4Weight
 
 MAX_ROWS = 16  # beyond, unpacking once and torch's matrix product cost less
-AHEAD = 4096  # bytes
 
 
 @njit(error_model="numpy")
@@ -76,16 +74,13 @@ def _make(group: int) -> TeamFunction:
                 g += 1
 
     @njit(error_model="numpy")
-    def dot4(w: int, stride: int, scales: int, groups: int, x: int, starts: int, ahead: int) -> Any:
+    def dot4(w: int, stride: int, scales: int, groups: int, x: int, starts: int) -> Any:
         """Of four rows by one of x: 16 lanes of the sum over all groups of scale * sum(x * q / 16)."""
         zero = splat_f32(float32(0))
         a = b = c = d = zero
         w1, w2, w3 = w + stride, w + 2 * stride, w + 3 * stride
         s1, s2, s3 = scales + 4 * groups, scales + 8 * groups, scales + 12 * groups
         for chunk in range(groups // per_chunk):
-            for line in range(4):
-                prefetch(ahead + line * 64)
-            ahead += 256
             at = chunk * 16
             wa, wb, wc, wd = load_u32(w, at), load_u32(w1, at), load_u32(w2, at), load_u32(w3, at)
             for i in range(per_chunk):
@@ -104,9 +99,7 @@ def _make(group: int) -> TeamFunction:
         return a, b, c, d
 
     @njit(error_model="numpy")
-    def dot8(
-        w: int, stride: int, scales: int, groups: int, x: int, x_stride: int, starts: int, s_stride: int, ahead: int
-    ) -> Any:
+    def dot8(w: int, stride: int, scales: int, groups: int, x: int, x_stride: int, starts: int, s_stride: int) -> Any:
         """The same of two rows by four of x."""
         zero = splat_f32(float32(0))
         a0 = b0 = c0 = d0 = a1 = b1 = c1 = d1 = zero
@@ -114,9 +107,6 @@ def _make(group: int) -> TeamFunction:
         xb, xc, xd = x + x_stride, x + 2 * x_stride, x + 3 * x_stride
         tb, tc, td = starts + s_stride, starts + 2 * s_stride, starts + 3 * s_stride
         for chunk in range(groups // per_chunk):
-            prefetch(ahead)
-            prefetch(ahead + 64)
-            ahead += 128
             words0, words1 = load_u32(w, chunk * 16), load_u32(w1, chunk * 16)
             for i in range(per_chunk):
                 g = chunk * per_chunk + i
@@ -184,7 +174,6 @@ def _make(group: int) -> TeamFunction:
                         pair = dot8(
                             of_rows + half * stride, stride, scratch + half * 4 * groups, groups,
                             x_pairs + row * 2 * inputs, 2 * inputs, starts + row * 64 * groups, 64 * groups,
-                            of_rows + half * stride + AHEAD,
                         )  # fmt: skip
                         for i in range(2 if many == 4 else 1):
                             quad = pair[0] if i == 0 else pair[1]
@@ -200,7 +189,6 @@ def _make(group: int) -> TeamFunction:
                 while row < rows:
                     quad = dot4(
                         of_rows, stride, scratch, groups, x_pairs + row * 2 * inputs, starts + row * 64 * groups,
-                        of_rows + AHEAD,
                     )  # fmt: skip
                     for o in range(many):
                         main = quad[0] if o == 0 else quad[1] if o == 1 else quad[2] if o == 2 else quad[3]
@@ -238,7 +226,7 @@ def linear_int4(x: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None =
         parts = functional.pad(parts, (0, padded - weight.inputs))
     rows = parts.shape[0]
     y = torch.empty(rows, outputs)
-    step = step_of(padded // 2)
+    step = step_of(padded // 2, outputs)
     room = 64 + 16 * groups + rows * (2 * padded + 68 * groups)
     scratch = torch.empty(torch.get_num_threads(), -(-room // 64) * 64, dtype=torch.uint8)
     _FUNCTIONS[weight.group](

@@ -13,7 +13,7 @@ from offload.kernels.formats.int8 import Int8Weight
 
 MAX_ROWS = 16  # beyond, unpacking once and torch's matrix product cost less
 
-_multiply = make_products(load_i8_pairs, get_i8, put_f32, get_f32, by_pairs=True, nbytes=32)
+_multiply = make_products(load_i8_pairs, get_i8, put_f32, get_f32, by_pairs=True)
 
 
 @team_function("linear_int8")
@@ -45,7 +45,7 @@ def linear_int8(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None =
     outputs, inputs = weight.q.shape
     parts = in_bf16(x.reshape(-1, inputs))
     y = torch.empty(len(parts), outputs)
-    step = step_of(inputs)
+    step = step_of(inputs, outputs)
     _linear_int8(
         -(-outputs // step), step, parts.data_ptr(), weight.q.data_ptr(), weight.scale.data_ptr(), y.data_ptr(),
         len(parts), outputs, inputs,

@@ -13,7 +13,7 @@ from offload.kernels.cpu.team import team_function
 from offload.kernels.cpu.vector import claim, get_bf16, get_i32, get_i64, load_pairs, put_bf16
 from offload.kernels.formats.lossless import LosslessWeight
 
-_multiply = make_products(load_pairs, get_bf16, put_bf16, get_bf16, by_pairs=True, nbytes=0)
+_multiply = make_products(load_pairs, get_bf16, put_bf16, get_bf16, by_pairs=True)
 
 
 @team_function("linear_lossless")
@@ -24,6 +24,7 @@ def _linear_lossless(block: int) -> None:
     at, exponents, x = get_i64(block, 10), get_i64(block, 11), get_i64(block, 12)
     bias, y, rows = get_i64(block, 13), get_i64(block, 14), get_i64(block, 15)
     outputs, inputs, padded = get_i64(block, 16), get_i64(block, 17), get_i64(block, 18)
+    patches = get_i64(block, 19)
     piece = claim(block)
     while piece < pieces:
         stop = min(outputs, (piece + 1) * step)
@@ -32,7 +33,7 @@ def _linear_lossless(block: int) -> None:
             for n in range(first, last):
                 begin, end, of_row = get_i32(starts, n), get_i32(starts, n + 1), n * padded
                 out = scratch + (n - first) * stride
-                unpack_row(low + of_row, codes + of_row // 2, largest, at, exponents, begin, end, out, inputs)
+                unpack_row(low + of_row, codes + of_row // 2, largest, at, exponents, patches, begin, end, out, inputs)
             _multiply(scratch, stride, first, last, x, rows, outputs, inputs, 0, bias, y)
         piece = claim(block)
 
@@ -55,11 +56,11 @@ def linear_lossless(x: torch.Tensor, weight: LosslessWeight, bias: torch.Tensor 
     outputs, padded = weight.low.shape
     y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
     scratch = torch.empty(torch.get_num_threads(), 4, padded, dtype=torch.int16)
-    step = step_of(2 * padded)
+    step = step_of(padded * 3 // 2, outputs)
     _linear_lossless(
         -(-outputs // step), step, 0, 2 * padded, scratch.data_ptr(), weight.low.data_ptr(), weight.codes.data_ptr(),
         weight.largest, weight.patch_start.data_ptr(), weight.patch_input.data_ptr(), weight.patch_exponent.data_ptr(),
         x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), x.numel() // weight.inputs, outputs,
-        weight.inputs, padded,
+        weight.inputs, padded, len(weight.patch_input),
     )  # fmt: skip
     return y

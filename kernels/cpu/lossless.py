@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit, uint32
+from numba import int64, njit, uint32
 
 from offload.kernels.cpu.vector import (
     get_i32,
@@ -26,13 +26,16 @@ def _join(low: Any, code: Any, largest: Any) -> Any:
 
 
 @njit(error_model="numpy")
-def unpack_row(low: int, codes: int, largest: int, at: int, exponents: int, first: int, last: int, out: int, n: int):  # type: ignore[no-untyped-def]
+def unpack_row(  # type: ignore[no-untyped-def]
+    low: int, codes: int, largest: int, at: int, exponents: int, patches: int, first: int, last: int, out: int, n: int
+):  # fmt: skip
     """Writes `n` bf16 to the address `out`.
 
     Args:
         low, codes: addresses of the row's two planes.
         largest: the matrix's largest exponent.
-        at, exponents: addresses of all patches; the row's are `first` to `last`.
+        at, exponents: addresses of all `patches`; the row's are `first` to `last`. These come from a file, and a
+            damaged one must not reach other memory.
     """
     top, four = splat_u16(uint32(largest)), splat_u16(uint32(4))
     whole = n // 64 * 64
@@ -45,6 +48,8 @@ def unpack_row(low: int, codes: int, largest: int, at: int, exponents: int, firs
         code = byte & uint32(15) if k - whole < 32 else byte >> uint32(4)
         one = get_u8(low, k)
         put_u16(out, k, (one & uint32(0x80)) << uint32(8) | (uint32(largest) - code) << uint32(7) | one & uint32(0x7F))
-    for p in range(first, last):
+    for p in range(max(first, int64(0)), min(last, patches)):
         k = get_i32(at, p)
+        if k < 0 or k >= n:
+            continue
         put_u16(out, k, get_u16(out, k) & uint32(0x807F) | get_u8(exponents, p) << uint32(7))

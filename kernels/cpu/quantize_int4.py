@@ -26,9 +26,11 @@ from offload.kernels.cpu.vector import (
     store_u32,
     through_f16,
 )  # fmt: skip
-from offload.kernels.formats.int4 import INT4_CHUNK, Int4Weight
+from offload.kernels.formats.int4 import INT4_CHUNK, Int4Weight, first_bit
 
 _ROUND = 2.0**23  # added to a small float32, it leaves the nearest whole number in the lowest bits
+
+_first_bit = njit(first_bit)
 
 
 def _make(name: str, load: Any, itemsize: int) -> TeamFunction:
@@ -73,7 +75,7 @@ def _make(name: str, load: Any, itemsize: int) -> TeamFunction:
             for part in range(g * parts, (g + 1) * parts):
                 q = smaller(larger((load(w, 16 * part) - low) / step, zero), fifteen)
                 bits = as_u32(q + splat_f32(float32(_ROUND))) & splat_u32(uint32(15))
-                words = words | bits << splat_u32(uint32(4 * part))
+                words = words | bits << splat_u32(uint32(_first_bit(part)))
         store_u32(packed, 0, words)
 
     @team_function(name)
@@ -108,7 +110,7 @@ _FUNCTIONS = {
 }
 
 
-def refuses(weight: torch.Tensor, group: int = 32, *, symmetric: bool = False) -> str | None:
+def refuses(weight: torch.Tensor, group: int = 32, symmetric: bool = False) -> str | None:
     """Why `quantize_int4` would not take these; None when it does."""
     if weight.device.type != "cpu":
         return f"on {weight.device}"
@@ -121,7 +123,7 @@ def refuses(weight: torch.Tensor, group: int = 32, *, symmetric: bool = False) -
     return None if weight.stride(1) == 1 else "rows that do not lie in one piece"
 
 
-def quantize_int4(weight: torch.Tensor, group: int = 32, *, symmetric: bool = False) -> Int4Weight:
+def quantize_int4(weight: torch.Tensor, group: int = 32, symmetric: bool = False) -> Int4Weight:
     """See offload.kernels.reference.quantize_int4; the same bits for finite weights, and no memory beside them."""
     outputs, inputs = weight.shape
     chunks = -(-inputs // INT4_CHUNK)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from numba.core.sigutils import normalize_signature
 compiled_s = 0.0  # seconds that compiling took in this process; what came from the cache does not count
 _HEAD = 2  # the counter and the number of pieces
 _compiling = threading.Lock()
+_known: list[TeamFunction] = []
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
@@ -60,6 +62,7 @@ class TeamFunction:
 
     def __init__(self, python: Callable[[int], None], name: str) -> None:
         self.name, self._python = name, python
+        _known.append(self)
 
     @functools.cached_property
     def _address(self) -> int:
@@ -74,6 +77,10 @@ class TeamFunction:
                 compiled_s += time.perf_counter() - began
         self._made = made  # it owns the machine code
         return int(made.address)
+
+    def compile(self) -> None:
+        """Now rather than at first use."""
+        assert self._address
 
     def __call__(self, pieces: int, *arguments: int, threads: int | None = None) -> None:
         """Runs all pieces; returns when they are done.
@@ -95,6 +102,22 @@ class TeamFunction:
 def team_function(name: str) -> Callable[[Callable[[int], None]], TeamFunction]:
     """Decorator: see TeamFunction. Of two functions made by one piece of code, each needs a name of its own."""
     return lambda python: TeamFunction(python, name)
+
+
+def compile_all(progress: Callable[[str, int, int], None] | None = None) -> float:
+    """Compiles every kernel that is not in the cache yet; returns the seconds it took.
+
+    Args:
+        progress: called with a kernel's name, its number and how many there are.
+    """
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        importlib.import_module(f"offload.kernels.cpu.{path.stem}")
+    began = time.perf_counter()
+    for number, function in enumerate(_known):
+        if progress is not None:
+            progress(function.name, number, len(_known))
+        function.compile()
+    return time.perf_counter() - began
 
 
 @functools.cache

@@ -17,13 +17,13 @@ def _unpack(block: int) -> None:
     pieces, step, outputs = get_i64(block, 1), get_i64(block, 2), get_i64(block, 3)
     low, codes, largest, starts = get_i64(block, 4), get_i64(block, 5), get_i64(block, 6), get_i64(block, 7)
     at, exponents, out = get_i64(block, 8), get_i64(block, 9), get_i64(block, 10)
-    inputs, padded = get_i64(block, 11), get_i64(block, 12)
+    inputs, padded, patches = get_i64(block, 11), get_i64(block, 12), get_i64(block, 13)
     piece = claim(block)
     while piece < pieces:
         for n in range(piece * step, min(outputs, (piece + 1) * step)):
             first, last = get_i32(starts, n), get_i32(starts, n + 1)
             row, target = n * padded, out + n * inputs * 2
-            unpack_row(low + row, codes + row // 2, largest, at, exponents, first, last, target, inputs)
+            unpack_row(low + row, codes + row // 2, largest, at, exponents, patches, first, last, target, inputs)
         piece = claim(block)
 
 
@@ -45,6 +45,6 @@ def unpack_lossless(weight: LosslessWeight, out: torch.Tensor | None = None) -> 
     _unpack(
         -(-outputs // step), step, outputs, weight.low.data_ptr(), weight.codes.data_ptr(), weight.largest,
         weight.patch_start.data_ptr(), weight.patch_input.data_ptr(), weight.patch_exponent.data_ptr(), out.data_ptr(),
-        weight.inputs, padded,
+        weight.inputs, padded, len(weight.patch_input),
     )  # fmt: skip
     return out

@@ -13,13 +13,14 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic, overload
 
 LANES = 16  # of F32 and U32
+HAS_BF16_DOT = bool(binding.get_host_cpu_features().get("avx512bf16"))
 
 _I8, _I16, _I32, _I64, _FLOAT = (*map(ir.IntType, (8, 16, 32, 64)), ir.FloatType())
 _NBYTES = {_I8: 1, _I16: 2, _I32: 4, _I64: 8, _FLOAT: 4}
@@ -270,20 +271,6 @@ def fma_pairs(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
-def prefetch(typing_context: Any, address: Any) -> Any:
-    """Asks for the 64 bytes at `address`, which need not be anybody's."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        byte = _I8.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
-        b.call(function, [b.inttoptr(args[0], byte), _I32(0), _I32(2), _I32(1)])  # to read, second cache, data
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-@intrinsic
 def as_f32(typing_context: Any, bits: Any) -> Any:
     """The same bits as float32."""
 
@@ -366,3 +353,63 @@ def through_f16(typing_context: Any, value: Any) -> Any:
         return _widen_f16(b, _narrow_f16(b, args[0]))
 
     return F32(F32), generate
+
+
+@intrinsic
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Asks for the cache line at `address`, which need not be anyone's."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+        line = b.inttoptr(args[0], _I8.as_pointer())
+        b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0"), [line, _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def through_bf16(typing_context: Any, value: Any) -> Any:
+    """Of every lane: the nearest bfloat16."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return _widen_bf16(b, _narrow_bf16(b, args[0]))
+
+    return F32(F32), generate
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+@intrinsic
+def dot_bf16(typing_context: Any, sums: Any, left: Any, right: Any) -> Any:
+    """Lane by lane: the sum, plus the two products of the lane's two bf16 in `left` with those in `right`.
+
+    One instruction where the CPU has it, which adds both products to the sum with roundings of its own; else two fma.
+    """
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if HAS_BF16_DOT:
+            pairs = ir.VectorType(_BFloat(), 32)
+            kind = ir.FunctionType(F32.llvm, [F32.llvm, pairs, pairs])
+            dot = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+            return b.call(dot, [args[0], *(b.bitcast(bits, pairs) for bits in args[1:])])
+        value = args[0]
+        for widen in (
+            lambda bits: b.shl(bits, _number(b, bits, 16)),
+            lambda bits: b.and_(bits, _number(b, bits, 0xFFFF0000)),
+        ):
+            value = _call(b, "fma", [*(b.bitcast(widen(bits), F32.llvm) for bits in args[1:]), value])
+        return value
+
+    return F32(F32, U32, U32), generate

@@ -6,7 +6,6 @@ import torch
 from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)  # read when kernels are defined, as Triton does
-FILL = 264  # programs that keep a large GPU busy: two for each of an H100's multiprocessors
 
 
 def misplaced(*tensors: torch.Tensor | None) -> str | None:

@@ -2,8 +2,8 @@
 
 Up to FEW_ROWS rows, a thread loads 16 bytes of packed words at a time, which hold 32 weights of one chunk, and
 multiplies them by every row. Four bits become a number without a conversion: put where a mantissa begins, under the
-exponent of 1, they read as 1 + q / 16, and four bits lower as 1 + q / 256. So one shift serves two weights. What is
-constant (the ones, and -8 where there is no offset) is subtracted once for each pair of inputs, not for each weight.
+exponent of 1, they read as 1 + q / 16. What is constant (the ones, and -8 where there is no offset) is subtracted once
+for each pair of inputs, not for each weight.
 
 Beyond, tensor cores multiply x by the whole numbers q (see numbers.py), a group at a time. Rows do not change one
 another's bits on either side of that line.
@@ -55,17 +55,12 @@ def tiles(outputs: int, inputs: int, rows: int) -> Tiles:
 
 @triton.jit
 def _pair(w, one, pair: tl.constexpr):
-    """(1 + q / 256, 1 + q / 16) of parts 2 * pair and 2 * pair + 1 of the words; `one` is the bits of 1."""
-    if pair == 0:
-        bits = w << 15
-    elif pair == 1:
-        bits = w << 7
-    elif pair == 2:
-        bits = w >> 1
-    else:
-        bits = w >> 9
-    low = ((bits & 0x00078000) | one).to(tl.float32, bitcast=True)
-    high = ((bits & 0x00780000) | one).to(tl.float32, bitcast=True)
+    """1 + q / 16 of parts 2 * pair and 2 * pair + 1 of the words, which lie in their lower and upper halves; `one` is
+    the bits of 1."""
+    lower = w << (19 - 4 * pair)
+    upper = w << 3 if pair == 0 else w >> (4 * pair - 3)
+    low = ((lower & 0x00780000) | one).to(tl.float32, bitcast=True)
+    high = ((upper & 0x00780000) | one).to(tl.float32, bitcast=True)
     return low, high
 
 
@@ -82,15 +77,15 @@ def _row(sums, low, high, s, o, x, row, rows, k, inputs):
     x_low = tl.load(x + row * inputs + k, mask=k < stop, other=0.0).to(tl.float32)[None, :, :]
     x_high = tl.load(x + row * inputs + k + LANES, mask=k + LANES < stop, other=0.0).to(tl.float32)[None, :, :]
     if o is None:
-        inner = high * x_high + (low * (16 * x_low) - (16.5 * x_low + 1.5 * x_high))  # q - 8
+        inner = high * x_high + (low * x_low - 1.5 * (x_low + x_high))  # q - 8
         sums += inner * s
     else:
-        inner = high * x_high + (low * (16 * x_low) - (16 * x_low + x_high))
+        inner = high * x_high + (low * x_low - (x_low + x_high))
         sums += inner * s + (x_low + x_high) * o
     return sums
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit(do_not_specialize=["rows", "chunks", "steps", "one"])
 def _few(
     x, words, scale, offset, bias, y, rows, outputs, inputs, chunks, steps, one,
     ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -142,7 +137,7 @@ def _total(sums):
     return tl.sum(tl.sum(sums, 2), 1) * 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "chunks", "steps"])
 def _many(
     x, words, scale, offset, bias, y, rows, outputs, inputs, chunks, steps,
     ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -157,7 +152,8 @@ def _many(
         at = words + n[:, None] * (chunks * LANES) + c * LANES + tl.arange(0, LANES)[None, :]
         w = tl.load(at, mask=inside[:, None], other=0)
         for g in tl.static_range(groups):
-            shift = 4 * (g * (GROUP // LANES) + tl.arange(0, GROUP // LANES))
+            p = g * (GROUP // LANES) + tl.arange(0, GROUP // LANES)
+            shift = 4 * (p >> 1) + 16 * (p & 1)
             q = tl.reshape((w[:, None, :] >> shift[None, :, None]) & 15, [BLOCK_N, GROUP])  # in the inputs' order
             k = c * CHUNK + g * GROUP + tl.arange(0, GROUP)
             rows_x = x + row[:, None] * inputs + k[None, :]

@@ -35,7 +35,7 @@ class Tiles:
 def tiles(outputs: int, inputs: int, rows: int) -> Tiles:
     """The division of a matrix; `rows` matters only as more than FEW_ROWS or not."""
     if rows > FEW_ROWS:
-        return Tiles(64, 128, *parts.split(triton.cdiv(outputs, 64), triton.cdiv(inputs, 128)))
+        return Tiles(64, 64, *parts.split(triton.cdiv(outputs, 64), triton.cdiv(inputs, 64)))
     block = parts.block_for(outputs, (16, 8))
     return Tiles(block, 256, *parts.split(triton.cdiv(outputs, block), triton.cdiv(inputs, 256)))
 
@@ -65,7 +65,7 @@ def _number(q):
     return bits.to(tl.float32, bitcast=True) - 1.5
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "steps"])
 def _few(
     x, q, scale, bias, y, rows, outputs, inputs, steps, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
@@ -100,7 +100,7 @@ def _few(
         _store(y, part, bias, tl.sum(sum3, 1) * s, 3, n, rows, outputs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "steps"])
 def _many(
     x, q, scale, bias, y, rows, outputs, inputs, steps, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):

@@ -22,27 +22,38 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b):
-    """float32 [m, n] from a [m, k] and b [k, n], both bf16 or both fp16: exact products, summed in float32."""
+def _product(a, b):
+    """float32 [m, n] from a [m, k] and b [k, n] of one dtype: exact products, summed in float32."""
     if _INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
-        return tl.dot(a, b)
+        return tl.dot(a, b, input_precision="ieee")  # of float32, which is then slow; nothing to bf16 and fp16
+
+
+@triton.jit
+def dot(a, b, PARTS: tl.constexpr):
+    """float32 [m, n] from a [m, k] and b [k, n]: products in float32's precision, on tensor cores where b has 16 bits.
+
+    A float32 `a` is taken apart into numbers of b's dtype: PARTS of them, 8 bits each in bf16, of which it has 24.
+    """
+    if a.dtype == b.dtype:
+        return _product(a, b)
+    elif a.dtype == tl.float32 and b.dtype != tl.float32:
+        high = rounded(a, b.dtype)
+        rest = a - high.to(tl.float32)
+        middle = rounded(rest, b.dtype)
+        total = _product(middle, b)
+        if PARTS == 3:
+            total += _product(rounded(rest - middle.to(tl.float32), b.dtype), b)
+        return _product(high, b) + total
+    else:
+        return _product(a.to(tl.float32), b.to(tl.float32))
 
 
 @triton.jit
 def dot_whole(x, q):
-    """float32 [m, n] from x [m, k] of any dtype and whole numbers q [k, n] of at most 256: exact products.
-
-    bf16 and fp16 hold such numbers, so tensor cores multiply 16-bit x by them as it is. A float32 x is the sum of three
-    bf16 numbers, eight bits each.
-    """
+    """float32 [m, n] from x [m, k] of any dtype and whole numbers q [k, n] of at most 256, which all dtypes hold."""
     if x.dtype == tl.float32:
-        whole = q.to(tl.float32).to(tl.bfloat16)
-        high = rounded(x, tl.bfloat16)
-        rest = x - high.to(tl.float32)
-        middle = rounded(rest, tl.bfloat16)
-        low = rounded(rest - middle.to(tl.float32), tl.bfloat16)
-        return dot(high, whole) + (dot(middle, whole) + dot(low, whole))
+        return dot(x, q.to(tl.float32).to(tl.bfloat16), 3)
     else:
-        return dot(x, q.to(tl.float32).to(x.dtype))
+        return dot(x, q.to(tl.float32).to(x.dtype), 1)

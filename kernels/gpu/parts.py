@@ -28,7 +28,7 @@ def split(blocks: int, steps: int) -> tuple[int, int]:
     return triton.cdiv(steps, step), step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "rows"])
 def _add(sums, bias, y, parts, rows, outputs, BLOCK: tl.constexpr):
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1)

@@ -104,15 +104,16 @@ def open_checkpoint(
     config = read_config(directory)
     checkpoint = read_checkpoint(directory)
     stored = Counter(e.dtype for e in checkpoint.entries.values()).most_common(1)
-    model = build(config, resolve_dtype(dtype, config, stored[0][0] if stored else None), **model_kwargs)
-    anatomy = dissect(model)
     manifest = read_manifest(directory)
+    wanted = resolve_dtype(dtype, config, stored[0][0] if stored else None)
+    if manifest is not None and wanted != (native := resolve_dtype("auto", config, None)):
+        raise UsageError(f"dtype={dtype!r}: this checkpoint was packed as {native}; use the one it was packed from")
+    model = build(config, wanted, **model_kwargs)
+    anatomy = dissect(model)
     if manifest is not None:
-        if resolve_dtype(dtype, config, None) != resolve_dtype("auto", config, None):
-            raise UsageError(f"dtype={dtype!r}: this checkpoint is packed and has the dtype that it was packed with")
         located = manifest.locate(checkpoint.entries, weights)
     else:
-        located = locate(model, checkpoint.entries, resolve_dtype(dtype, config, stored[0][0] if stored else None))
+        located = locate(model, checkpoint.entries, wanted)
     sources = _by_parameter(model, anatomy, located, engine)
     if weights is not None and manifest is None:
         for name in packable(anatomy, sources, config, weights, blocks_only=True):

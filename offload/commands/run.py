@@ -19,6 +19,7 @@ from offload.commands.live import live
 from offload.errors import UsageError
 from offload.generate import Generated, check_ids, check_length, encode, generate, tokenizer_of
 from offload.hardware import peak_rss_bytes, versions
+from offload.kernels.chosen import compile_seconds
 from offload.planner.schedule import explain
 from offload.units import format_bytes, format_rate, format_seconds
 
@@ -50,7 +51,7 @@ class Request:
     slots: int | None = None
     io: str = "threads"
     weights: str | None = None
-    exact: bool = True
+    exact: bool = False
     strict: bool = False
     trace: str | None = None
     explain: bool = False
@@ -117,6 +118,7 @@ def report(request: Request, handle: Offloaded, tokenizer: Any, result: Generate
         "weights": handle.weights,
         "weight_errors": handle.weight_errors,
         "kernels": handle.session.kernels.report(),
+        "compile_s": compile_seconds(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }

@@ -31,10 +31,13 @@ OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the referen
     "quantize_int4": ("cpu",),
     "dequantize_int8": ("cpu",),
     "dequantize_int4": ("cpu",),
-    "decode_attention": ("cpu",),
+    "decode_attention": ("cpu", "gpu"),
     "merge_attention": (),
     "gate_up_silu": ("cpu",),
     "adamw_step": ("cpu", "gpu"),
+    "adamw_step_8bit": ("cpu",),
+    "rms_norm": ("cpu",),
+    "rotary": ("cpu",),
     "gather_pages": ("gpu",),
 }
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from offload.kernels import Choice, choose
-from offload.kernels.formats.form import Int4Weight, Int8Weight, Weight
+from offload.kernels.formats.form import Int4Weight, Int8Weight, LosslessWeight, Weight
 
 SAME_BITS = frozenset(("unpack_lossless", "pack_lossless", "quantize_int8", "quantize_int4", "dequantize_int8",
                        "dequantize_int4"))  # fmt: skip
@@ -45,10 +48,11 @@ class Kernels:
         """Op -> implementation and why, of those that were asked for."""
         return {op: f"{c.implementation}: {c.why}" for op, c in self._choices.items()}
 
-    def unpack(self, weight: Weight) -> Any:
-        """The matrix: bfloat16 of a lossless one, else float32."""
-        kind = kind_of(weight)
-        return self.run("unpack_lossless" if kind == "lossless" else f"dequantize_{kind}", weight)
+    def unpack(self, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix, rounded once to `dtype`."""
+        if isinstance(weight, LosslessWeight):
+            return self.run("unpack_lossless", weight).to(dtype)  # type: ignore[no-any-return]
+        return self.run(f"dequantize_{kind_of(weight)}", weight, dtype)  # type: ignore[no-any-return]
 
     def _of(self, op: str) -> tuple[Callable[..., Any], Callable[..., str | None], Callable[..., Any]]:
         if op not in self._parts:
@@ -56,6 +60,12 @@ class Kernels:
             plain = Choice(op, "torch", "").function()
             self._parts[op] = choice.function(), choice.refuses(), plain
         return self._parts[op]
+
+
+def compile_seconds() -> float:
+    """Seconds that compiling kernels took in this process; those from the cache cost nothing."""
+    team = sys.modules.get("offload.kernels.cpu.team")
+    return float(team.compiled_s) if team is not None else 0.0
 
 
 def kind_of(weight: Weight) -> str:

@@ -54,7 +54,7 @@ def unpack_nbytes(sources: Iterable[Source], exact: bool) -> int:
         return 0
     if exact:
         return max(prod(s.shape) * s.dtype.itemsize for s in packed)
-    return 3 * BLOCK_NBYTES  # the block, and its float32 copy where the format gives one
+    return 2 * BLOCK_NBYTES  # the block, and the one before it
 
 
 def _forward(module: nn.Linear, kernels: Kernels) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -87,7 +87,7 @@ def _from_packed(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None, ker
     step = max(1, BLOCK_NBYTES // (inputs * x.element_size()))
     for first in range(0, outputs, step):
         last = min(outputs, first + step)
-        block = kernels.unpack(rows_of(packed, first, last)).to(x.dtype)
+        block = kernels.unpack(rows_of(packed, first, last), x.dtype)
         y[..., first:last] = _by_torch(x, block, None if bias is None else bias[first:last])
     return y
 

@@ -46,7 +46,7 @@ class Packed(torch.Tensor):
 
     def whole(self) -> torch.Tensor:
         """The matrix, unpacked, in memory of its own."""
-        return self.kernels.unpack(self.packed).to(self.dtype)  # type: ignore[no-any-return]
+        return self.kernels.unpack(self.packed, self.dtype)
 
     @classmethod
     def __torch_dispatch__(
@@ -58,7 +58,7 @@ class Packed(torch.Tensor):
         if func is _EMBEDDING and isinstance(args[0], Packed) and not isinstance(args[1], Packed):
             table, ids = args[0], args[1]
             unique, inverse = torch.unique(ids, return_inverse=True)
-            rows = table.kernels.unpack(take_rows(table.packed, unique)).to(table.dtype)
+            rows = table.kernels.unpack(take_rows(table.packed, unique), table.dtype)
             return torch.nn.functional.embedding(inverse, rows)
         args, kwargs = tree_map_only(Packed, lambda t: t.whole(), (args, kwargs or {}))
         return func(*args, **kwargs)

@@ -29,7 +29,7 @@ def compile_kernels(kernels: Kernels, sources: Iterable[Source]) -> None:
         if is_made:
             pack(matrix, form, kernels)
         run = torch.zeros(form.nbytes, dtype=torch.uint8, device=kernels.device)
-        kernels.unpack(form.view(run))
+        kernels.unpack(form.view(run), dtype)
         if not kernels.exact:
             _try(kernels, f"linear_{form.kind}", form.view(run), dtype)
 

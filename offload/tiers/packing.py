@@ -32,7 +32,7 @@ def error_of(matrix: torch.Tensor, weight: Weight, kernels: Kernels) -> float:
     step = max(1, BLOCK // matrix.shape[1])
     for first in range(0, len(matrix), step):
         block = matrix[first : first + step].float()
-        got = kernels.unpack(rows_of(weight, first, first + len(block))).float()
+        got = kernels.unpack(rows_of(weight, first, first + len(block)), torch.float32)
         wrong += float((got - block).square_().sum())
         whole += float(block.square_().sum())
     return (wrong / whole) ** 0.5 if whole else 0.0

@@ -222,7 +222,7 @@ class Store:
                 if name in self._resident
                 else read_packed_rows(source, wanted, self.engine, self.open)
             )
-            return self._kernels.unpack(weight).to(self.device.torch_device, source.dtype)  # type: ignore[no-any-return]
+            return self._kernels.unpack(weight, source.dtype).to(self.device.torch_device)
         if name in self._resident:
             return self._resident[name].index_select(0, ids.to("cpu")).to(self.device.torch_device)
         if len(source.pieces) != 1:
@@ -241,7 +241,7 @@ class Store:
             self._submit(layout, buffer.view, URGENT).result()
             found = layout.views[name].of(as_tensor(buffer.view))
         if source.form is not None:
-            return self._kernels.unpack(source.form.view(found)).to(device, source.dtype)  # type: ignore[no-any-return]
+            return self._kernels.unpack(source.form.view(found), source.dtype).to(device)
         return found.to(device)
 
     def resident_nbytes(self, tier: Tier) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Case:
     Attributes:
         label: what is special about it.
         arguments: makes them anew, in main memory.
+        options: what is given by name.
         exact: from the arguments, what `results` must be near: float64, or of the results' dtype to be equal to.
         results: from the function and the arguments, all tensors that it returns or changes.
         roundings, sums: see kernel_errors.assert_near.
@@ -35,6 +36,7 @@ class Case:
     arguments: Callable[[], tuple[Any, ...]]
     exact: Callable[..., list[torch.Tensor]]
     results: Callable[..., list[torch.Tensor]] = lambda function, *given: [function(*given)]
+    options: Mapping[str, Any] = field(default_factory=dict)
     roundings: float = 1
     sums: int = 0
 
@@ -44,12 +46,15 @@ def moved(value: Any, place: str) -> Any:
     if isinstance(value, torch.Tensor):
         return value.clone().to(place)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: moved(getattr(value, field.name), place) for field in fields(value)})
+        return replace(value, **{part.name: moved(getattr(value, part.name), place) for part in fields(value)})
+    if isinstance(value, Mapping):
+        return {name: moved(part, place) for name, part in value.items()}
     return value
 
 
 def cases() -> Iterator[Case]:
     """All of them."""
+    yield from _attention()
     yield from _linears()
     yield from _lossless()
     yield from _adamw()
@@ -146,6 +151,42 @@ def _adamw() -> Iterator[Case]:
 
             label = f"{count} {dtype}{', weight' * writes}"
             yield Case("adamw_step", label, arguments, exact, stepped, roundings=32)
+
+
+def _attention() -> Iterator[Case]:
+    def both(function: Callable[..., Any], *given: Any, **options: Any) -> list[torch.Tensor]:
+        out, lse = function(*given, **options)
+        return [out, lse.exp()]  # so that a row which sees nothing is a number
+
+    def exact(*given: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+        return [t.double() for t in both(reference.decode_attention, *(t.double() for t in given), **options)]
+
+    bf16, fp16, fp32 = DTYPES
+    bounds = {"first": torch.tensor([3, 0, 9]), "length": torch.tensor([40, 7, 9])}
+    for shape, of_q, of_kv, options in (  # batch, heads, kv heads, queries (or 0), tokens, head dimension
+        ((1, 1, 1, 0, 1, 16), fp32, fp32, {}),
+        ((2, 6, 2, 0, 70, 64), bf16, bf16, {}),
+        ((1, 4, 1, 0, 300, 40), fp32, bf16, {"softcap": 5.0}),
+        ((1, 4, 2, 0, 600, 16), fp16, fp16, {"window": 100}),
+        ((3, 4, 2, 0, 50, 24), bf16, fp32, {**bounds, "window": 5}),
+        ((3, 2, 1, 3, 50, 16), fp32, fp16, {**bounds, "softcap": 30.0}),
+        ((1, 18, 1, 2, 270, 16), bf16, bf16, {"window": 3}),
+    ):
+
+        def arguments(
+            shape: tuple[int, ...] = shape,
+            of_q: torch.dtype = of_q,
+            of_kv: torch.dtype = of_kv,
+        ) -> tuple[Any, ...]:
+            batch, heads, kv_heads, queries, tokens, dim = shape
+            q = torch.randn(batch, heads, *([queries] if queries else []), dim).to(of_q)
+            k, v = (torch.randn(batch, tokens, kv_heads, dim).to(of_kv).transpose(1, 2) for _ in range(2))
+            return q, k, v
+
+        label = f"{shape} {of_q} over {of_kv} {' '.join(options)}"
+        options = {"scale": shape[-1] ** -0.5, **options}
+        roundings = 64 if of_q == fp32 else 1  # as many as a score is large
+        yield Case("decode_attention", label, arguments, exact, both, options, roundings=roundings, sums=4096)
 
 
 def _gathers() -> Iterator[Case]:

@@ -41,6 +41,19 @@ def test_the_kernel_is_the_reference(count: int, grad_dtype: torch.dtype, writes
         assert torch.equal(weights[1], got[0].bfloat16())
 
 
+@pytest.mark.parametrize("shift", [0, 1, 32], ids=["lines", "odd", "next line"])
+def test_bits_depend_on_neither_threads_nor_place(shift: int) -> None:
+    count, numbers, before = 40_000, AdamW(lr=1e-3, step=2), torch.get_num_threads()
+    grad, kernel = state(count, seed=1)[0], choose("adamw_step", "cpu", forced="cpu").function()
+    alone, moved = state(count), state(count)
+    weights = torch.empty(count, dtype=torch.bfloat16), torch.empty(count + 64, dtype=torch.bfloat16)[shift:][:count]
+    torch.set_num_threads(1)
+    squares = kernel(*alone, grad, weights[0], numbers)
+    torch.set_num_threads(before)
+    assert kernel(*moved, grad, weights[1], numbers) == squares
+    assert all(torch.equal(a, b) for a, b in zip((*alone, weights[0]), (*moved, weights[1]), strict=True))
+
+
 def test_a_bad_gradient_shows_in_the_sum() -> None:
     grad = torch.randn(100)
     grad[50] = float("nan")

@@ -20,11 +20,11 @@ def _seed() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}: {case.label}")
 def test_it_is_near_the_exact_result(case: Case, place: str) -> None:
     given = case.arguments()
-    exact = case.exact(*given)
-    there = tuple(moved(value, place) for value in given)
+    exact = case.exact(*given, **case.options)
+    there, options = [moved(value, place) for value in given], moved(case.options, place)
     choice = choose(case.op, "cuda", forced="gpu")
-    assert choice.refuses()(*there) is None
-    for got, want in zip(case.results(choice.function(), *there), exact, strict=True):
+    assert choice.refuses()(*there, **options) is None
+    for got, want in zip(case.results(choice.function(), *there, **options), exact, strict=True):
         assert got.shape == want.shape
         if want.dtype == torch.float64:
             what = f"{case.op}, {case.label}"

@@ -38,3 +38,21 @@ def test_products_equal_those_of_the_plain_matrix(shape: tuple[int, int], rows: 
 def test_normal_weights_take_three_quarters() -> None:
     weight = torch.randn(256, 1024).bfloat16()
     assert pack_lossless(weight).nbytes < 0.77 * weight.nbytes
+
+
+def test_damaged_patches_reach_no_other_memory() -> None:
+    """What they say of places is out of bounds; the rest of the matrix is right."""
+    weight = matrix(9, 130, "wide")
+    packed = pack_lossless(weight)
+    packed.patch_input[::2] = 2**30
+    packed.patch_input[1::2] = -(2**30)
+    packed.patch_start[-1] = 2**31 - 1
+    packed.patch_start[0] = -(2**31)
+    unpack = choose("unpack_lossless", "cpu", forced="cpu").function()
+    area = torch.full((11, 130), 7, dtype=torch.bfloat16)
+    unpack(packed, area[1:10])
+    assert bool((area[[0, 10]] == 7).all())
+    is_plain = unpack(pack_lossless(weight)) == area[1:10]
+    assert int((~is_plain).sum()) <= len(packed.patch_input)
+    x = torch.randn(1, 130).bfloat16()
+    choose("linear_lossless", "cpu", forced="cpu").function()(x, packed)

@@ -1,42 +1,22 @@
-"""Imports the Triton kernels for this machine: compiled where torch sees a CUDA device, interpreted elsewhere.
+"""Imports the Triton kernels for this machine: compiled where there is a CUDA device, interpreted elsewhere."""
 
-Triton decides when a kernel is defined, so whoever tests kernels imports this first. The environment is put back, so
-that nothing else in the process is interpreted.
-"""
-
-import os
-import sys
 from importlib import import_module, util
 
 import pytest
 import torch
+from triton_switch import SWITCH, switched
 
 from offload.kernels import OPS
 
 if util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-SWITCH = "TRITON_INTERPRET"
 GPU_OPS = [op for op, kinds in OPS.items() if "gpu" in kinds]
+with switched():
+    for _op in GPU_OPS:
+        import_module(f"offload.kernels.gpu.{_op}")
+    INTERPRETED: bool = import_module("offload.kernels.gpu.launch").INTERPRETED
 
-
-def _import_all() -> bool:
-    """Whether kernels are interpreted."""
-    assert "triton" not in sys.modules, "triton was imported before it was known how kernels are to run"
-    before = os.environ.get(SWITCH)
-    if not torch.cuda.is_available():
-        os.environ[SWITCH] = "1"
-    try:
-        for op in GPU_OPS:
-            import_module(f"offload.kernels.gpu.{op}")
-        return import_module("offload.kernels.gpu.launch").INTERPRETED
-    finally:
-        os.environ.pop(SWITCH, None)
-        if before is not None:
-            os.environ[SWITCH] = before
-
-
-INTERPRETED = _import_all()
 PLACES = [pytest.param("cpu", id="interpreted"), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -44,9 +24,9 @@ PLACES = [pytest.param("cpu", id="interpreted"), pytest.param("cuda", marks=pyte
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The device that a test's tensors lie on."""
     if request.param == "cpu" and not INTERPRETED:
-        pytest.skip("kernels are compiled in this process: there is a CUDA device")
-    if request.param == "cuda" and INTERPRETED:
-        pytest.skip("there is no CUDA device, or TRITON_INTERPRET is set")
+        pytest.skip("kernels are compiled in this process: there is a GPU")
+    if request.param == "cuda" and (INTERPRETED or not torch.cuda.is_available()):
+        pytest.skip("torch sees no CUDA device, or kernels are interpreted in this process")
     if INTERPRETED:
         monkeypatch.setenv(SWITCH, "1")  # some of Triton's helpers ask again when they run
     return str(request.param)

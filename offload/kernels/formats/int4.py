@@ -54,6 +54,11 @@ def quantize_int4(weight: torch.Tensor, group: int = 32, symmetric: bool = False
     return Int4Weight(_pack_int4(q.view(outputs, padded)), scale, offset, inputs, group)
 
 
+def first_bit(part: int) -> int:
+    """Where in every word of a chunk the weights 16 * part and on begin."""
+    return 4 * (part >> 1) + 16 * (part & 1)
+
+
 def _pack_int4(q: torch.Tensor) -> torch.Tensor:
     parts = q.view(q.shape[0], -1, 2, 2, 2, 16)  # chunk, byte of a half, bits of a byte, half of a word, word
     return (parts[:, :, :, 0] | parts[:, :, :, 1] << 4).permute(0, 1, 4, 3, 2).reshape(q.shape[0], -1).contiguous()

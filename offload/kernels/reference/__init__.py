@@ -3,8 +3,9 @@
 from offload.kernels.formats.int4 import dequantize_int4, quantize_int4
 from offload.kernels.formats.int8 import dequantize_int8, quantize_int8
 from offload.kernels.formats.lossless import pack_lossless, unpack_lossless
-from offload.kernels.reference.adamw import AdamW, adamw_step
+from offload.kernels.reference.adamw import AdamW, adamw_step, adamw_step_8bit
 from offload.kernels.reference.attention import decode_attention, merge_attention
+from offload.kernels.reference.block import rms_norm, rotary
 from offload.kernels.reference.gate_up_silu import gate_up_silu
 from offload.kernels.reference.gather import gather_pages
 from offload.kernels.reference.linear import linear, linear_int4, linear_int8, linear_lossless
@@ -12,6 +13,7 @@ from offload.kernels.reference.linear import linear, linear_int4, linear_int8, l
 __all__ = [
     "AdamW",
     "adamw_step",
+    "adamw_step_8bit",
     "decode_attention",
     "dequantize_int4",
     "dequantize_int8",
@@ -25,5 +27,7 @@ __all__ = [
     "pack_lossless",
     "quantize_int4",
     "quantize_int8",
+    "rms_norm",
+    "rotary",
     "unpack_lossless",
 ]

@@ -1,10 +1,12 @@
-"""One step of AdamW."""
+"""One step of AdamW, with moments in float32 or in 8 bits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+
+from offload.kernels.formats.dynamic8 import Dynamic8, dequantize_dynamic8, quantize_dynamic8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,4 +54,27 @@ def adamw_step(
     master.addcdiv_(exp_avg, denominator, value=-numbers.lr / (1 - beta1**numbers.step))
     if weight is not None:
         weight.copy_(master)
+    return squares
+
+
+def adamw_step_8bit(
+    master: torch.Tensor,
+    exp_avg: Dynamic8,
+    exp_avg_sq: Dynamic8,
+    grad: torch.Tensor,
+    weight: torch.Tensor | None,
+    numbers: AdamW,
+) -> float:
+    """The same with moments that rest in 8 bits: rounded after the step, which uses them unrounded.
+
+    Args:
+        exp_avg: signed, [n] as the others, changed.
+        exp_avg_sq: unsigned, changed.
+    """
+    moments = dequantize_dynamic8(exp_avg), dequantize_dynamic8(exp_avg_sq)
+    squares = adamw_step(master, *moments, grad, weight, numbers)
+    for state, values in zip((exp_avg, exp_avg_sq), moments, strict=True):
+        new = quantize_dynamic8(values, signed=state.signed)
+        state.codes.copy_(new.codes)
+        state.largest.copy_(new.largest)
     return squares

@@ -1,0 +1,22 @@
+"""`offload doctor --warm`: compiles every CPU kernel, so that no later run has to."""
+
+from __future__ import annotations
+
+import importlib
+
+from rich.console import Console
+from rich.status import Status
+
+from offload.kernels import available
+from offload.units import format_seconds
+
+
+def execute(console: Console) -> None:
+    """Compiles what is not in the cache and says how long it took."""
+    if (state := available()["cpu"]) != "yes":
+        console.print(f"no CPU kernels to compile: {state}")
+        return
+    team = importlib.import_module("offload.kernels.cpu.team")
+    with Status("compiling kernels", console=console) as shown:
+        seconds = team.compile_all(lambda name, k, n: shown.update(f"compiling kernels: {name}, {k + 1} of {n}"))
+    console.print(f"CPU kernels are compiled ({format_seconds(seconds)}) and in the cache", highlight=False)
