@@ -4,7 +4,7 @@
     python benchmarks/quality.py --model DIR --trained DIR   # and one trained here, whose weights never lay on a grid
     python benchmarks/quality.py --train DIR                 # trains that one first: benchmarks/small_llama.py
     python benchmarks/quality.py ... --docs                  # and writes the table in docs/kernels.md anew
-    python benchmarks/quality.py --again FILE.json --docs    # tables from an earlier run's figures
+    python benchmarks/quality.py --again FILE.json ... --docs    # tables from earlier runs' figures
 
 Text is Python's documentation strings, of modules that the small model was not trained on. Weights are quantised by
 offload.kernels.formats, expanded again, rounded to bf16, and put into plain transformers: what is measured is the
@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
     ap.add_argument("--windows", type=int, default=32, help=f"of {WINDOW} tokens, spread evenly over the text")
     ap.add_argument("--only", default="", help="formats whose name contains this")
     ap.add_argument("--docs", action="store_true", help="put the tables into docs/kernels.md")
-    ap.add_argument("--again", type=Path, help="do not measure: tables from this result")
+    ap.add_argument("--again", type=Path, nargs="+", help="do not measure: one result of the models in these")
     ap.add_argument("--out", type=Path, default=RESULTS)
     return ap.parse_args()
 
@@ -227,7 +227,8 @@ def measured(folder: Path, chosen: Sequence[Format], count: int) -> dict[str, An
 def main() -> None:
     a = arguments()
     if a.again:
-        result = json.loads(a.again.read_text())
+        parts = [json.loads(file.read_text()) for file in a.again]
+        result = parts[0] | {"runs": [run for part in parts for run in part["runs"]]}
     else:
         if a.train:
             from small_llama import train
@@ -248,8 +249,7 @@ def main() -> None:
     print(page)
     if a.docs:
         put_between(PAGE, BEGIN, END, f"{where}\n\n{body(result, full=False)}")
-    if not a.again:
-        write("quality", result, page, a.out)
+    write("quality", result, page, a.out)
 
 
 if __name__ == "__main__":
