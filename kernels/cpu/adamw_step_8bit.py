@@ -9,7 +9,7 @@ import torch
 from numba import float32, int64, njit, uint32
 
 from offload.kernels import reference
-from offload.kernels.cpu.adamw_step import constants
+from offload.kernels.cpu.adamw_step import AHEAD, constants
 from offload.kernels.cpu.blend import (
     absolute,
     bits_of,
@@ -19,6 +19,7 @@ from offload.kernels.cpu.blend import (
     load_codes,
     magnitude,
     pick,
+    prefetch,
     scratch,
     smaller,
     store_codes,
@@ -84,7 +85,7 @@ def _quantize(values: int, largest: Any, codes: int, k: int, tables: int, signed
             store_codes(codes, k + j, to_i32(_rank(value, inverse, carry, up, base, top)))
 
 
-def _make(name: str, load: Any) -> TeamFunction:
+def _make(name: str, load: Any, grad_nbytes: int) -> TeamFunction:
     @team_function(name)
     def adamw_step_8bit(block: int) -> None:
         pieces, blocks, master, grad = get_i64(block, 1), get_i64(block, 2), get_i64(block, 3), get_i64(block, 4)
@@ -111,9 +112,14 @@ def _make(name: str, load: Any) -> TeamFunction:
                     slope1, offset1 = load_f32(numbers, _SIGNED) * unit1, load_f32(numbers, _SIGNED + 16) * unit1
                     slope2, offset2 = load_f32(numbers, _UNSIGNED) * unit2, load_f32(numbers, _UNSIGNED + 16) * unit2
                     most1 = most2 = splat_f32(float32(0))
+                    for line in range(0, BLOCK, 64):
+                        prefetch(mean + first + 2 * AHEAD + line)
+                        prefetch(square + first + 2 * AHEAD + line)
                     p = splat_f32(float32(0))
                     for j in range(0, BLOCK, 16):
                         k, before = first + j, p
+                        prefetch(master + (k + AHEAD) * 4)
+                        prefetch(grad + (k + AHEAD) * grad_nbytes)
                         g = load(grad, k)
                         gg = g * g
                         sums = sums + gg
@@ -153,7 +159,7 @@ def _make(name: str, load: Any) -> TeamFunction:
 
 
 _FUNCTIONS = {
-    dtype: _make(f"adamw_step_8bit_{str(dtype)[6:]}", load)
+    dtype: _make(f"adamw_step_8bit_{str(dtype)[6:]}", load, dtype.itemsize)
     for dtype, load in ((torch.bfloat16, load_bf16), (torch.float32, load_f32))
 }
 
