@@ -112,9 +112,6 @@ def _make(name: str, load: Any, grad_nbytes: int) -> TeamFunction:
                     slope1, offset1 = load_f32(numbers, _SIGNED) * unit1, load_f32(numbers, _SIGNED + 16) * unit1
                     slope2, offset2 = load_f32(numbers, _UNSIGNED) * unit2, load_f32(numbers, _UNSIGNED + 16) * unit2
                     most1 = most2 = splat_f32(float32(0))
-                    for line in range(0, BLOCK, 64):
-                        prefetch(mean + first + 2 * AHEAD + line)
-                        prefetch(square + first + 2 * AHEAD + line)
                     p = splat_f32(float32(0))
                     for j in range(0, BLOCK, 16):
                         k, before = first + j, p
@@ -140,18 +137,10 @@ def _make(name: str, load: Any, grad_nbytes: int) -> TeamFunction:
                     put_f32(mean_largest, b, largest(most1))
                     put_f32(square_largest, b, largest(most2))
                 if b > start:  # a block later, so that nothing waits for its largest magnitude
-                    old, there = b - 1, 1024 - here
-                    _quantize(
-                        means + there, get_f32(mean_largest, old), mean, first - BLOCK, numbers + 4 * _SIGNED, True
-                    )
-                    _quantize(
-                        roots + there,
-                        get_f32(square_largest, old),
-                        square,
-                        first - BLOCK,
-                        numbers + 4 * _UNSIGNED,
-                        False,
-                    )
+                    k, there = first - BLOCK, 1024 - here
+                    most, more = get_f32(mean_largest, b - 1), get_f32(square_largest, b - 1)
+                    _quantize(means + there, most, mean, k, numbers + 4 * _SIGNED, True)
+                    _quantize(roots + there, more, square, k, numbers + 4 * _UNSIGNED, False)
             put_f32(squares, piece, total(sums))
             piece = claim(block)  # also orders the streamed stores before whatever this thread does next
 
