@@ -1,6 +1,6 @@
 """AdamW in one pass: the gradient goes in; master weight and moments are updated; the 16-bit weight and the gradient's
-sum of squares come out. 30 bytes a parameter with float32 states and a bf16 gradient: 14 read, 14 written, and 2 that
-are fetched because they will be written.
+sum of squares come out. 28 bytes a parameter with float32 states and a bf16 gradient: 14 read and 14 written, since the
+16-bit weight goes past the caches.
 """
 
 from __future__ import annotations
