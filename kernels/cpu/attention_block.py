@@ -20,8 +20,8 @@ from offload.kernels.cpu.lanes import lane_numbers, larger, largest_of_4, totals
 from offload.kernels.cpu.vector import (
     as_f32,
     as_u32,
-    dot_bf16,
     fma,
+    fma_pairs,
     get_f32,
     load_f32,
     load_u32,
@@ -60,10 +60,10 @@ def _capped(scores: Any, cap: Any) -> Any:
 def _dots(w: Any, x: Any, sums: Any) -> Any:
     """Four rows of pairs of bf16 by one."""
     return (
-        dot_bf16(sums[0], w[0], x),
-        dot_bf16(sums[1], w[1], x),
-        dot_bf16(sums[2], w[2], x),
-        dot_bf16(sums[3], w[3], x),
+        fma_pairs(w[0], x, sums[0]),
+        fma_pairs(w[1], x, sums[1]),
+        fma_pairs(w[2], x, sums[2]),
+        fma_pairs(w[3], x, sums[3]),
     )
 
 

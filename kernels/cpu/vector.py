@@ -13,14 +13,13 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic, overload
 
 LANES = 16  # of F32 and U32
-HAS_BF16_DOT = bool(binding.get_host_cpu_features().get("avx512bf16"))
 
 _I8, _I16, _I32, _I64, _FLOAT = (*map(ir.IntType, (8, 16, 32, 64)), ir.FloatType())
 _NBYTES = {_I8: 1, _I16: 2, _I32: 4, _I64: 8, _FLOAT: 4}
@@ -376,40 +375,3 @@ def through_bf16(typing_context: Any, value: Any) -> Any:
         return _widen_bf16(b, _narrow_bf16(b, args[0]))
 
     return F32(F32), generate
-
-
-class _BFloat(ir.Type):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite does not name."""
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-@intrinsic
-def dot_bf16(typing_context: Any, sums: Any, left: Any, right: Any) -> Any:
-    """Lane by lane: the sum, plus the two products of the lane's two bf16 in `left` with those in `right`.
-
-    One instruction where the CPU has it, which adds both products to the sum with roundings of its own; else two fma.
-    """
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        if HAS_BF16_DOT:
-            pairs = ir.VectorType(_BFloat(), 32)
-            kind = ir.FunctionType(F32.llvm, [F32.llvm, pairs, pairs])
-            dot = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-            return b.call(dot, [args[0], *(b.bitcast(bits, pairs) for bits in args[1:])])
-        value = args[0]
-        for widen in (
-            lambda bits: b.shl(bits, _number(b, bits, 16)),
-            lambda bits: b.and_(bits, _number(b, bits, 0xFFFF0000)),
-        ):
-            value = _call(b, "fma", [*(b.bitcast(widen(bits), F32.llvm) for bits in args[1:]), value])
-        return value
-
-    return F32(F32, U32, U32), generate
