@@ -209,7 +209,7 @@ def adamw(deepspeed: Path | None) -> list[Case]:
     peer.state[parameter] |= {k: huge(v) for k, v in peer.state[parameter].items() if k != "step"}
     steps = {op: choose(op, "cpu", forced="cpu").function() for op in ("adamw_step", "adamw_step_8bit")}
     numbers = AdamW(lr=1e-3, step=3)
-    others = {} if deepspeed is None else dict([deepspeed_adam(deepspeed, count)])
+    others = {} if deepspeed is None else deepspeed_adam(deepspeed, count)
 
     def plain() -> None:
         steps["adamw_step"](master, mean, square, grad, weight, numbers)
@@ -223,8 +223,8 @@ def adamw(deepspeed: Path | None) -> list[Case]:
     ]
 
 
-def deepspeed_adam(python: Path, count: int) -> tuple[str, Callable[[], None]]:
-    """Its name and version, and a step of it, in a process that ends with this one."""
+def deepspeed_adam(python: Path, count: int) -> dict[str, Callable[[], None]]:
+    """Its step without and with a bf16 copy of the weights, by name; in a process that ends with this one."""
     script = Path(__file__).with_name("peer_deepspeed_adam.py")
     process = subprocess.Popen(
         [python, script, "--count", str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -232,14 +232,14 @@ def deepspeed_adam(python: Path, count: int) -> tuple[str, Callable[[], None]]:
     asked, told = process.stdin, process.stdout
     assert asked is not None
     assert told is not None
-    version = json.loads(told.readline())["version"]
+    name = f"DeepSpeedCPUAdam {json.loads(told.readline())['version']}"
 
-    def step() -> None:
-        asked.write("\n")
+    def step(what: str) -> None:
+        asked.write(f"{what}\n")
         asked.flush()
         float(told.readline())
 
-    return f"DeepSpeedCPUAdam {version}", step
+    return {name: lambda: step("step"), f"{name} and copy to bf16": lambda: step("weight")}
 
 
 def main() -> None:

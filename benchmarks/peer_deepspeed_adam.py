@@ -1,9 +1,10 @@
-"""DeepSpeedCPUAdam on demand: a JSON line when it is ready, then a step and its seconds for every line it reads.
+"""DeepSpeedCPUAdam on demand: a JSON line when it is ready, then a step for every line it reads, and its seconds.
 
     python benchmarks/kernels.py --only adamw --deepspeed-python VENV/bin/python     # starts it and asks in turn
 
 For an environment with torch and DeepSpeed, which compiles its kernel at first use (g++, ninja). Master weights,
-gradients and moments are float32 in huge pages, as beside it; it writes no 16-bit weights.
+gradients and moments are float32 in huge pages, as beside it. It writes no 16-bit weights: after the line "weight", a
+copy of the master to bf16 is part of the step.
 """
 
 from __future__ import annotations
@@ -49,11 +50,14 @@ def main() -> None:
         state = optimizer.state[parameter]
         state |= {k: huge(v) for k, v in state.items() if torch.is_tensor(v) and v.numel() == a.count}
         optimizer.step()
+        weight = huge(parameter.detach().bfloat16())
     print(json.dumps({"version": deepspeed.__version__, "threads": torch.get_num_threads()}), flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
         began = time.perf_counter()
         with contextlib.redirect_stdout(sys.stderr):
             optimizer.step()
+        if line.strip() == "weight":
+            weight.copy_(parameter.detach())
         print(time.perf_counter() - began, flush=True)
 
 

@@ -19,7 +19,7 @@ Line = dict[str, Any]
 LOSSLESS_S = 0.45  # a step of the 6.03 GB Llama in 4 GiB, with the disk at 3.6 GB/s
 OURS, PACKED, ACCELERATE, LLAMACPP, AIRLLM, DISK = (
     "offload",
-    "offload, packed",
+    "offload packed",
     "accelerate",
     "llama.cpp mmap",
     "airllm",

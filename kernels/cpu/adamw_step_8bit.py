@@ -9,7 +9,7 @@ import torch
 from numba import float32, int64, njit, uint32
 
 from offload.kernels import reference
-from offload.kernels.cpu.adamw_step import constants
+from offload.kernels.cpu.adamw_step import AHEAD, constants
 from offload.kernels.cpu.blend import (
     absolute,
     bits_of,
@@ -19,6 +19,7 @@ from offload.kernels.cpu.blend import (
     load_codes,
     magnitude,
     pick,
+    prefetch,
     scratch,
     smaller,
     store_codes,
@@ -84,7 +85,7 @@ def _quantize(values: int, largest: Any, codes: int, k: int, tables: int, signed
             store_codes(codes, k + j, to_i32(_rank(value, inverse, carry, up, base, top)))
 
 
-def _make(name: str, load: Any) -> TeamFunction:
+def _make(name: str, load: Any, grad_nbytes: int) -> TeamFunction:
     @team_function(name)
     def adamw_step_8bit(block: int) -> None:
         pieces, blocks, master, grad = get_i64(block, 1), get_i64(block, 2), get_i64(block, 3), get_i64(block, 4)
@@ -114,6 +115,8 @@ def _make(name: str, load: Any) -> TeamFunction:
                     p = splat_f32(float32(0))
                     for j in range(0, BLOCK, 16):
                         k, before = first + j, p
+                        prefetch(master + (k + AHEAD) * 4)
+                        prefetch(grad + (k + AHEAD) * grad_nbytes)
                         g = load(grad, k)
                         gg = g * g
                         sums = sums + gg
@@ -134,18 +137,10 @@ def _make(name: str, load: Any) -> TeamFunction:
                     put_f32(mean_largest, b, largest(most1))
                     put_f32(square_largest, b, largest(most2))
                 if b > start:  # a block later, so that nothing waits for its largest magnitude
-                    old, there = b - 1, 1024 - here
-                    _quantize(
-                        means + there, get_f32(mean_largest, old), mean, first - BLOCK, numbers + 4 * _SIGNED, True
-                    )
-                    _quantize(
-                        roots + there,
-                        get_f32(square_largest, old),
-                        square,
-                        first - BLOCK,
-                        numbers + 4 * _UNSIGNED,
-                        False,
-                    )
+                    k, there = first - BLOCK, 1024 - here
+                    most, more = get_f32(mean_largest, b - 1), get_f32(square_largest, b - 1)
+                    _quantize(means + there, most, mean, k, numbers + 4 * _SIGNED, True)
+                    _quantize(roots + there, more, square, k, numbers + 4 * _UNSIGNED, False)
             put_f32(squares, piece, total(sums))
             piece = claim(block)  # also orders the streamed stores before whatever this thread does next
 
@@ -153,7 +148,7 @@ def _make(name: str, load: Any) -> TeamFunction:
 
 
 _FUNCTIONS = {
-    dtype: _make(f"adamw_step_8bit_{str(dtype)[6:]}", load)
+    dtype: _make(f"adamw_step_8bit_{str(dtype)[6:]}", load, dtype.itemsize)
     for dtype, load in ((torch.bfloat16, load_bf16), (torch.float32, load_f32))
 }
 

@@ -201,14 +201,18 @@ def make_block(load: Any, load2: Any, itemsize: int) -> tuple[Any, Any]:
             ahead: address of the next block's keys, which are wanted next.
         """
         weights, by = state + 4 * 48, _four(state, 32, 4)
+        wanted, part = ahead, int64(0)  # in the order in which they lie, or memory does not read ahead by itself
         paired, i = dim // 64 * 64, int64(0)
         while i < paired:
             a, b = _open(sums, i, dim, by), _open(sums, i + 16, dim, by)
             c, d = _open(sums, i + 32, dim, by), _open(sums, i + 48, dim, by)
             for t in range(begin, end):
                 p, at = _four(weights, 16 * (t // 4) + t % 4, 4), vs + t * stride
-                for line in range(i * itemsize, (i + 64) * itemsize, 64):
-                    prefetch(ahead + t * stride_ahead + line)
+                for line in range(part, part + 64 * itemsize, 64):
+                    prefetch(wanted + line)
+                part += 64 * itemsize
+                if part >= dim * itemsize:
+                    wanted, part = wanted + stride_ahead, int64(0)
                 even, odd = load2(at, i)
                 a, b = wide4(p, even, a), wide4(p, odd, b)
                 even, odd = load2(at, i + 32)

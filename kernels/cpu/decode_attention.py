@@ -33,7 +33,7 @@ from offload.kernels.cpu.vector import (
     store_f32,
 )  # fmt: skip
 
-CHUNK = 256  # tokens; whole blocks
+CHUNK = 512  # tokens; whole blocks
 _INFINITY = float("inf")
 _LN_2 = math.log(2)
 
@@ -69,55 +69,61 @@ def _make(name: str, load: Any, load2: Any, itemsize: int, in_pairs: bool) -> Te
         for i in range(paired, dim, 16):
             store_f32(to, i, _read(q, i, is_bf16))
 
+    @njit(error_model="numpy")
+    def prepare(
+        q: int, begin: int, end: int, narrow: bool, is_bf16: bool, dim: int, r: int, state: int, to: int
+    ) -> None:
+        """Row `r` of four before its first block; it sees tokens `begin` to `end`. Without a query (0), it is zeros."""
+        if q:
+            place(q, is_bf16, narrow, dim, to)
+        else:
+            for i in range(0, dim, 16):
+                store_f32(to, i, splat_f32(float32(0)))
+        for lane in range(4 * r, 4 * r + 4):
+            put_f32(state, lane, float32(-_INFINITY))
+            put_f32(state, 16 + lane, float32(0))
+            put_i32(state, STATE + lane, begin)
+            put_i32(state, STATE + 16 + lane, max(int64(0), end - begin))
+
     @team_function(f"decode_attention_{name}")
     def attend(block: int) -> None:
-        pieces, chunks, kv_heads, tokens = get_i64(block, 1), get_i64(block, 2), get_i64(block, 3), get_i64(block, 4)
-        q, q_batch, q_head, q_row = get_i64(block, 5), get_i64(block, 6), get_i64(block, 7), get_i64(block, 8)
-        k, k_batch, k_head, k_token = get_i64(block, 9), get_i64(block, 10), get_i64(block, 11), get_i64(block, 12)
-        v, v_batch, v_head, v_token = get_i64(block, 13), get_i64(block, 14), get_i64(block, 15), get_i64(block, 16)
-        firsts, lengths, window = get_i64(block, 17), get_i64(block, 18), get_i64(block, 19)
-        is_bf16, group, queries = get_i64(block, 20) != 0, get_i64(block, 21), get_i64(block, 22)
-        dim = get_i64(block, 23)
-        scale, cap, rows = get_f32(block + 24 * 8, 0), get_f32(block + 24 * 8, 1), group * queries
-        parts, part_sums, scratch_size = get_i64(block, 25), get_i64(block, 26), get_i64(block, 28)
-        scratch = get_i64(block, 29) + claim(block + 27 * 8) * scratch_size  # this thread's
-        fours, narrow = (rows + 3) // 4, is_bf16 and itemsize == 2
+        runs, parts_in_run, count = get_i64(block, 1), get_i64(block, 2), get_i64(block, 3)
+        chunks, kv_heads, tokens = get_i64(block, 4), get_i64(block, 5), get_i64(block, 6)
+        q, q_batch, q_head, q_row = get_i64(block, 7), get_i64(block, 8), get_i64(block, 9), get_i64(block, 10)
+        k, k_batch, k_head, k_token = get_i64(block, 11), get_i64(block, 12), get_i64(block, 13), get_i64(block, 14)
+        v, v_batch, v_head, v_token = get_i64(block, 15), get_i64(block, 16), get_i64(block, 17), get_i64(block, 18)
+        firsts, lengths, window = get_i64(block, 19), get_i64(block, 20), get_i64(block, 21)
+        group, queries, dim = get_i64(block, 22), get_i64(block, 23), get_i64(block, 24)
+        scale, cap = get_f32(block + 25 * 8, 0), get_f32(block + 25 * 8, 1)
+        is_bf16, results, part_sums = get_i64(block, 26) != 0, get_i64(block, 27), get_i64(block, 28)
+        scratch = get_i64(block, 31) + claim(block + 29 * 8) * get_i64(block, 30)  # this thread's
+        rows, narrow = group * queries, is_bf16 and itemsize == 2
+        fours = (rows + 3) // 4
         state_size, of_queries = int64(4 * (STATE + 32)), scratch + fours * 4 * (STATE + 32)
-        piece = claim(block)
-        while piece < pieces:
-            sequence, head, chunk = piece // chunks // kv_heads, piece // chunks % kv_heads, piece % chunks
-            start = get_i64(firsts, sequence) if firsts else int64(0)
-            stop = get_i64(lengths, sequence) if lengths else tokens
-            low = start + chunk * CHUNK
-            high, least = min(low + CHUNK, stop), start  # what the first query sees, at the least, begins there
-            if window:
-                least = max(start, stop - queries + 1 - window)
-            sums, mine = part_sums + piece * fours * 16 * dim, parts + piece * fours * 4 * 8
-            for r in range(4 * fours):
-                put_f32(mine, 2 * r, float32(-_INFINITY))
-                put_f32(mine, 2 * r + 1, float32(0))
-            if max(low, least) < high:
+        run = claim(block)
+        while run < runs:
+            for part in range(run * parts_in_run, min(count, (run + 1) * parts_in_run)):
+                sequence, head, chunk = part // chunks // kv_heads, part // chunks % kv_heads, part % chunks
+                start = get_i64(firsts, sequence) if firsts else int64(0)
+                stop = get_i64(lengths, sequence) if lengths else tokens
+                # the first query sees tokens from `least` on, the last one from `latest`
+                least = max(start, stop - queries + 1 - window) if window else start
+                latest = max(start, stop - window) if window else start
+                low = start + chunk * CHUNK
+                high = min(low + CHUNK, stop)
+                sums, result = part_sums + part * fours * 16 * dim, results + part * fours * 4 * 8
+                sees = max(low, least) < high
                 for r in range(4 * fours):
-                    state = scratch + r // 4 * state_size
-                    begin = count = int64(0)
-                    to = of_queries + 4 * r * dim
+                    at = begin = end = int64(0)
                     if r < rows:
+                        at = q + sequence * q_batch + (head * group + r // queries) * q_head + r % queries * q_row
                         end = stop - queries + 1 + r % queries
                         begin = max(start, end - window) if window else start
-                        count = max(int64(0), end - begin)
-                        at = q + sequence * q_batch + (head * group + r // queries) * q_head + r % queries * q_row
-                        place(at, is_bf16, narrow, dim, to)
-                    else:
+                    state, to = scratch + r // 4 * state_size, of_queries + 4 * r * dim
+                    prepare(at, begin, end, narrow, is_bf16, dim, r % 4, state, to)
+                    if sees:
                         for i in range(0, dim, 16):
-                            store_f32(to, i, splat_f32(float32(0)))
-                    for i in range(0, dim, 16):
-                        store_f32(sums, r * dim + i, splat_f32(float32(0)))
-                    for lane in range(4 * (r % 4), 4 * (r % 4) + 4):
-                        put_f32(state, lane, float32(-_INFINITY))
-                        put_f32(state, 16 + lane, float32(0))
-                        put_i32(state, STATE + lane, begin)
-                        put_i32(state, STATE + 16 + lane, count)
-                latest = max(start, stop - window) if window else start
+                            store_f32(sums, r * dim + i, splat_f32(float32(0)))
                 for token in range(low, high, BLOCK):
                     begin, end = max(token, least) - token, min(int64(BLOCK), high - token)
                     if begin >= end:
@@ -125,22 +131,21 @@ def _make(name: str, load: Any, load2: Any, itemsize: int, in_pairs: bool) -> Te
                     masks = token < latest or token + BLOCK > stop - queries + 1 or end < BLOCK
                     keys = k + sequence * k_batch + head * k_head + token * k_token
                     vs = v + sequence * v_batch + head * v_head + token * v_token
+                    after = keys + BLOCK * k_token
                     for four in range(fours):
-                        state = scratch + four * state_size
+                        state, of_four = scratch + four * state_size, of_queries + four * 16 * dim
                         scores(
-                            state, of_queries + four * 16 * dim, keys, k_token, begin, end, dim, scale, cap, masks,
-                            token, load_u32(state, STATE), load_u32(state, STATE + 16), vs, v_token,
-                            narrow,
+                            state, of_four, keys, k_token, begin, end, dim, scale, cap, masks, token,
+                            load_u32(state, STATE), load_u32(state, STATE + 16), vs, v_token, narrow,
                         )  # fmt: skip
-                        after = keys + BLOCK * k_token
                         values(state, vs, v_token, begin, end, dim, sums + four * 16 * dim, after, k_token)
                 for four in range(fours):
                     state = scratch + four * state_size
                     store_f32(state, 16, total_of_4(load_f32(state, 16)))
                     for r in range(4):
-                        put_f32(mine, 8 * four + 2 * r, get_f32(state, 4 * r))
-                        put_f32(mine, 8 * four + 2 * r + 1, get_f32(state, 16 + 4 * r))
-            piece = claim(block)
+                        put_f32(result, 8 * four + 2 * r, get_f32(state, 4 * r))
+                        put_f32(result, 8 * four + 2 * r + 1, get_f32(state, 16 + 4 * r))
+            run = claim(block)
 
     return attend
 
@@ -238,21 +243,22 @@ def decode_attention(
     group, queries = q.shape[1] // kv_heads, q4.shape[2]
     rows, fours, chunks = group * queries, -(-group * queries // 4), -(-tokens // CHUNK)
     out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:-1])
-    pieces = batch * kv_heads * chunks
-    size = fours * (STATE + 32 + 4 * dim)  # floats of scratch for each thread
-    work = torch.empty(pieces * fours * 4 * (dim + 2) + torch.get_num_threads() * size)
+    pieces, threads = batch * kv_heads * chunks, torch.get_num_threads()
+    run = max(1, min(8, pieces // (8 * threads)))  # what one thread does in a row: memory is read ahead through it
+    size = -(-fours * (STATE + 32 + 4 * dim) // 32) * 32  # floats of scratch for each thread, whole cache lines
+    work = torch.empty(pieces * fours * 4 * (dim + 2) + threads * size + 32)
     sums = work.data_ptr()
     parts = sums + pieces * fours * 4 * dim * 4
-    scratch = parts + pieces * fours * 4 * 2 * 4
+    scratch = -(-(parts + pieces * fours * 4 * 2 * 4) // 128) * 128
     (numbers,) = struct.unpack("<q", struct.pack("<ff", scale, softcap or 0.0))
     is_bf16 = q.dtype == torch.bfloat16
     _FUNCTIONS[k.dtype](
-        pieces, chunks, kv_heads, tokens,
+        -(-pieces // run), run, pieces, chunks, kv_heads, tokens,
         q.data_ptr(), *(stride * q.itemsize for stride in q4.stride()[:3]),
         k.data_ptr(), *(stride * k.itemsize for stride in k.stride()[:3]),
         v.data_ptr(), *(stride * v.itemsize for stride in v.stride()[:3]),
-        *(0 if ends is None else ends.data_ptr() for ends in spans), window or 0, is_bf16,
-        group, queries, dim, numbers, parts, sums, 0, 4 * size, scratch,
+        *(0 if ends is None else ends.data_ptr() for ends in spans), window or 0, group, queries, dim, numbers,
+        is_bf16, parts, sums, 0, 4 * size, scratch,
     )  # fmt: skip
     _merge(
         batch * kv_heads * rows, chunks, rows, dim, parts, sums, out.data_ptr(), lse.data_ptr(), is_bf16,

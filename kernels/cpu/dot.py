@@ -11,6 +11,7 @@ from typing import Any
 
 from numba import float32, int64, njit
 
+from offload.kernels.cpu.ahead import ask
 from offload.kernels.cpu.vector import (
     fma,
     fma_pairs,
@@ -34,7 +35,7 @@ def _totals(wide: Any, rest: Any) -> Any:
     return total(wide[0]) + rest[0], total(wide[1]) + rest[1], total(wide[2]) + rest[2], total(wide[3]) + rest[3]
 
 
-def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: bool) -> Any:
+def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: bool, nbytes: int) -> Any:
     """`multiply` for stored numbers that `load` and `get` read, and results that `put` writes.
 
     multiply(weights, stride, first, last, x, rows, outputs, inputs, scale, bias, y) computes outputs `first` to `last`:
@@ -43,6 +44,7 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
 
     Args:
         by_pairs: x is bf16, and `load` gives 32 numbers as pairs of bf16; else x is float32, and `load` gives 16.
+        nbytes: what `load` reads, to ask memory for it in time; 0 for weights that lie in a cache.
     """
     load_x, get_x, accumulate = (load_pairs, get_bf16, fma_pairs) if by_pairs else (load_f32, get_f32, fma)
     step, x_nbytes = (32, 2) if by_pairs else (16, 4)
@@ -57,10 +59,11 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
     def dot4(w: int, stride: int, x: int, count: int) -> Any:
         w1, w2, w3 = w + stride, w + 2 * stride, w + 3 * stride
         zero, none = splat_f32(float32(0)), float32(0)
-        a, rest, k = (zero, zero, zero, zero), (none, none, none, none), 0
+        a, rest, k, coming = (zero, zero, zero, zero), (none, none, none, none), 0, w
         while k + step <= count:
+            ask(coming, 4 * nbytes)
             a = wide4((load(w, k), load(w1, k), load(w2, k), load(w3, k)), load_x(x, k), a)
-            k += step
+            k, coming = k + step, coming + 4 * nbytes
         while k < count:
             rest = _rest((get(w, k), get(w1, k), get(w2, k), get(w3, k)), get_x(x, k), rest)
             k += 1
@@ -73,14 +76,15 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
         zero, none = splat_f32(float32(0)), float32(0)
         a = b = c = d = (zero, zero, zero, zero)
         ra = rb = rc = rd = (none, none, none, none)
-        k = 0
+        k, coming = 0, w
         while k + step <= count:
+            ask(coming, 4 * nbytes)
             four = load(w, k), load(w1, k), load(w2, k), load(w3, k)
             a = wide4(four, load_x(x, k), a)
             b = wide4(four, load_x(x1, k), b)
             c = wide4(four, load_x(x2, k), c)
             d = wide4(four, load_x(x3, k), d)
-            k += step
+            k, coming = k + step, coming + 4 * nbytes
         while k < count:
             one = get(w, k), get(w1, k), get(w2, k), get(w3, k)
             ra = _rest(one, get_x(x, k), ra)

@@ -34,7 +34,9 @@ MAX_ROWS = 4  # beyond, torch's matrix product is as fast or faster
 
 
 def _make(name: str, load: Any, get: Any, put: Any, itemsize: int) -> TeamFunction:
-    multiply = make_products(load, get, put, get, by_pairs=load is load_pairs)
+    multiply = make_products(
+        load, get, put, get, by_pairs=load is load_pairs, nbytes=64 if load is load_pairs else 16 * itemsize
+    )
 
     @team_function(name)
     def linear(block: int) -> None:

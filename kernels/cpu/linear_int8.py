@@ -13,7 +13,7 @@ from offload.kernels.formats.int8 import Int8Weight
 
 MAX_ROWS = 16  # beyond, unpacking once and torch's matrix product cost less
 
-_multiply = make_products(load_i8_pairs, get_i8, put_f32, get_f32, by_pairs=True)
+_multiply = make_products(load_i8_pairs, get_i8, put_f32, get_f32, by_pairs=True, nbytes=32)
 
 
 @team_function("linear_int8")

@@ -13,7 +13,7 @@ from offload.kernels.cpu.team import team_function
 from offload.kernels.cpu.vector import claim, get_bf16, get_i32, get_i64, load_pairs, put_bf16
 from offload.kernels.formats.lossless import LosslessWeight
 
-_multiply = make_products(load_pairs, get_bf16, put_bf16, get_bf16, by_pairs=True)
+_multiply = make_products(load_pairs, get_bf16, put_bf16, get_bf16, by_pairs=True, nbytes=0)
 
 
 @team_function("linear_lossless")

@@ -6,6 +6,7 @@ from typing import Any
 
 from numba import int64, njit, uint32
 
+from offload.kernels.cpu.ahead import ask
 from offload.kernels.cpu.vector import (
     get_i32,
     get_u8,
@@ -40,6 +41,8 @@ def unpack_row(  # type: ignore[no-untyped-def]
     top, four = splat_u16(uint32(largest)), splat_u16(uint32(4))
     whole = n // 64 * 64
     for start in range(0, whole, 64):
+        ask(low + start, 64)
+        ask(codes + (start >> 1), 64)
         pair = load_u8(codes, start >> 1)
         store_u16(out, start, _join(load_u8(low, start), pair & splat_u16(uint32(15)), top))
         store_u16(out, start + 32, _join(load_u8(low, start + 32), pair >> four, top))

@@ -26,6 +26,7 @@ from offload.kernels.chosen import Kernels
 from offload.kernels.formats.form import Form, Weight, form_of
 from offload.kernels.formats.weights import WeightFormat
 from offload.tiers import transit
+from offload.tiers.host import Scratch
 from offload.tiers.layout import Source
 from offload.tiers.packing import error_of, pack
 from offload.tiers.sink import Sink
@@ -75,8 +76,8 @@ def pack_checkpoint(
         raise UsageError(f"{out} exists already; name a folder that does not, or an empty one")
     if (directory / MANIFEST).is_file():
         raise UsageError(f"{directory} is packed already; pack the checkpoint that it was made from")
-    began = time.perf_counter()
     opened = open_checkpoint(directory, engine)
+    began = time.perf_counter()
     names = list(packable(opened.anatomy, opened.sources, opened.model.config, format, blocks_only=False))
     kernels = Kernels("cpu", exact=False)
     is_new = not out.exists()
@@ -85,7 +86,7 @@ def pack_checkpoint(
     except OSError as error:
         raise StorageError(f"the folder cannot be made: {error.strerror}", path=str(out), errno=error.errno) from error
     try:
-        _check_room(out, opened.sources, names, format)
+        _check_room(out, _expected_nbytes(opened.sources, names, format))
         buffers = {n: b for n, b in opened.model.state_dict().items() if n not in opened.sources and not b.is_meta}
         writer = _Writer(opened.sources, names, format, kernels)
         report = writer.write(out, engine, buffers, progress)
@@ -109,6 +110,7 @@ class _Writer:
 
     def __init__(self, sources: dict[str, Source], names: list[str], format: WeightFormat, kernels: Kernels) -> None:
         self._sources, self._names, self._format, self._kernels = sources, names, format, kernels
+        self._scratch = Scratch()
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt", "weights": str(format)}}
         self.manifest = Manifest(version=VERSION, weights=str(format), tensors={})
 
@@ -127,7 +129,8 @@ class _Writer:
 
         head_nbytes = self._head_nbytes(buffers)
         try:
-            with Sink(out / "model.safetensors", engine, head_nbytes) as sink:
+            room = _expected_nbytes(self._sources, self._names, self._format)
+            with Sink(out / "model.safetensors", engine, head_nbytes, room) as sink:
                 jobs = [(self._sources[n], self._packs(n, sink, report)) for n in self._names]
                 transit.bring(jobs, engine, pool, count)
                 rest = [n for n in self._sources if n not in self._names] + report.kept
@@ -140,6 +143,7 @@ class _Writer:
                 sink.finish(self._head(head_nbytes))
         finally:
             pool.close()
+            self._scratch.close()
         return report
 
     def _packs(self, name: str, sink: Sink, report: PackReport) -> Put:
@@ -156,7 +160,7 @@ class _Writer:
             self.manifest.tensors[name] = _described(form, source.dtype)
             _append(sink, form, weight)
 
-        return transit.gather(source, put)
+        return transit.gather(source, self._scratch, put)
 
     def _keeps(self, name: str, sink: Sink) -> Put:
         source = self._sources[name]
@@ -202,9 +206,13 @@ def _append(sink: Sink, form: Form, weight: Weight) -> None:
     sink.append(torch.zeros(start + form.nbytes - sink.nbytes, dtype=torch.uint8))
 
 
-def _check_room(out: Path, sources: dict[str, Source], names: list[str], format: WeightFormat) -> None:
+def _expected_nbytes(sources: dict[str, Source], names: list[str], format: WeightFormat) -> int:
+    """What will be written, about: a matrix of unusual weights takes more."""
     packed = set(names)
-    need = sum(min(s.nbytes, format.form(s.shape).nbytes) if n in packed else s.nbytes for n, s in sources.items())
+    return sum(min(s.nbytes, format.form(s.shape).nbytes) if n in packed else s.nbytes for n, s in sources.items())
+
+
+def _check_room(out: Path, need: int) -> None:
     free = shutil.disk_usage(out).free
     if need > free:
         raise StorageError(

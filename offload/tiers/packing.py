@@ -11,6 +11,7 @@ import torch
 from offload.errors import CheckpointError
 from offload.kernels.chosen import Kernels
 from offload.kernels.formats.form import Form, LosslessWeight, Weight, rows_of
+from offload.tiers.host import Scratch
 from offload.tiers.layout import Source
 from offload.tiers.transit import Put, gather
 
@@ -38,10 +39,11 @@ def error_of(matrix: torch.Tensor, weight: Weight, kernels: Kernels) -> float:
     return (wrong / whole) ** 0.5 if whole else 0.0
 
 
-def pack_to(source: Source, kernels: Kernels, put: Callable[[Weight, Form, float], None]) -> Put:
+def pack_to(source: Source, kernels: Kernels, scratch: Scratch, put: Callable[[Weight, Form, float], None]) -> Put:
     """A receiver of a matrix's elements that packs it when they are all there.
 
     Args:
+        scratch: where the plain matrix lies meanwhile.
         put: called once, with the packed matrix, what its form has become, and its error.
 
     Raises:
@@ -63,4 +65,4 @@ def pack_to(source: Source, kernels: Kernels, put: Callable[[Weight, Form, float
             )
         put(weight, replace(form, largest=weight.largest), 0.0)
 
-    return gather(source, receive)
+    return gather(source, scratch, receive)

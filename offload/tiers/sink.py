@@ -19,7 +19,7 @@ from offload.io.buffers import BufferPool, Lease
 from offload.io.engine import Engine
 from offload.io.extents import ALIGNMENT
 from offload.tiers.host import as_tensor
-from offload.units import MIB
+from offload.units import MIB, format_bytes
 
 CHUNK = 8 * MIB
 BUFFERS = 4
@@ -33,17 +33,28 @@ class Sink:
         path: what the file shall be called.
         engine: writes it.
         head_nbytes: bytes at its beginning that come last; a multiple of 4096.
+        room_nbytes: what will be appended, about. The room is taken at once: a full disk is met before anything is
+            written, and writes need not wait for each other, as those that make a file longer do.
 
     Raises:
-        StorageError: the folder cannot be written to.
+        StorageError: the folder cannot be written to, or has no room.
     """
 
-    def __init__(self, path: Path, engine: Engine, head_nbytes: int) -> None:
+    def __init__(self, path: Path, engine: Engine, head_nbytes: int, room_nbytes: int) -> None:
         assert head_nbytes % ALIGNMENT == 0, head_nbytes
         self.path, self._engine, self._head = path, engine, head_nbytes
         self._partial = path.with_name(f".{path.name}.partial")
         self._has_name = False
-        self._file = engine.open(path, writable=True, fd=self._create())
+        fd = self._create()
+        try:
+            os.posix_fallocate(fd, 0, head_nbytes + -(-room_nbytes // ALIGNMENT) * ALIGNMENT)
+        except OSError as error:
+            os.close(fd)
+            self._forget()
+            raise StorageError(
+                f"no room for {format_bytes(room_nbytes)}: {error.strerror}", path=str(path), errno=error.errno
+            ) from error
+        self._file = engine.open(path, writable=True, fd=fd)
         self._pool = BufferPool(BUFFERS, CHUNK)
         self._pending: deque[tuple[Lease, Future[int]]] = deque()
         self._lease: Lease | None = None
@@ -115,14 +126,18 @@ class Sink:
             self._lease = None
         self._pool.close()
         self._file.close()
-        if self._has_name:
-            self._partial.unlink(missing_ok=True)
+        self._forget()
 
     def __enter__(self) -> Sink:
         return self
 
     def __exit__(self, *unused: object) -> None:
         self.close()
+
+    def _forget(self) -> None:
+        """Removes the partial file, if it has a name."""
+        if self._has_name:
+            self._partial.unlink(missing_ok=True)
 
     def _link(self, fd: int) -> None:
         """Gives the open file its name. To follow the link in /proc takes linkat(), hence the folder's descriptor."""

@@ -21,7 +21,7 @@ from offload.planner.placement import Placement, Tier
 from offload.tiers import transit
 from offload.tiers.device import Device, Event
 from offload.tiers.futures import join
-from offload.tiers.host import HostArena, as_tensor
+from offload.tiers.host import HostArena, Scratch, as_tensor
 from offload.tiers.layout import VIEW_ALIGNMENT, Layout, Source, View, assemble, lay_out, view_of
 from offload.tiers.packing import pack_to
 from offload.tiers.rows import URGENT, read_packed_rows, read_rows
@@ -112,13 +112,14 @@ class Store:
         """
         futures: list[Future[int]] = []
         jobs: list[tuple[Source, Put]] = []
+        scratch = Scratch()
         for layout in self._kept.values():
             view = self.arena.take(layout.final_nbytes)
             area = as_tensor(view)
             for name, place in layout.views.items():
                 self._resident[name] = place.of(area)
                 if self.sources[name].is_made:
-                    jobs.append((self.sources[name], self._pack_to(name, self._resident[name])))
+                    jobs.append((self.sources[name], self._pack_to(name, self._resident[name], scratch)))
                 elif not self.sources[name].is_plain:
                     jobs.append((self.sources[name], _copy_to(self._resident[name])))
             for op in layout.reads:
@@ -136,7 +137,7 @@ class Store:
             if name in self._given:
                 self.device.upload([(_flat(target), _flat(self._given.pop(name)))], None).wait()
             elif self.sources[name].is_made:
-                jobs.append((self.sources[name], self._pack_to(name, target)))
+                jobs.append((self.sources[name], self._pack_to(name, target, scratch)))
             else:
                 jobs.append((self.sources[name], self._upload_to(target)))
         if jobs:
@@ -146,6 +147,7 @@ class Store:
             self.device.synchronize()
             self.device.unregister(pool.buffer)
             pool.close()
+        scratch.close()
 
     def _upload_to(self, target: torch.Tensor) -> Put:
         flat = target.reshape(-1)
@@ -155,7 +157,7 @@ class Store:
 
         return put
 
-    def _pack_to(self, name: str, target: torch.Tensor) -> Put:
+    def _pack_to(self, name: str, target: torch.Tensor, scratch: Scratch) -> Put:
         """Packs a matrix into its run of bytes in memory, wherever that is."""
 
         def put(weight: Weight, form: Form, error: float) -> None:
@@ -167,7 +169,7 @@ class Store:
                 form.write(weight, run := torch.empty(form.nbytes, dtype=torch.uint8))
                 self.device.upload([(target, run)], None).wait()
 
-        return pack_to(self.sources[name], self._kernels, put)
+        return pack_to(self.sources[name], self._kernels, scratch, put)
 
     # What travels in every pass.
 

@@ -12,7 +12,7 @@ import torch
 from offload.io.buffers import BufferPool, Lease
 from offload.io.engine import Engine
 from offload.io.extents import ALIGNMENT, Extent
-from offload.tiers.host import as_tensor
+from offload.tiers.host import Scratch, as_tensor
 from offload.tiers.layout import Piece, Source
 from offload.units import MIB
 
@@ -35,17 +35,15 @@ def chunks(source: Source) -> Iterator[Piece]:
             yield Piece(extent, piece.dtype, piece.start + first, count)
 
 
-def gather(source: Source, put: Callable[[torch.Tensor], None]) -> Put:
-    """A receiver that collects a tensor's elements and hands the tensor on when they are all there. It takes the memory
-    of one whole tensor meanwhile.
-    """
+def gather(source: Source, scratch: Scratch, put: Callable[[torch.Tensor], None]) -> Put:
+    """A receiver that collects a tensor's elements in `scratch` and hands the tensor on when they are all there."""
     whole: torch.Tensor | None = None
     missing = prod(source.shape)
 
     def receive(start: int, values: torch.Tensor) -> None:
         nonlocal whole, missing
         if whole is None:
-            whole = torch.empty(source.shape, dtype=source.dtype)
+            whole = scratch.tensor(source.shape, source.dtype)
         whole.view(-1)[start : start + len(values)] = values
         missing -= len(values)
         if not missing:
