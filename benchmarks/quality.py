@@ -52,6 +52,9 @@ def arguments() -> argparse.Namespace:
     ap.add_argument("--trained", type=Path, help="the one that benchmarks/small_llama.py trained")
     ap.add_argument("--train", type=Path, help="train it now, into this folder")
     ap.add_argument("--windows", type=int, default=32, help=f"of {WINDOW} tokens, spread evenly over the text")
+    ap.add_argument(
+        "--lines", type=Path, help="a file for each line when it is measured: a run that is cut off goes on"
+    )
     ap.add_argument("--only", default="", help="formats whose name contains this")
     ap.add_argument("--docs", action="store_true", help="put the tables into docs/kernels.md")
     ap.add_argument("--again", type=Path, nargs="+", help="do not measure: one result of the models in these")
@@ -121,7 +124,7 @@ def hidden(model: Any, ids: Any) -> Iterator[Any]:
         yield model.model(row[None, :-1], use_cache=False).last_hidden_state[0]
 
 
-def measure(folder: Path, chosen: Sequence[Format], count: int) -> list[Line]:
+def measure(folder: Path, chosen: Sequence[Format], count: int, kept: Path | None = None) -> list[Line]:
     """A line for bf16 and for each format: how likely the text is, and how far the distributions are from bf16's.
 
     Of bf16's run only the head's inputs are kept, and its logits are made again each time: the head never changes.
@@ -134,11 +137,17 @@ def measure(folder: Path, chosen: Sequence[Format], count: int) -> list[Line]:
     ids = windows(folder, count)
     originals = {name: layer.weight.detach().clone() for name, layer in linears(model).items()}
     lines: list[Line] = []
+    known = {}
+    if kept is not None and kept.is_file():
+        known = {(line["model"], line["format"]): line for line in map(json.loads, kept.read_text().splitlines())}
     with torch.no_grad():
         reference = list(hidden(model, ids))
         for one in (Format("bf16", lambda w: w, lambda w: w), *chosen):
+            if (folder.name, one.name) in known:
+                lines.append(known[folder.name, one.name])
+                continue
             began = time.perf_counter()
-            line = {"format": one.name} | apply(model, originals, one)
+            line = {"model": folder.name, "format": one.name} | apply(model, originals, one)
             nll, divergence, agree, equal = [], [], 0, True
             for row, before, after in zip(ids, reference, hidden(model, ids), strict=True):
                 theirs, ours = model.lm_head(before), model.lm_head(after)
@@ -150,6 +159,9 @@ def measure(folder: Path, chosen: Sequence[Format], count: int) -> list[Line]:
             line |= {"nll": nll, "kl": divergence, "top1": agree / (len(ids) * (WINDOW - 1)), "equal": equal}
             lines.append(line | {"seconds": time.perf_counter() - began})
             print(f"{folder.name}, {one.name}: {mean(nll):.4f} nats, {lines[-1]['seconds']:.0f} s", flush=True)
+            if kept is not None:
+                with kept.open("a") as file:
+                    file.write(json.dumps(lines[-1]) + "\n")
     return lines
 
 
@@ -206,7 +218,7 @@ def body(result: dict[str, Any], *, full: bool) -> str:
     return "\n".join(parts)
 
 
-def measured(folder: Path, chosen: Sequence[Format], count: int) -> dict[str, Any]:
+def measured(folder: Path, chosen: Sequence[Format], count: int, kept: Path | None = None) -> dict[str, Any]:
     """All about one model."""
     from safetensors import safe_open
 
@@ -220,7 +232,7 @@ def measured(folder: Path, chosen: Sequence[Format], count: int) -> dict[str, An
         "weights": sum(n for name, n in sizes.items() if name.endswith("_proj.weight")),
         "tokenizer": (folder / "tokenizer.json").is_file(),
         "windows": count,
-        "lines": measure(folder, chosen, count),
+        "lines": measure(folder, chosen, count, kept),
     }
 
 
@@ -242,7 +254,7 @@ def main() -> None:
             "date": date.today().isoformat(),
             "hardware": hardware(),
             "versions": versions(),
-            "runs": [measured(folder, chosen, a.windows) for folder in folders],
+            "runs": [measured(folder, chosen, a.windows, a.lines) for folder in folders],
         }
     where = f"{machine_line(result['hardware'])}; Python {result['versions']['python']}; {result['date']}."
     page = f"# Quality of weight formats, {result['date']}\n\n{where}\n\n{body(result, full=True)}"
