@@ -15,6 +15,8 @@ SAME_BITS = frozenset(("unpack_lossless", "pack_lossless", "quantize_int8", "qua
                        "dequantize_int4"))  # fmt: skip
 """Ops whose implementations all give the same bits, so that exactness asks nothing of them."""
 
+PACKERS = frozenset(("pack_lossless", "quantize_int8", "quantize_int4"))  # matrices are packed in main memory
+
 
 class Kernels:
     """Ops for tensors on one device.
@@ -32,7 +34,8 @@ class Kernels:
     def choice(self, op: str) -> Choice:
         """Which implementation of `op` this is, and why."""
         if op not in self._choices:
-            self._choices[op] = choose(op, self.device, exact=self.exact and op not in SAME_BITS)
+            device = "cpu" if op in PACKERS else self.device
+            self._choices[op] = choose(op, device, exact=self.exact and op not in SAME_BITS)
         return self._choices[op]
 
     def refuses(self, op: str, *args: Any) -> str | None:
