@@ -16,6 +16,8 @@ class TensorSpec:
         read_nbytes: bytes read from disk to get it.
         slot_nbytes: bytes of a slot that it needs when it streams; an upper bound.
         is_table: used by gathering rows, so that a run which leaves it on disk reads only the rows it needs.
+        outputs, inputs: shape of a matrix that linear layers multiply by, and nothing else uses; 0 for all others.
+        is_packed: stored in a packed form, whose rows do not lie apart in the file.
     """
 
     name: str
@@ -23,6 +25,9 @@ class TensorSpec:
     read_nbytes: int
     slot_nbytes: int
     is_table: bool = False
+    outputs: int = 0
+    inputs: int = 0
+    is_packed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -137,12 +137,16 @@ def describe(anatomy: Anatomy, sources: dict[str, Source], config: Any = None) -
     def spec(name: str) -> TensorSpec:
         source = sources[name]
         is_table = name in anatomy.tables and source.nbytes * 64 > mean and len(source.pieces) == 1
+        outputs, inputs = source.shape if name in anatomy.linears else (0, 0)
         return TensorSpec(
             name=name,
             nbytes=source.nbytes,
             read_nbytes=source.read_nbytes,
             slot_nbytes=source.unpacked.slot_nbytes,
             is_table=is_table,
+            outputs=outputs,
+            inputs=inputs,
+            is_packed=source.is_stored_packed,
         )
 
     units = tuple(UnitSpec(name=u.name, tensors=tuple(map(spec, u.tensors))) for u in anatomy.units)

@@ -46,12 +46,14 @@ class Anatomy:
         units: in the order of the module tree.
         loose: parameters outside every unit, or shared by several; they must stay where the model computes.
         tables: parameters of units that only embeddings use.
+        linears: weights of units that only nn.Linear modules use.
         owners: parameter name -> every place that holds it; the first gives the name.
     """
 
     units: tuple[Unit, ...]
     loose: tuple[str, ...]
     tables: frozenset[str]
+    linears: frozenset[str]
     owners: dict[str, tuple[Owner, ...]]
 
 
@@ -94,10 +96,16 @@ def dissect(root: nn.Module, keep: Callable[[nn.Parameter], bool] = lambda _: Fa
         for name, holders in owners.items()
         if all(isinstance(o.module, nn.Embedding) and o.attribute == "weight" and _is_plain_table(o) for o in holders)
     }
+    linears = {
+        name
+        for name, holders in owners.items()
+        if all(type(o.module) is nn.Linear and o.attribute == "weight" for o in holders)
+    }
     return Anatomy(
         units=tuple(u for u in units if u.tensors),
         loose=tuple(sorted(loose)),
         tables=frozenset(tables - loose),
+        linears=frozenset(linears - loose),
         owners={name: tuple(holders) for name, holders in owners.items()},
     )
 
