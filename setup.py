@@ -19,4 +19,5 @@ setup(
         ),
     ],
     package_dir=MAPPED,
+    package_data={"offload": ["presets/*.toml"]},
 )

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = {
-    **dict.fromkeys(("units", "errors", "hardware", "specs"), 0),
+    **dict.fromkeys(("units", "errors", "hardware", "profile", "specs"), 0),
     **dict.fromkeys(("io", "planner", "kernels"), 1),
     **dict.fromkeys(("tiers",), 2),
     "runtime": 3,
@@ -25,12 +25,14 @@ NEIGHBOURS = {
     ("units", "errors"),
     ("hardware", "errors"),
     ("hardware", "units"),
+    ("profile", "errors"),
+    ("profile", "units"),
     ("specs", "errors"),
     ("specs", "units"),
     ("cli", "commands"),
 }
 
-WITHOUT_TORCH = ("units", "errors", "hardware", "specs", "io", "planner")
+WITHOUT_TORCH = ("units", "errors", "hardware", "profile", "specs", "io", "planner")
 TORCHES = {"torch", "transformers", "accelerate", "triton"}
 
 

@@ -71,6 +71,8 @@ def test_wheel(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     code = {name for name in names if name.endswith(".py")}
     assert code == expected()
+    data = {name for name in names if name.startswith("offload/") and not name.endswith(".py")}
+    assert data == {str(path.relative_to(ROOT)) for path in (ROOT / "offload" / "presets").glob("*.toml")}
     assert "offload/kernels/cpu/__init__.py" in names
     assert {name.split("/")[0] for name in names} == {"offload", f"offload-{VERSION}.dist-info"}
     assert any(name.endswith("licenses/LICENSE") for name in names)

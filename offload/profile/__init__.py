@@ -1,0 +1,31 @@
+"""The hardware profile: what a machine was measured to do, or is estimated to do; plain numbers that live in TOML.
+
+profile = parse(text)                                     # strict; dump(profile) writes it
+profile = preset("rtx4090-gen4")                          # ships with the package, marked as an estimate
+profile.lane("read").seconds(64 * MIB, total=2 << 30)     # a copy
+profile.op_seconds("linear", processor="cpu", format="bfloat16", shape=(8192, 3072), amount=1)
+"""
+
+from offload.profile.curve import Anchor, Curve
+from offload.profile.machine import OpCost, OpTable, Processor, Profile, Tier
+from offload.profile.presets import preset, presets
+from offload.profile.rates import CopyRate, Lane, MemoryRate
+from offload.profile.text import dump, load, parse
+
+__all__ = [
+    "Anchor",
+    "CopyRate",
+    "Curve",
+    "Lane",
+    "MemoryRate",
+    "OpCost",
+    "OpTable",
+    "Processor",
+    "Profile",
+    "Tier",
+    "dump",
+    "load",
+    "parse",
+    "preset",
+    "presets",
+]

@@ -1,0 +1,89 @@
+"""How fast bytes move: along a lane (disk, link) by size and threads, and through a processor's memory by threads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from offload.errors import UsageError
+from offload.profile.curve import Anchor, Curve
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class CopyRate:
+    """One measurement of a lane.
+
+    Attributes:
+        nbytes: of one transfer, or of one block where several threads work.
+        threads: transfers in flight.
+        bytes_per_s: of all together, the median.
+        spread: relative.
+    """
+
+    nbytes: int
+    threads: int
+    bytes_per_s: float
+    spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One direction of a link or a disk.
+
+    Attributes:
+        rates: what was measured; at least one.
+        sustained_bytes_per_s: what is left after long use (a disk whose cache is full); None: the best of `rates`.
+        latency_s: of one transfer, before its first byte; 0 where `rates` of small sizes hold it.
+        shares: shared capacity -> bytes of it that one byte of this lane takes (`{"dram": 1}`).
+    """
+
+    rates: tuple[CopyRate, ...]
+    sustained_bytes_per_s: float | None = None
+    latency_s: float = 0.0
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.rates:
+            raise UsageError("a lane needs at least one rate")
+        places = [(r.nbytes, r.threads) for r in self.rates]
+        if len(set(places)) < len(places):
+            raise UsageError("a lane has two rates for the same size and threads")
+
+    @cached_property
+    def _curve(self) -> Curve:
+        """Seconds by size, at the best number of threads of each size."""
+        best: dict[int, CopyRate] = {}
+        for rate in self.rates:
+            if rate.nbytes not in best or rate.bytes_per_s > best[rate.nbytes].bytes_per_s:
+                best[rate.nbytes] = rate
+        anchors = [Anchor(r.nbytes, r.nbytes / r.bytes_per_s, r.spread) for r in best.values()]
+        return Curve(tuple(sorted(anchors)))
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The rate of long work: sustained where it is known, else the best."""
+        return self.sustained_bytes_per_s or self.best
+
+    @cached_property
+    def best(self) -> float:
+        return max(rate.bytes_per_s for rate in self.rates)
+
+    def seconds(self, nbytes: float) -> float:
+        """One transfer of so many bytes, by itself. It never goes faster than the sustained rate."""
+        if nbytes <= 0:
+            return 0.0
+        return self.latency_s + max(self._curve.seconds(nbytes), nbytes / self.bytes_per_s)
+
+    def rate(self, nbytes: float) -> float:
+        """Bytes per second of such transfers, one after the other."""
+        return nbytes / self.seconds(nbytes) if nbytes > 0 else self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class MemoryRate:
+    """Bytes per second that so many threads read from (or copy in) a processor's memory."""
+
+    threads: int
+    bytes_per_s: float
+    spread: float = 0.0
