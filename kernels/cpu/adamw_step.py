@@ -11,22 +11,21 @@ import torch
 from numba import float32, njit
 
 from offload.kernels import reference
-from offload.kernels.cpu.blend import prefetch, stream_bf16
-from offload.kernels.cpu.team import TeamFunction, team_function
-from offload.kernels.cpu.vector import (
+from offload.kernels.cpu.lanes import total
+from offload.kernels.cpu.memory import (
     claim,
-    fma,
     get_f32,
     get_i64,
     load_bf16,
     load_f32,
+    prefetch,
     put_f32,
-    splat_f32,
-    sqrt,
     store_bf16,
     store_f32,
-    total,
-)  # fmt: skip
+    stream_bf16,
+)
+from offload.kernels.cpu.team import TeamFunction, team_function
+from offload.kernels.cpu.vector import fma, splat_f32, sqrt
 from offload.kernels.reference import AdamW
 
 PIECE = 64 << 10  # parameters that a thread claims; their sum of squares is kept, so that threads change nothing

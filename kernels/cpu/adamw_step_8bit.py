@@ -10,42 +10,27 @@ from numba import float32, int64, njit, uint32
 
 from offload.kernels import reference
 from offload.kernels.cpu.adamw_step import AHEAD, constants
-from offload.kernels.cpu.blend import (
-    absolute,
-    bits_of,
-    larger,
-    largest,
-    leading_zeros,
-    load_codes,
-    magnitude,
-    pick,
-    prefetch,
-    scratch,
-    smaller,
-    store_codes,
-    store_signed_codes,
-    stream_bf16,
-    to_f32,
-    to_i32,
-)  # fmt: skip
-from offload.kernels.cpu.team import TeamFunction, team_function
-from offload.kernels.cpu.vector import (
-    as_f32,
+from offload.kernels.cpu.convert import as_f32, as_u32, to_f32, to_i32
+from offload.kernels.cpu.lanes import first, larger, largest, pick, smaller, total
+from offload.kernels.cpu.memory import (
     claim,
-    fma,
     get_f32,
     get_i64,
     load_bf16,
     load_f32,
     load_u32,
+    load_u32_low,
+    prefetch,
     put_f32,
-    splat_f32,
-    splat_u32,
-    sqrt,
+    scratch,
     store_bf16,
     store_f32,
-    total,
-)  # fmt: skip
+    store_signed_codes,
+    store_u32_low,
+    stream_bf16,
+)
+from offload.kernels.cpu.team import TeamFunction, team_function
+from offload.kernels.cpu.vector import absolute, fma, leading_zeros, magnitude, splat_f32, splat_u32, sqrt
 from offload.kernels.formats.dynamic8 import BLOCK, LEAST_LARGEST, SMALLEST, Dynamic8, dynamic8_tables
 from offload.kernels.reference import AdamW
 
@@ -65,7 +50,7 @@ def _rank(size: Any, inverse: Any, carry: Any, up: Any, base: Any, top: Any) -> 
     """See Dynamic8Tables; yet to be rounded towards zero."""
     x = fma(size, inverse, splat_f32(float32(SMALLEST)))
     shift = splat_u32(uint32(24))
-    part = (bits_of(x) + pick(carry, bits_of(x) >> shift)) >> shift
+    part = (as_u32(x) + pick(carry, as_u32(x) >> shift)) >> shift
     return smaller(fma(x, pick(up, part), pick(base, part)), pick(top, part))
 
 
@@ -80,9 +65,9 @@ def _quantize(values: int, largest: Any, codes: int, k: int, tables: int, signed
         value = load_f32(values, j)
         if signed:
             rank = _rank(magnitude(value), inverse, carry, up, base, top)
-            store_signed_codes(codes, k + j, to_i32(as_f32(bits_of(rank) | (sign - (bits_of(value) & sign)))))
+            store_signed_codes(codes, k + j, to_i32(as_f32(as_u32(rank) | (sign - (as_u32(value) & sign)))))
         else:
-            store_codes(codes, k + j, to_i32(_rank(value, inverse, carry, up, base, top)))
+            store_u32_low(codes, k + j, to_i32(_rank(value, inverse, carry, up, base, top)))
 
 
 def _make(name: str, load: Any, grad_nbytes: int) -> TeamFunction:
@@ -104,7 +89,7 @@ def _make(name: str, load: Any, grad_nbytes: int) -> TeamFunction:
             sums = splat_f32(float32(0))
             start, end = piece * BLOCKS, min(blocks, (piece + 1) * BLOCKS)
             for b in range(start, end + 1):
-                first, here = b * int64(BLOCK), (b & 1) * 1024
+                at, here = b * int64(BLOCK), (b & 1) * 1024
                 if b < end:
                     # Tables for moments that have decayed already.
                     unit1 = splat_f32(get_f32(mean_largest, b) * get_f32(numbers, 8))
@@ -114,16 +99,16 @@ def _make(name: str, load: Any, grad_nbytes: int) -> TeamFunction:
                     most1 = most2 = splat_f32(float32(0))
                     p = splat_f32(float32(0))
                     for j in range(0, BLOCK, 16):
-                        k, before = first + j, p
+                        k, before = at + j, p
                         prefetch(master + (k + AHEAD) * 4)
                         prefetch(grad + (k + AHEAD) * grad_nbytes)
                         g = load(grad, k)
                         gg = g * g
                         sums = sums + gg
-                        shifted = load_codes(mean, k) - zero
-                        m = as_f32(bits_of(_value(absolute(shifted), slope1, offset1)) | (shifted & sign))
+                        shifted = load_u32_low(mean, k) - zero
+                        m = as_f32(as_u32(_value(absolute(shifted), slope1, offset1)) | (shifted & sign))
                         m = fma(g, new1, m)
-                        v = fma(gg, new2, _value(load_codes(square, k) + one, slope2, offset2))
+                        v = fma(gg, new2, _value(load_u32_low(square, k) + one, slope2, offset2))
                         p = fma(m / fma(sqrt(v), root, eps), rate, load_f32(master, k) * keep)
                         store_f32(master, k, p)
                         store_f32(means + here, j, m)
@@ -134,10 +119,10 @@ def _make(name: str, load: Any, grad_nbytes: int) -> TeamFunction:
                                 store_bf16(weight, k, p)
                             elif j & 16:
                                 stream_bf16(weight, k - 16, before, p)
-                    put_f32(mean_largest, b, largest(most1))
-                    put_f32(square_largest, b, largest(most2))
+                    put_f32(mean_largest, b, first(largest(most1)))
+                    put_f32(square_largest, b, first(largest(most2)))
                 if b > start:  # a block later, so that nothing waits for its largest magnitude
-                    k, there = first - BLOCK, 1024 - here
+                    k, there = at - BLOCK, 1024 - here
                     most, more = get_f32(mean_largest, b - 1), get_f32(square_largest, b - 1)
                     _quantize(means + there, most, mean, k, numbers + 4 * _SIGNED, True)
                     _quantize(roots + there, more, square, k, numbers + 4 * _UNSIGNED, False)

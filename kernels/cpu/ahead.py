@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from offload.kernels.cpu.blend import prefetch
+from offload.kernels.cpu.memory import prefetch
 
 AHEAD = 8192  # bytes
 

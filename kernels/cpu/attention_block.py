@@ -15,21 +15,11 @@ from typing import Any
 
 from numba import float32, int64, njit, uint32
 
+from offload.kernels.cpu.convert import as_f32, as_u32
 from offload.kernels.cpu.exp import LOG2_E, exp2
 from offload.kernels.cpu.lanes import lane_numbers, larger, largest_of_4, totals, where_equal, where_less
-from offload.kernels.cpu.vector import (
-    as_f32,
-    as_u32,
-    fma,
-    fma_pairs,
-    get_f32,
-    load_f32,
-    load_u32,
-    prefetch,
-    splat_f32,
-    splat_u32,
-    store_f32,
-)  # fmt: skip
+from offload.kernels.cpu.memory import get_f32, load_f32, load_u32, prefetch, store_f32
+from offload.kernels.cpu.vector import fma, fma_pairs, magnitude, splat_f32, splat_u32
 
 BLOCK = 64  # tokens
 STATE = 16 * 3 + BLOCK * 4  # floats of scratch for four rows: largest, sum, correction, weights
@@ -46,10 +36,8 @@ def wide4(w: Any, x: Any, sums: Any) -> Any:
 @njit(error_model="numpy")
 def _capped(scores: Any, cap: Any) -> Any:
     """cap * tanh(scores / cap)."""
-    positive = splat_u32(uint32(0x7FFFFFFF))
     ratio = scores / splat_f32(cap)
-    size = as_f32(as_u32(ratio) & positive)
-    t = exp2(size * splat_f32(float32(-2 * LOG2_E)))
+    t = exp2(magnitude(ratio) * splat_f32(float32(-2 * LOG2_E)))
     one = splat_f32(float32(1))
     tanh = (one - t) / (one + t)
     sign = as_u32(ratio) & splat_u32(uint32(0x80000000))

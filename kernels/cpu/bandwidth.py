@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from numba import float32, int64
 
+from offload.kernels.cpu.lanes import total
+from offload.kernels.cpu.memory import claim, get_i64, load_f32, put_f32, store_f32
 from offload.kernels.cpu.team import team_function
-from offload.kernels.cpu.vector import claim, get_i64, load_f32, put_f32, splat_f32, store_f32, total
+from offload.kernels.cpu.vector import splat_f32
 
 PIECE = 1 << 20  # bytes that a thread claims, as long as those of the kernels
 

@@ -17,10 +17,8 @@ from numba import float32, int64, njit
 from offload.kernels.cpu.attention_block import BLOCK, STATE, load2_bf16, load2_f32, make_block
 from offload.kernels.cpu.exp import exp2
 from offload.kernels.cpu.lanes import evens, first, odds, total_of_4, zip_high, zip_low
-from offload.kernels.cpu.team import TeamFunction, team_function
-from offload.kernels.cpu.vector import (
+from offload.kernels.cpu.memory import (
     claim,
-    fma,
     get_f32,
     get_i64,
     load_bf16,
@@ -28,10 +26,11 @@ from offload.kernels.cpu.vector import (
     load_u32,
     put_f32,
     put_i32,
-    splat_f32,
     store_bf16,
     store_f32,
-)  # fmt: skip
+)
+from offload.kernels.cpu.team import TeamFunction, team_function
+from offload.kernels.cpu.vector import fma, splat_f32
 
 CHUNK = 512  # tokens; whole blocks
 _INFINITY = float("inf")

@@ -7,21 +7,11 @@ from typing import Any
 import torch
 from numba import float32, njit, uint32
 
+from offload.kernels.cpu.convert import as_f32
 from offload.kernels.cpu.linear import step_of
+from offload.kernels.cpu.memory import claim, get_f16, get_i64, get_u8, load_u32, put_u8, store_bf16, store_f32
 from offload.kernels.cpu.team import TeamFunction, team_function
-from offload.kernels.cpu.vector import (
-    as_f32,
-    claim,
-    get_f16,
-    get_i64,
-    get_u8,
-    load_u32,
-    put_u8,
-    splat_f32,
-    splat_u32,
-    store_bf16,
-    store_f32,
-)  # fmt: skip
+from offload.kernels.cpu.vector import splat_f32, splat_u32
 from offload.kernels.formats.int4 import INT4_CHUNK, Int4Weight, first_bit
 
 _first_bit = njit(first_bit)

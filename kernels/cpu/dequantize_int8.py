@@ -8,8 +8,7 @@ import torch
 from numba import float32
 
 from offload.kernels.cpu.linear import step_of
-from offload.kernels.cpu.team import TeamFunction, team_function
-from offload.kernels.cpu.vector import (
+from offload.kernels.cpu.memory import (
     claim,
     get_f32,
     get_i8,
@@ -17,10 +16,11 @@ from offload.kernels.cpu.vector import (
     load_i8,
     put_bf16,
     put_f32,
-    splat_f32,
     store_bf16,
     store_f32,
-)  # fmt: skip
+)
+from offload.kernels.cpu.team import TeamFunction, team_function
+from offload.kernels.cpu.vector import splat_f32
 from offload.kernels.formats.int8 import Int8Weight
 
 

@@ -12,16 +12,9 @@ from typing import Any
 from numba import float32, int64, njit
 
 from offload.kernels.cpu.ahead import ask
-from offload.kernels.cpu.vector import (
-    fma,
-    fma_pairs,
-    get_bf16,
-    get_f32,
-    load_f32,
-    load_pairs,
-    splat_f32,
-    total,
-)
+from offload.kernels.cpu.lanes import total
+from offload.kernels.cpu.memory import get_bf16, get_f32, load_f32, load_pairs
+from offload.kernels.cpu.vector import fma, fma_pairs, splat_f32
 
 
 @njit(error_model="numpy")

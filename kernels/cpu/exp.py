@@ -6,8 +6,9 @@ from typing import Any
 
 from numba import float32, njit, uint32
 
+from offload.kernels.cpu.convert import as_f32, as_u32
 from offload.kernels.cpu.lanes import where_less
-from offload.kernels.cpu.vector import as_f32, as_u32, fma, splat_f32, splat_u32
+from offload.kernels.cpu.vector import fma, splat_f32, splat_u32
 
 LOG2_E = 1.4426950408889634
 C1, C2, C3 = 0.6931471824645996, 0.24022647738456726, 0.055503323674201965

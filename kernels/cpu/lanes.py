@@ -1,7 +1,8 @@
-"""Comparisons of vectors: lane by lane, and across the lanes of one."""
+"""The lanes of vectors: compared and chosen one by one, moved, and taken together."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -9,9 +10,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from offload.kernels.cpu.vector import F32, LANES, U32
+from offload.kernels.cpu.vector import F32, I1, I32, I64, LANES, U32, call, number, order, unary
 
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
+# Comparing. -----------------------------------------------------------------------------------------------------------
 
 
 def _compare(b: Any, sign: str, vector: Any, left: Any, right: Any) -> Any:
@@ -19,19 +20,105 @@ def _compare(b: Any, sign: str, vector: Any, left: Any, right: Any) -> Any:
     return b.fcmp_ordered(sign, left, right) if vector == F32 else b.icmp_unsigned(sign, left, right)
 
 
-def _butterfly(b: Any, v: Any, width: int, join: Any) -> Any:
+def _where(sign: str) -> Any:
+    @intrinsic
+    def where(typing_context: Any, left: Any, right: Any, yes: Any, no: Any) -> Any:
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            return b.select(_compare(b, sign, left, args[0], args[1]), args[2], args[3])
+
+        return yes(left, left, yes, yes), generate
+
+    return where
+
+
+where_equal = _where("==")  # (left, right, yes, no): a lane of `yes` where left equals right, else of `no`
+where_less = _where("<")
+
+
+@intrinsic
+def equal(typing_context: Any, left: Any, right: Any) -> Any:
+    """Which lanes are equal: an int64 with a bit for each."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        mask = _compare(b, "==", left, *args)
+        return b.zext(b.bitcast(mask, ir.IntType(left.lanes)), I64)
+
+    return types.int64(left, left), generate
+
+
+count_bits = unary(types.int64, types.int64, lambda b, v: b.ctpop(v))
+lowest_bit = unary(types.int64, types.int64, lambda b, v: b.cttz(v, I1(1)))  # its place; there must be one
+
+# Moving. --------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def first(typing_context: Any, value: Any) -> Any:
+    """The number in the first lane."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.extract_element(args[0], I32(0))
+
+    return (types.float32 if value == F32 else types.uint32)(value), generate
+
+
+@intrinsic
+def lane_numbers(typing_context: Any) -> Any:
+    """0 to 15, a lane each."""
+    return U32(), lambda context, b, signature, args: ir.Constant(U32.llvm, list(range(LANES)))
+
+
+def _shuffler(lanes: list[int]) -> Any:
+    @intrinsic
+    def shuffle(typing_context: Any, left: Any, right: Any) -> Any:
+        return F32(F32, F32), lambda context, b, signature, args: b.shuffle_vector(*args, order(lanes))
+
+    return shuffle
+
+
+evens = _shuffler(list(range(0, 32, 2)))  # of two vectors in a row, the numbers at even places
+odds = _shuffler(list(range(1, 32, 2)))
+zip_low = _shuffler([lane // 2 + 16 * (lane % 2) for lane in range(16)])  # back: the first of two, and the second
+zip_high = _shuffler([8 + lane // 2 + 16 * (lane % 2) for lane in range(16)])
+
+
+@intrinsic
+def pick(typing_context: Any, table: Any, index: Any) -> Any:
+    """Of a table of 16 float32 or integers, the entry that the lowest four bits of each lane of `index` name."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        entries, which = b.bitcast(args[0], U32.llvm), args[1]
+        if "+avx512f" in context.codegen().magic_tuple()[2]:  # one instruction, that looks at four bits only
+            out = call(b, "x86.avx512.permvar.si.512", U32.llvm, [entries, which])
+            return b.bitcast(out, args[0].type)
+        which = b.and_(which, number(which, LANES - 1))
+        out = ir.Constant(U32.llvm, ir.Undefined)
+        for lane in range(LANES):
+            entry = b.extract_element(entries, b.extract_element(which, I32(lane)))
+            out = b.insert_element(out, entry, I32(lane))
+        return b.bitcast(out, args[0].type)
+
+    return table(table, U32), generate
+
+
+# Taking together. -----------------------------------------------------------------------------------------------------
+
+
+def _butterfly(b: Any, v: Any, width: int, join: Callable[[Any, Any], Any]) -> Any:
     """Every lane becomes what `join` makes of the `width` lanes of its run."""
-    count = v.type.count
     apart = width // 2
     while apart:
-        others = ir.Constant(ir.VectorType(_I32, count), [lane ^ apart for lane in range(count)])
+        others = order([lane ^ apart for lane in range(v.type.count)])
         v = join(v, b.shuffle_vector(v, v, others))
         apart //= 2
     return v
 
 
 def _extreme(sign: str) -> tuple[Any, Any, Any]:
-    """Three intrinsics: of two vectors, lane by lane; of all lanes of one; and of each run of four lanes."""
+    """Three intrinsics: of two vectors, lane by lane; of all lanes of one; and of each run of four lanes.
+
+    Of two, the second where the first is NaN.
+    """
 
     def chooser(b: Any, vector: Any) -> Any:
         return lambda left, right: b.select(_compare(b, sign, vector, left, right), left, right)
@@ -59,98 +146,19 @@ def _extreme(sign: str) -> tuple[Any, Any, Any]:
 
 smaller, smallest, _ = _extreme("<")
 larger, largest, largest_of_4 = _extreme(">")
+total_of_4 = unary(F32, F32, lambda b, v: _butterfly(b, v, 4, b.fadd))  # each run of four lanes: its sum, in all four
 
 
-@intrinsic
-def total_of_4(typing_context: Any, value: Any) -> Any:
-    """Each run of four lanes: its sum, in all four."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return _butterfly(b, args[0], 4, b.fadd)
-
-    return F32(F32), generate
-
-
-def _where(sign: str) -> Any:
-    @intrinsic
-    def where(typing_context: Any, left: Any, right: Any, yes: Any, no: Any) -> Any:
-        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            return b.select(_compare(b, sign, left, args[0], args[1]), args[2], args[3])
-
-        return yes(left, left, yes, yes), generate
-
-    return where
+def _total(b: Any, value: Any) -> Any:
+    size = LANES
+    while size > 1:
+        size //= 2
+        low, high = order(list(range(size))), order(list(range(size, 2 * size)))
+        value = b.fadd(b.shuffle_vector(value, value, low), b.shuffle_vector(value, value, high))
+    return b.extract_element(value, I32(0))
 
 
-where_equal = _where("==")  # (left, right, yes, no): a lane of `yes` where left equals right, else of `no`
-where_less = _where("<")
-
-
-@intrinsic
-def equal(typing_context: Any, left: Any, right: Any) -> Any:
-    """Which lanes are equal: an int64 with a bit for each."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        mask = _compare(b, "==", left, *args)
-        return b.zext(b.bitcast(mask, ir.IntType(left.lanes)), _I64)
-
-    return types.int64(left, left), generate
-
-
-@intrinsic
-def count_bits(typing_context: Any, bits: Any) -> Any:
-    """How many bits of an int64 are set."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.ctpop(args[0])
-
-    return types.int64(types.int64), generate
-
-
-@intrinsic
-def lowest_bit(typing_context: Any, bits: Any) -> Any:
-    """The place of the lowest bit that is set; there must be one."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.cttz(args[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.int64(types.int64), generate
-
-
-@intrinsic
-def first(typing_context: Any, value: Any) -> Any:
-    """The number in the first lane."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.extract_element(args[0], _I32(0))
-
-    return (types.float32 if value == F32 else types.uint32)(value), generate
-
-
-@intrinsic
-def lane_numbers(typing_context: Any) -> Any:
-    """0 to 15, a lane each."""
-    return U32(), lambda context, b, signature, args: ir.Constant(U32.llvm, list(range(LANES)))
-
-
-# Vectors from vectors. ------------------------------------------------------------------------------------------------
-
-
-def _shuffler(lanes: list[int]) -> Any:
-    @intrinsic
-    def shuffle(typing_context: Any, left: Any, right: Any) -> Any:
-        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            return b.shuffle_vector(*args, ir.Constant(ir.VectorType(_I32, LANES), lanes))
-
-        return F32(F32, F32), generate
-
-    return shuffle
-
-
-evens = _shuffler(list(range(0, 32, 2)))  # of two vectors in a row, the numbers at even places
-odds = _shuffler(list(range(1, 32, 2)))
-zip_low = _shuffler([lane // 2 + 16 * (lane % 2) for lane in range(16)])  # back: the first of two, and the second
-zip_high = _shuffler([8 + lane // 2 + 16 * (lane % 2) for lane in range(16)])
+total = unary(types.float32, F32, _total)  # the sum of all lanes, as a balanced tree
 
 
 @intrinsic
@@ -160,9 +168,8 @@ def totals(typing_context: Any, vectors: Any) -> Any:
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         left, apart = cgutils.unpack_tuple(b, args[0], LANES), LANES // 2
         while apart:  # the first half of the vectors goes to lanes whose bit `apart` is 0, the other half to the others
-            keep = [lane if lane & apart == 0 else lane - apart + LANES for lane in range(LANES)]
-            move = [lane + apart if lane & apart == 0 else lane + LANES for lane in range(LANES)]
-            near, far = (ir.Constant(ir.VectorType(_I32, LANES), lanes) for lanes in (keep, move))
+            near = order([lane if lane & apart == 0 else lane - apart + LANES for lane in range(LANES)])
+            far = order([lane + apart if lane & apart == 0 else lane + LANES for lane in range(LANES)])
             left = [
                 b.fadd(b.shuffle_vector(one, other, near), b.shuffle_vector(one, other, far))
                 for one, other in zip(left[:apart], left[apart:], strict=True)

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from offload.kernels.cpu.dot import make_products
-from offload.kernels.cpu.team import TeamFunction, team_function
-from offload.kernels.cpu.vector import (
+from offload.kernels.cpu.memory import (
     claim,
     get_bf16,
     get_f16,
@@ -27,6 +26,7 @@ from offload.kernels.cpu.vector import (
     put_f16,
     put_f32,
 )
+from offload.kernels.cpu.team import TeamFunction, team_function
 
 PIECE_NBYTES = 128 << 10, 1 << 20  # of weights, least and most: processors prefetch better in one long run
 SHARE = 8  # pieces for each thread, if they are not too short: then all are done at about the same time

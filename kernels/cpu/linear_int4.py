@@ -14,13 +14,10 @@ from numba import float32, int64, njit, uint32
 from torch.nn import functional
 
 from offload.kernels.cpu.ahead import ask
+from offload.kernels.cpu.lanes import total
 from offload.kernels.cpu.linear import step_of
-from offload.kernels.cpu.split import in_bf16, joined
-from offload.kernels.cpu.team import TeamFunction, team_function
-from offload.kernels.cpu.vector import (
+from offload.kernels.cpu.memory import (
     claim,
-    fma,
-    fma_pairs,
     get_f16,
     get_f32,
     get_i64,
@@ -30,12 +27,12 @@ from offload.kernels.cpu.vector import (
     load_u32,
     load_zipped,
     put_f32,
-    splat_f32,
-    splat_u32,
     store_f32,
     store_u32,
-    total,
-)  # fmt: skip
+)
+from offload.kernels.cpu.split import in_bf16, joined
+from offload.kernels.cpu.team import TeamFunction, team_function
+from offload.kernels.cpu.vector import fma, fma_pairs, splat_f32, splat_u32
 from offload.kernels.formats.int4 import INT4_CHUNK, Int4Weight
 
 MAX_ROWS = 16  # beyond, unpacking once and torch's matrix product cost less

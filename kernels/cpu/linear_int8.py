@@ -6,9 +6,9 @@ import torch
 
 from offload.kernels.cpu.dot import make_products
 from offload.kernels.cpu.linear import step_of
+from offload.kernels.cpu.memory import claim, get_f32, get_i8, get_i64, load_i8_pairs, put_f32
 from offload.kernels.cpu.split import in_bf16, joined
 from offload.kernels.cpu.team import team_function
-from offload.kernels.cpu.vector import claim, get_f32, get_i8, get_i64, load_i8_pairs, put_f32
 from offload.kernels.formats.int8 import Int8Weight
 
 MAX_ROWS = 16  # beyond, unpacking once and torch's matrix product cost less

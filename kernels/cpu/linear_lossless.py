@@ -9,8 +9,8 @@ import torch
 from offload.kernels.cpu.dot import make_products
 from offload.kernels.cpu.linear import MAX_ROWS, step_of
 from offload.kernels.cpu.lossless import unpack_row
+from offload.kernels.cpu.memory import claim, get_bf16, get_i32, get_i64, load_pairs, put_bf16
 from offload.kernels.cpu.team import team_function
-from offload.kernels.cpu.vector import claim, get_bf16, get_i32, get_i64, load_pairs, put_bf16
 from offload.kernels.formats.lossless import LosslessWeight
 
 _multiply = make_products(load_pairs, get_bf16, put_bf16, get_bf16, by_pairs=True, nbytes=0)

@@ -7,15 +7,8 @@ from typing import Any
 from numba import int64, njit, uint32
 
 from offload.kernels.cpu.ahead import ask
-from offload.kernels.cpu.vector import (
-    get_i32,
-    get_u8,
-    get_u16,
-    load_u8,
-    put_u16,
-    splat_u16,
-    store_u16,
-)
+from offload.kernels.cpu.memory import get_i32, get_u8, get_u16, load_u16_low, put_u16, store_u16
+from offload.kernels.cpu.vector import splat_u16
 
 
 @njit(error_model="numpy")
@@ -43,9 +36,9 @@ def unpack_row(  # type: ignore[no-untyped-def]
     for start in range(0, whole, 64):
         ask(low + start, 64)
         ask(codes + (start >> 1), 64)
-        pair = load_u8(codes, start >> 1)
-        store_u16(out, start, _join(load_u8(low, start), pair & splat_u16(uint32(15)), top))
-        store_u16(out, start + 32, _join(load_u8(low, start + 32), pair >> four, top))
+        pair = load_u16_low(codes, start >> 1)
+        store_u16(out, start, _join(load_u16_low(low, start), pair & splat_u16(uint32(15)), top))
+        store_u16(out, start + 32, _join(load_u16_low(low, start + 32), pair >> four, top))
     for k in range(whole, n):
         byte = get_u8(codes, (whole >> 1) + (k - whole) % 32)
         code = byte & uint32(15) if k - whole < 32 else byte >> uint32(4)

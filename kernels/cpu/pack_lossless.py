@@ -9,20 +9,20 @@ from numba import njit, uint32
 
 from offload.kernels.cpu.lanes import count_bits, equal, first, larger, largest, lowest_bit, smaller
 from offload.kernels.cpu.linear import step_of
-from offload.kernels.cpu.team import team_function
-from offload.kernels.cpu.vector import (
+from offload.kernels.cpu.memory import (
     claim,
     get_i32,
     get_i64,
     get_u16,
-    load_u8,
     load_u16,
+    load_u16_low,
     put_i32,
     put_u8,
     put_u16,
-    splat_u16,
     store_u16_low,
-)  # fmt: skip
+)
+from offload.kernels.cpu.team import team_function
+from offload.kernels.cpu.vector import splat_u16
 from offload.kernels.formats.lossless import LOSSLESS_BLOCK, LosslessWeight
 
 
@@ -105,7 +105,7 @@ def _patches(block: int) -> None:
         for n in range(piece * step, min(outputs, (piece + 1) * step)):
             patch, end, k = get_i32(starts, n), get_i32(starts, n + 1), 0
             while patch < end:
-                pair = load_u8(codes + n * padded // 2, k // 2)
+                pair = load_u16_low(codes + n * padded // 2, k // 2)
                 patch = _write(equal(pair & low, low), k, weight + n * stride, at, exponents, patch)
                 patch = _write(equal(pair & high, high), k + 32, weight + n * stride, at, exponents, patch)
                 k += 64

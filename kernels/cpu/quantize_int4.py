@@ -7,25 +7,12 @@ from typing import Any
 import torch
 from numba import float32, njit, uint32
 
+from offload.kernels.cpu.convert import as_f32, as_u32, through_f16
 from offload.kernels.cpu.lanes import first, lane_numbers, larger, largest, smaller, smallest, where_equal
 from offload.kernels.cpu.linear import step_of
+from offload.kernels.cpu.memory import claim, get_i64, get_u8, load_bf16, load_f16, load_f32, put_f16, put_u8, store_u32
 from offload.kernels.cpu.team import TeamFunction, team_function
-from offload.kernels.cpu.vector import (
-    as_f32,
-    as_u32,
-    claim,
-    get_i64,
-    get_u8,
-    load_bf16,
-    load_f16,
-    load_f32,
-    put_f16,
-    put_u8,
-    splat_f32,
-    splat_u32,
-    store_u32,
-    through_f16,
-)  # fmt: skip
+from offload.kernels.cpu.vector import magnitude, splat_f32, splat_u32
 from offload.kernels.formats.int4 import INT4_CHUNK, Int4Weight, first_bit
 
 _ROUND = 2.0**23  # added to a small float32, it leaves the nearest whole number in the lowest bits
@@ -47,17 +34,16 @@ def _make(name: str, load: Any, itemsize: int) -> TeamFunction:
     @njit(error_model="numpy")
     def extreme(w: int, at: int, parts: int) -> Any:
         """Symmetric: (step, -8 steps), where the first weight of the largest magnitude is near -8 steps."""
-        positive = splat_u32(uint32(0x7FFFFFFF))
         most = splat_f32(float32(0))
         for k in range(at, at + 16 * parts, 16):
-            most = larger(most, as_f32(as_u32(load(w, k)) & positive))
+            most = larger(most, magnitude(load(w, k)))
         most = largest(most)
         key = splat_u32(uint32(0))  # of those as large: twice the distance to the end, and the sign
         for k in range(at, at + 16 * parts, 16):
-            bits = as_u32(load(w, k))
+            value = load(w, k)
             place = splat_u32(uint32(at + 128 - k)) - lane_numbers()
-            mine = place << splat_u32(uint32(1)) | bits >> splat_u32(uint32(31))
-            key = larger(key, where_equal(as_f32(bits & positive), most, mine, splat_u32(uint32(0))))
+            mine = place << splat_u32(uint32(1)) | as_u32(value) >> splat_u32(uint32(31))
+            key = larger(key, where_equal(magnitude(value), most, mine, splat_u32(uint32(0))))
         signed = as_f32(as_u32(most) | largest(key) << splat_u32(uint32(31)))
         step = through_f16(signed / splat_f32(float32(-8)))
         return step, step * splat_f32(float32(-8))

@@ -5,24 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from numba import float32, njit, uint32
+from numba import float32, njit
 
+from offload.kernels.cpu.convert import as_u32
 from offload.kernels.cpu.lanes import first, larger, largest
 from offload.kernels.cpu.linear import step_of
+from offload.kernels.cpu.memory import claim, get_i64, load_bf16, load_f16, load_f32, put_f32, store_u32_low
 from offload.kernels.cpu.team import TeamFunction, team_function
-from offload.kernels.cpu.vector import (
-    as_f32,
-    as_u32,
-    claim,
-    get_i64,
-    load_bf16,
-    load_f16,
-    load_f32,
-    put_f32,
-    splat_f32,
-    splat_u32,
-    store_u32_low,
-)  # fmt: skip
+from offload.kernels.cpu.vector import magnitude, splat_f32
 from offload.kernels.formats.int8 import Int8Weight
 
 _TINY = 2.0**-126  # the smallest normal float32
@@ -30,10 +20,6 @@ _ROUND = 1.5 * 2**23  # added to a small float32, it leaves the nearest whole nu
 
 
 def _make(name: str, load: Any) -> TeamFunction:
-    @njit(error_model="numpy")
-    def magnitude(w: int, k: int) -> Any:
-        return as_f32(as_u32(load(w, k)) & splat_u32(uint32(0x7FFFFFFF)))
-
     @njit(error_model="numpy")
     def write(w: int, k: int, scale: Any, q: int) -> None:
         store_u32_low(q, k, as_u32(load(w, k) / scale + splat_f32(float32(_ROUND))))
@@ -46,9 +32,9 @@ def _make(name: str, load: Any) -> TeamFunction:
         while piece < pieces:
             for n in range(piece * step, min(outputs, (piece + 1) * step)):
                 w, out, end = weight + n * stride, q + n * inputs, inputs - 16  # the last 16 may overlap others
-                most = magnitude(w, end)
+                most = magnitude(load(w, end))
                 for k in range(0, end, 16):
-                    most = larger(most, magnitude(w, k))
+                    most = larger(most, magnitude(load(w, k)))
                 scale = larger(largest(most), splat_f32(float32(_TINY))) / splat_f32(float32(127))
                 for k in range(0, end, 16):
                     write(w, k, scale, out)

@@ -8,23 +8,12 @@ from typing import Any
 import torch
 from numba import float32, njit
 
+from offload.kernels.cpu.convert import through_bf16
+from offload.kernels.cpu.lanes import total
 from offload.kernels.cpu.linear import step_of
+from offload.kernels.cpu.memory import claim, get_bf16, get_f32, get_i64, load_bf16, load_f32, store_bf16, store_f32
 from offload.kernels.cpu.team import TeamFunction, team_function
-from offload.kernels.cpu.vector import (
-    claim,
-    fma,
-    get_bf16,
-    get_f32,
-    get_i64,
-    load_bf16,
-    load_f32,
-    splat_f32,
-    sqrt,
-    store_bf16,
-    store_f32,
-    through_bf16,
-    total,
-)  # fmt: skip
+from offload.kernels.cpu.vector import fma, splat_f32, sqrt
 
 
 def _make(name: str, load: Any, get: Any, store: Any, is_bf16: bool) -> TeamFunction:

@@ -7,16 +7,9 @@ from typing import Any
 import torch
 from numba import int64, njit
 
+from offload.kernels.cpu.convert import through_bf16
+from offload.kernels.cpu.memory import claim, get_i64, load_bf16, load_f32, store_bf16, store_f32
 from offload.kernels.cpu.team import TeamFunction, team_function
-from offload.kernels.cpu.vector import (
-    claim,
-    get_i64,
-    load_bf16,
-    load_f32,
-    store_bf16,
-    store_f32,
-    through_bf16,
-)  # fmt: skip
 
 _ROWS = 128  # heads of tokens that a thread claims
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from offload.kernels.cpu.lossless import unpack_row
+from offload.kernels.cpu.memory import claim, get_i32, get_i64
 from offload.kernels.cpu.team import team_function
-from offload.kernels.cpu.vector import claim, get_i32, get_i64
 from offload.kernels.formats.lossless import LosslessWeight
 
 _PIECE_NBYTES = 128 << 10

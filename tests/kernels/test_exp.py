@@ -3,8 +3,8 @@
 import torch
 
 from offload.kernels.cpu.exp import exp2
+from offload.kernels.cpu.memory import get_i64, load_f32, store_f32
 from offload.kernels.cpu.team import team_function
-from offload.kernels.cpu.vector import get_i64, load_f32, store_f32
 
 
 @team_function("test_exp2")
