@@ -18,6 +18,12 @@ class TensorSpec:
         is_table: used by gathering rows, so that a run which leaves it on disk reads only the rows it needs.
         outputs, inputs: shape of a matrix that linear layers multiply by, and nothing else uses; 0 for all others.
         is_packed: stored in a packed form, whose rows do not lie apart in the file.
+        format: of its elements where it stays in memory: bfloat16, float32, lossless, int8, int4-32, ...
+        stored_format: the same where it streams; differs when matrices are packed while memory fills.
+        elements: how many it has.
+        width: inputs of a matrix, or of each matrix of a stack, whoever uses it; 0 for vectors.
+        experts, chosen: of a tensor that holds one matrix for each expert of a mixture, how many there are and how many
+            a token uses; 0 for all others.
     """
 
     name: str
@@ -28,6 +34,12 @@ class TensorSpec:
     outputs: int = 0
     inputs: int = 0
     is_packed: bool = False
+    format: str = ""
+    stored_format: str = ""
+    elements: int = 0
+    width: int = 0
+    experts: int = 0
+    chosen: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +49,14 @@ class UnitSpec:
     Attributes:
         name: its dotted name in the module tree.
         tensors: the parameters below it. A tied parameter belongs to the last unit that uses all of it.
+        layers: decoder layers in it, each with attention and keys and values of its own.
+        is_head: it makes logits, which generation asks for the last token only.
     """
 
     name: str
     tensors: tuple[TensorSpec, ...]
+    layers: int = 0
+    is_head: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +77,8 @@ class ModelSpec:
         widest_nbytes: bytes of one token's widest intermediate activation.
         logits_nbytes: bytes of one token's logits, with the float32 copy that generation makes.
         max_tokens: the model's context, or None when it names none.
+        dtype: what it computes in.
+        heads, kv_heads, head_dim: of attention; 0 when unknown.
     """
 
     units: tuple[UnitSpec, ...]
@@ -72,6 +90,10 @@ class ModelSpec:
     widest_nbytes: int = 0
     logits_nbytes: int = 0
     max_tokens: int | None = None
+    dtype: str = "bfloat16"
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
 
     @property
     def loose_nbytes(self) -> int:

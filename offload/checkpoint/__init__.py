@@ -7,7 +7,6 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from offload.checkpoint.conversion import locate
+from offload.checkpoint.describe import describe
 from offload.checkpoint.manifest import read_manifest
 from offload.checkpoint.packable import packable
 from offload.checkpoint.skeleton import build, read_config, resolve_dtype
@@ -24,7 +24,7 @@ from offload.io.engine import Engine
 from offload.io.safetensors import Checkpoint, read_checkpoint
 from offload.kernels.formats.weights import WeightFormat
 from offload.runtime.discovery import Anatomy, dissect
-from offload.specs import ModelSpec, TensorSpec, UnitSpec
+from offload.specs import ModelSpec
 from offload.tiers.host import as_tensor
 from offload.tiers.layout import Source, assemble, lay_out
 from offload.tiers.transit import is_same
@@ -127,50 +127,6 @@ def open_checkpoint(
         spec=describe(anatomy, sources, getattr(model, "config", None)),
         checkpoint=checkpoint,
         weights=manifest.weights if manifest is not None else str(weights or "none"),
-    )
-
-
-def describe(anatomy: Anatomy, sources: dict[str, Source], config: Any = None) -> ModelSpec:
-    """A model as the planner sees it: numbers from its tensors and, where there is one, its configuration."""
-    mean = sum(s.nbytes for s in sources.values()) / max(1, len(anatomy.units))
-
-    def spec(name: str) -> TensorSpec:
-        source = sources[name]
-        is_table = name in anatomy.tables and source.nbytes * 64 > mean and len(source.pieces) == 1
-        outputs, inputs = source.shape if name in anatomy.linears else (0, 0)
-        return TensorSpec(
-            name=name,
-            nbytes=source.nbytes,
-            read_nbytes=source.read_nbytes,
-            slot_nbytes=source.unpacked.slot_nbytes,
-            is_table=is_table,
-            outputs=outputs,
-            inputs=inputs,
-            is_packed=source.is_stored_packed,
-        )
-
-    units = tuple(UnitSpec(name=u.name, tensors=tuple(map(spec, u.tensors))) for u in anatomy.units)
-    itemsize = max((s.dtype.itemsize for s in sources.values()), default=2)  # of what the model computes in
-    itemsize = min(itemsize, 4)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    hidden = getattr(text, "hidden_size", 0) or 0
-    heads = getattr(text, "num_attention_heads", None) or 1
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
-    layers = getattr(text, "num_hidden_layers", 0) or 0
-    matrices = [s.shape for u in anatomy.units for n in u.tensors if len((s := sources[n]).shape) >= 2]
-    vocabulary = getattr(text, "vocab_size", None)
-    widest = max((max(shape[-2:]) for shape in matrices if shape[0] != vocabulary), default=hidden)
-    return ModelSpec(
-        units=units,
-        loose=tuple(spec(name) for name in anatomy.loose),
-        params=sum(prod(s.shape) for s in sources.values()),
-        kv_bytes_per_token=2 * layers * kv_heads * head_dim * itemsize,
-        kv_layers=layers,
-        hidden_nbytes=hidden * itemsize,
-        widest_nbytes=widest * itemsize,
-        logits_nbytes=(getattr(text, "vocab_size", 0) or 0) * (itemsize + 8),
-        max_tokens=getattr(text, "max_position_embeddings", None),
     )
 
 

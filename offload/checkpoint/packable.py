@@ -11,7 +11,7 @@ from offload.kernels.formats.weights import WeightFormat
 from offload.runtime.discovery import Anatomy
 from offload.tiers.layout import Source
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def packable(
@@ -28,7 +28,7 @@ def packable(
     """
     unit_of = {name: unit for unit in anatomy.units for name in unit.tensors}
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    experts = {getattr(text, name, None) for name in _EXPERTS} - {None}
+    experts = {getattr(text, name, None) for name in EXPERTS} - {None}
     for name, source in sources.items():
         modules = [o.module for o in anatomy.owners[name]]
         if name not in unit_of or not format.takes(source.dtype, source.shape):
