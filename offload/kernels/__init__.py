@@ -36,6 +36,7 @@ OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the referen
     "gate_up_silu": ("cpu",),
     "adamw_step": ("cpu", "gpu"),
     "adamw_step_8bit": ("cpu",),
+    "checksum": ("cpu",),
     "rms_norm": ("cpu",),
     "rotary": ("cpu",),
     "gather_pages": ("gpu",),

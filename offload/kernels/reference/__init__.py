@@ -6,6 +6,7 @@ from offload.kernels.formats.lossless import pack_lossless, unpack_lossless
 from offload.kernels.reference.adamw import AdamW, adamw_step, adamw_step_8bit
 from offload.kernels.reference.attention import decode_attention, merge_attention
 from offload.kernels.reference.block import rms_norm, rotary
+from offload.kernels.reference.checksum import checksum
 from offload.kernels.reference.gate_up_silu import gate_up_silu
 from offload.kernels.reference.gather import gather_pages
 from offload.kernels.reference.linear import linear, linear_int4, linear_int8, linear_lossless
@@ -14,6 +15,7 @@ __all__ = [
     "AdamW",
     "adamw_step",
     "adamw_step_8bit",
+    "checksum",
     "decode_attention",
     "dequantize_int4",
     "dequantize_int8",
