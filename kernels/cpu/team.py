@@ -11,14 +11,17 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from numba import types
+from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
@@ -53,6 +56,23 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def _own_symbols(name: str) -> Iterator[None]:
+    """Numbers functions that are compiled meanwhile from a place that belongs to `name`.
+
+    numba tells functions of one name apart by a number that counts from 1 in every process, and puts it into their
+    symbols. Two kernels that were compiled by two processes may hold helpers of one symbol and of different code, and
+    a third process that takes both from the cache would call one of them for both.
+    """
+    counted = FunctionIdentity._unique_ids
+    start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little") << 16
+    FunctionIdentity._unique_ids = itertools.count(start)
+    try:
+        yield
+    finally:
+        FunctionIdentity._unique_ids = counted
+
+
 class TeamFunction:
     """A function of one address, compiled at first use and kept in numba's cache on disk.
 
@@ -72,7 +92,8 @@ class TeamFunction:
             signature = normalize_signature(types.void(types.int64))
             made = CFunc(self._python, signature, locals={}, options={"error_model": "numpy"})
             made._cache = _Cache(self._python, self.name)
-            made.compile()
+            with _own_symbols(self.name):
+                made.compile()
             if not made.cache_hits:
                 compiled_s += time.perf_counter() - began
         self._made = made  # it owns the machine code
