@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from numba import int64, uint32
 
+from offload.kernels.cpu.memory import claim, get_i64, load_u32, store_u32
 from offload.kernels.cpu.team import team_function
 from offload.kernels.cpu.vector import splat_u32
-from offload.kernels.cpu.memory import claim, get_i64, load_u32, store_u32
 from offload.kernels.reference.checksum import LINE_NBYTES, PIECE_NBYTES, digest
 
 

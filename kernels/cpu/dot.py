@@ -1,8 +1,9 @@
 """Products of a few stored rows with a few rows of x: the sums that every linear kernel here makes.
 
-A sum is one chain of 16 lanes, then what is left over, always by the same steps; four stored rows go at once, by one or
-by four rows of x, so that sixteen chains hide each other's latency and every load is used four times. A result does not
-depend on what else was computed beside it.
+A sum is one chain of 16 lanes, then what is left over, always by the same steps. Four stored rows by four rows of x go
+at once, so that sixteen chains hide each other's latency and every load is used four times. For fewer rows of x, stored
+rows go one after the other, in the order in which they lie: memory is read faster that way than four rows at a time.
+A result does not depend on what else was computed beside it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from numba import float32, int64, njit
 
 from offload.kernels.cpu.ahead import ask
 from offload.kernels.cpu.lanes import total
-from offload.kernels.cpu.memory import get_bf16, get_f32, load_f32, load_pairs
+from offload.kernels.cpu.memory import get_bf16, get_f32, load_f32, load_pairs, prefetch
 from offload.kernels.cpu.vector import fma, fma_pairs, splat_f32
+
+NEAR = 4096  # bytes ahead that memory is asked for where stored rows go one by one
 
 
 @njit(error_model="numpy")
@@ -49,18 +52,21 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
         return a, b, accumulate(w[2], x, sums[2]), accumulate(w[3], x, sums[3])
 
     @njit(error_model="numpy")
-    def dot4(w: int, stride: int, x: int, count: int) -> Any:
-        w1, w2, w3 = w + stride, w + 2 * stride, w + 3 * stride
-        zero, none = splat_f32(float32(0)), float32(0)
-        a, rest, k, coming = (zero, zero, zero, zero), (none, none, none, none), 0, w
+    def dot1(w: int, x: int, count: int) -> Any:
+        a, rest, k, coming = splat_f32(float32(0)), float32(0), 0, w + NEAR
+        while k + 2 * step <= count:
+            for start in range(0, 2 * nbytes, 64):
+                prefetch(coming + start)
+            a = accumulate(load(w, k), load_x(x, k), a)
+            a = accumulate(load(w, k + step), load_x(x, k + step), a)
+            k, coming = k + 2 * step, coming + 2 * nbytes
         while k + step <= count:
-            ask(coming, 4 * nbytes)
-            a = wide4((load(w, k), load(w1, k), load(w2, k), load(w3, k)), load_x(x, k), a)
-            k, coming = k + step, coming + 4 * nbytes
+            a = accumulate(load(w, k), load_x(x, k), a)
+            k += step
         while k < count:
-            rest = _rest((get(w, k), get(w1, k), get(w2, k), get(w3, k)), get_x(x, k), rest)
+            rest = rest + get(w, k) * get_x(x, k)
             k += 1
-        return _totals(a, rest)
+        return total(a) + rest
 
     @njit(error_model="numpy")
     def dot16(w: int, stride: int, x: int, count: int) -> Any:
@@ -107,9 +113,9 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
     ) -> None:  # fmt: skip
         n = first
         while n < last:
-            many = 4 if n + 4 <= last else 1  # a single one is computed four times over; that is rare
+            many = 4 if rows >= 4 and n + 4 <= last else 1
             w, apart, row = weights + (n - first) * stride, stride if many == 4 else 0, int64(0)
-            while row + 4 <= rows:
+            while row + 4 <= rows:  # a single stored row is computed four times over; that is rare
                 a, b, c, d = dot16(w, apart, x + row * inputs * x_nbytes, inputs)
                 write4(y, row * outputs, n, many, a, scale, bias)
                 write4(y, (row + 1) * outputs, n, many, b, scale, bias)
@@ -117,8 +123,9 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
                 write4(y, (row + 3) * outputs, n, many, d, scale, bias)
                 row += 4
             while row < rows:
-                values = dot4(w, apart, x + row * inputs * x_nbytes, inputs)
-                write4(y, row * outputs, n, many, values, scale, bias)
+                for i in range(many):
+                    value = dot1(w + i * stride, x + row * inputs * x_nbytes, inputs)
+                    write(y, row * outputs, n + i, value, scale, bias)
                 row += 1
             n += many
 
