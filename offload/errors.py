@@ -8,6 +8,8 @@ OffloadError
 │   └── PickleError       a checkpoint in a format that runs code when it is read
 ├── StorageError          a read or write failed; carries file and offset (also an OSError)
 ├── ModelError            a module cannot be run this way
+├── DataError             a line of training data cannot be used; carries file and line
+├── TrainingError         training cannot go on; what was committed is whole
 ├── StrictError           a fall-back that strict mode forbids
 └── ClosedError           something was used after it was closed
 """
@@ -59,6 +61,23 @@ class StorageError(OffloadError, OSError):
 
 class ModelError(OffloadError):
     """A module cannot be run the way that was asked."""
+
+
+class DataError(OffloadError):
+    """A line of training data cannot be used.
+
+    Attributes:
+        path: the file.
+        line: its number, from 1.
+    """
+
+    def __init__(self, message: str, path: str, line: int) -> None:
+        super().__init__(f"{path}:{line}: {message}")
+        self.path, self.line = path, line
+
+
+class TrainingError(OffloadError):
+    """Training cannot go on, for a reason in its own numbers; the last commit is whole."""
 
 
 class StrictError(OffloadError):

@@ -12,12 +12,14 @@ NAMES = {
     "BudgetError",
     "CheckpointError",
     "ClosedError",
+    "DataError",
     "FormatError",
     "ModelError",
     "OffloadError",
     "PickleError",
     "StorageError",
     "StrictError",
+    "TrainingError",
     "UsageError",
 }
 

@@ -11,13 +11,13 @@ import torch
 MicroBatch = Mapping[str, torch.Tensor]
 """What the model is called with, together with `use_cache=False`, B rows of T tokens:
 
-    input_ids       int64 [B, T]    rows that are shorter are padded on the right
-    labels          int64 [B, T]    the same ids, not shifted; -100 where nothing is to be learnt
-    attention_mask  int64 [B, T]    0 on padding; only there when some row is padded and rows are not packed
-    position_ids    int64 [B, T]    only there when rows are packed; starts again at 0 for each sequence of a row
+    input_ids     int64 [B, T]    rows that are shorter are padded on the right
+    labels        int64 [B, T]    the same ids, not shifted; -100 where nothing is to be learnt
+    position_ids  int64 [B, T]    only there when rows are packed; starts again at 0 for each sequence of a row
 
-Packed rows have no attention_mask: transformers then makes attention block-diagonal where position_ids start again, but
-only without a cache of keys and values, hence `use_cache=False`.
+There is no attention_mask: padding comes last, where a causal model does not look. Without one, transformers makes
+attention block-diagonal where position_ids start again, but only without a cache of keys and values, hence
+`use_cache=False`.
 """
 
 
