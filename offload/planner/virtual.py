@@ -3,16 +3,23 @@
 The rules are those of runtime/executor.py: a lane runs its steps in order; a step starts when the steps it names are
 done and, if it takes a slot, when its ring has one free; a Release returns the slot of the step it follows. Reads of
 one lane overlap as far as slots allow, but share the disk, so the disk serves them one after the other.
+
+Lanes that run at the same time may slow each other down: then durations are work, and work is done at the rate that
+the lanes running beside leave (a fluid model: rates change only where something starts or ends).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
 
 from offload.planner.schedule import Compute, Read, Release, Schedule, Step, Upload
 
 LANES: Mapping[type[Step], str] = {Read: "read", Upload: "upload", Compute: "compute"}
+NAMES = tuple(LANES.values())
+Keeps = Mapping[str, Mapping[str, float]]
+_EPSILON = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +30,40 @@ class Event:
     number: int  # of the pass, from 0
     start: float
     end: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """What lanes take from each other.
+
+    Attributes:
+        keeps: lane -> another -> the part of its own rate that it keeps while the other runs.
+        demand: (lane, unit) -> bytes per second of the shared memory that its steps take at their own rate.
+        capacity: bytes per second of that memory; those who use it slow down in proportion where they ask for more.
+    """
+
+    keeps: Keeps = field(default_factory=dict)
+    demand: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    capacity: float = inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a replay found.
+
+    Attributes:
+        pass_s: seconds of each pass, from the end of the one before (the first from the start of computing).
+        events: what ran when, in order of start; empty unless they were asked for.
+        busy_s: lane -> seconds in which it worked, over all passes.
+        stall_s: seconds that computing waited for a read or an upload, over all passes.
+        is_steady: the last pass ended in the very state in which it began, so that it repeats for ever.
+    """
+
+    pass_s: tuple[float, ...]
+    events: tuple[Event, ...]
+    busy_s: Mapping[str, float]
+    stall_s: float
+    is_steady: bool
 
 
 def replay(
@@ -36,38 +77,223 @@ def replay(
         slots: ring name -> its depth.
         passes: how often the pass repeats.
     """
-    clock = dict.fromkeys(LANES.values(), 0.0)  # when each lane is free
-    freed = {ring: [0.0] * depth for ring, depth in slots.items()}  # when each free slot became so
-    done: dict[tuple[int, int], float] = {}
-    releases: dict[int, list[Release]] = {}
-    for step in schedule:
-        if isinstance(step, Release):
-            releases.setdefault(step.after[0], []).append(step)
-    queues = {
-        lane: [(step, n) for n in range(passes) for step in schedule if LANES.get(type(step)) == lane]
-        for lane in LANES.values()
-    }
-    at = dict.fromkeys(queues, 0)
-    events: list[Event] = []
-    while any(at[lane] < len(queue) for lane, queue in queues.items()):
-        moved = False
-        for lane, queue in queues.items():
-            while at[lane] < len(queue):
-                step, number = queue[at[lane]]
-                needs = [(index, number) for index in step.after]
-                if not all(need in done for need in needs):
-                    break
-                start = max([clock[lane], *(done[need] for need in needs)])
-                if isinstance(step, Read | Upload):
-                    if not freed[step.ring]:
-                        break
-                    start = max(start, freed[step.ring].pop(freed[step.ring].index(min(freed[step.ring]))))
-                end = start + seconds(step)
-                clock[lane] = done[step.index, number] = end
-                events.append(Event(step, number, start, end))
-                for release in releases.get(step.index, ()):
-                    freed[release.ring].append(end)
-                at[lane] += 1
-                moved = True
-        assert moved, "a schedule that cannot go on: a ring without slots, or steps that wait for each other"
-    return sorted(events, key=lambda e: (e.start, e.step.index))
+    return list(Clock(schedule, seconds, slots=slots).run(passes, records=True).events)
+
+
+class Clock:
+    """A schedule with its durations, ready to be run any number of times.
+
+    Args:
+        schedule: one pass.
+        seconds: how long a step takes by itself.
+        slots: ring name -> its depth.
+        sharing: what lanes take from each other.
+        between_s: what the model's thread does between two passes.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        seconds: Callable[[Step], float],
+        *,
+        slots: Mapping[str, int],
+        sharing: Sharing | None = None,
+        between_s: float = 0.0,
+    ) -> None:
+        self._slots, self._between = dict(slots), between_s
+        sharing = sharing or Sharing()
+        releases: dict[int, list[str]] = {}
+        for step in schedule:
+            if isinstance(step, Release):
+                releases.setdefault(step.after[0], []).append(step.ring)
+        self._steps: list[list[Step]] = [[s for s in schedule if isinstance(s, kind)] for kind in LANES]
+        self._work = [[seconds(step) for step in steps] for steps in self._steps]
+        self._frees = [[releases.get(step.index, ()) for step in steps] for steps in self._steps]
+        self._demand = [
+            [sharing.demand.get((lane, s.unit), 0.0) for s in steps]
+            for lane, steps in zip(NAMES, self._steps, strict=True)
+        ]
+        self._shares = any(any(d) for d in self._demand) and sharing.capacity < inf
+        self._capacity = sharing.capacity
+        self._rates = [_rates(mask, sharing.keeps) for mask in range(8)]
+        self._size = len(schedule)
+
+    def work_s(self, lane: str) -> float:
+        """What a lane has to do in one pass, by itself."""
+        return sum(self._work[NAMES.index(lane)])
+
+    @property
+    def bound_s(self) -> float:
+        """No pass can be shorter in the long run: the busiest lane, the model's thread with what lies between."""
+        return max(self.work_s("read"), self.work_s("upload"), self.work_s("compute") + self._between)
+
+    @property
+    def serial_s(self) -> float:
+        """A pass in which nothing overlaps."""
+        return sum(map(self.work_s, NAMES)) + self._between
+
+    def run(
+        self, passes: int, *, records: bool = False, head_start: bool = False, stop_when_steady: bool = False
+    ) -> Run:
+        """Runs passes from an idle start.
+
+        Args:
+            records: keep every event.
+            head_start: the lanes have filled their rings before the model starts, as they do after loading.
+            stop_when_steady: stop before `passes` once a pass repeats the one before exactly.
+        """
+        return _Replay(self, records).run(passes, head_start, stop_when_steady)
+
+
+def _rates(mask: int, keeps: Keeps) -> tuple[float, float, float]:
+    """The part of its own rate that each lane has while those of `mask` run."""
+    rates = []
+    for k, lane in enumerate(NAMES):
+        rate = 1.0
+        for j, other in enumerate(NAMES):
+            if j != k and mask >> j & 1:
+                rate *= keeps.get(lane, {}).get(other, 1.0)
+        rates.append(rate)
+    return rates[0], rates[1], rates[2]
+
+
+class _Replay:
+    """One run of a clock: where every lane is, what is done, which slots are free."""
+
+    def __init__(self, clock: Clock, records: bool) -> None:
+        self.clock, self.records = clock, records
+        self.now = 0.0
+        self.at, self.number = [0, 0, 0], [0, 0, 0]  # of each lane: the step it runs or will run next, and its pass
+        self.left: list[float | None] = [None, None, None]  # work that is left of the running step
+        self.began = [0.0, 0.0, 0.0]
+        self.done: set[tuple[int, int]] = set()
+        self.free = dict(clock._slots)
+        self.busy = [0.0, 0.0, 0.0]
+        self.stall = 0.0
+        self.ready = 0.0  # when the model's thread is
+        self.is_held = False
+        self.events: list[Event] = []
+
+    def run(self, passes: int, head_start: bool, stop_when_steady: bool) -> Run:
+        steps = self.clock._steps
+        ends: list[float] = []
+        self.is_held = head_start
+        begin, last_state, is_steady = 0.0, None, False
+        while len(ends) < passes:
+            self._start(passes if not stop_when_steady else passes + 1)
+            if all(left is None for left in self.left):
+                if self.is_held:  # the rings are full: the model may start
+                    self.is_held, begin, self.ready = False, self.now, self.now
+                    continue
+                assert self.ready > self.now, "a schedule that cannot go on: a ring without slots, or steps that wait"
+                self.now = self.ready
+                continue
+            finished = self._advance()
+            for lane in finished:
+                if lane == 2 and self.at[2] == 0:  # the last unit of a pass
+                    ends.append(self.now)
+                    self.done = {key for key in self.done if key[1] >= self.number[2]}
+                    self.ready = self.now + self.clock._between
+                    state = self._state()
+                    if state == last_state and stop_when_steady:
+                        is_steady = True
+                    last_state = state
+            if is_steady:
+                break
+        starts = [begin, *ends[:-1]]
+        assert steps[2], "a schedule without computing"
+        return Run(
+            pass_s=tuple(b - a for a, b in zip(starts, ends, strict=True)),
+            events=tuple(sorted(self.events, key=lambda e: (e.start, e.step.index))),
+            busy_s=dict(zip(NAMES, self.busy, strict=True)),
+            stall_s=self.stall,
+            is_steady=is_steady,
+        )
+
+    def _start(self, passes: int) -> None:
+        """Starts every step that may start now; those that take no time end at once and may let others start."""
+        clock, moved = self.clock, True
+        while moved:
+            moved = False
+            for lane in range(3):
+                while self.left[lane] is None and self._may_start(lane, passes):
+                    if lane < 2:
+                        self.free[clock._steps[lane][self.at[lane]].ring] -= 1  # type: ignore[attr-defined]
+                    elif self.now > self.ready:
+                        self.stall += self.now - self.ready
+                    self.began[lane] = self.now
+                    self.left[lane] = clock._work[lane][self.at[lane]]
+                    if self.left[lane] or (lane == 2 and self.at[2] + 1 == len(clock._steps[2])):
+                        break  # the end of a pass is always an event of its own
+                    self._finish(lane)
+                    moved = True
+
+    def _may_start(self, lane: int, passes: int) -> bool:
+        steps = self.clock._steps[lane]
+        number = self.number[lane]
+        if not steps or number >= passes or (lane == 2 and (self.is_held or self.now < self.ready)):
+            return False
+        step = steps[self.at[lane]]
+        if lane < 2 and self.free.get(step.ring, 0) < 1:  # type: ignore[attr-defined]
+            return False
+        return all((index, number) in self.done for index in step.after)
+
+    def _advance(self) -> list[int]:
+        """Lets time pass until something ends; returns the lanes whose step did."""
+        left = self.left
+        mask = (left[0] is not None) | (left[1] is not None) << 1 | (left[2] is not None) << 2
+        rates: Sequence[float] = self.clock._rates[mask]
+        if self.clock._shares:
+            rates = self._shared(rates)
+        step = inf
+        for lane in range(3):
+            if (work := left[lane]) is not None:
+                step = min(step, work / rates[lane])
+        if left[2] is None and not self.is_held and self.ready > self.now:
+            step = min(step, self.ready - self.now)
+        self.now += step
+        finished = []
+        for lane in range(3):
+            if (work := left[lane]) is not None:
+                self.busy[lane] += step
+                rest = work - step * rates[lane]
+                left[lane] = rest
+                if rest <= _EPSILON + 1e-9 * self.clock._work[lane][self.at[lane]]:
+                    finished.append(lane)
+        for lane in finished:
+            self._finish(lane)
+        return finished
+
+    def _shared(self, rates: Sequence[float]) -> Sequence[float]:
+        """Those who use the shared memory slow down in proportion where together they ask for more than it has."""
+        asked = [self.clock._demand[k][self.at[k]] * rates[k] if self.left[k] is not None else 0.0 for k in range(3)]
+        if (total := sum(asked)) <= self.clock._capacity:
+            return rates
+        return [rate * self.clock._capacity / total if a else rate for rate, a in zip(rates, asked, strict=True)]
+
+    def _finish(self, lane: int) -> None:
+        clock = self.clock
+        at, number = self.at[lane], self.number[lane]
+        step = clock._steps[lane][at]
+        if self.records:
+            self.events.append(Event(step, number, self.began[lane], self.now))
+        self.done.add((step.index, number))
+        for ring in clock._frees[lane][at]:
+            self.free[ring] += 1
+        self.left[lane] = None
+        if lane == 2:
+            self.ready = self.now
+        if at + 1 == len(clock._steps[lane]):
+            self.at[lane], self.number[lane] = 0, number + 1
+        else:
+            self.at[lane] = at + 1
+
+    def _state(self) -> tuple[object, ...]:
+        """Where everything is, relative to the pass: equal states have equal futures."""
+        base = self.number[2]
+        lanes = tuple(
+            (self.at[k], self.number[k] - base, None if (left := self.left[k]) is None else round(left, 12))
+            for k in range(3)
+            if self.clock._steps[k]
+        )
+        return lanes, tuple(self.free.values())

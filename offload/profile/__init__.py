@@ -7,12 +7,13 @@ profile.op_seconds("linear", processor="cpu", format="bfloat16", shape=(8192, 30
 """
 
 from offload.profile.curve import Anchor, Curve
-from offload.profile.machine import OpCost, OpTable, Processor, Profile, Tier
+from offload.profile.machine import FORMAT_BITS, OpCost, OpTable, Processor, Profile, Tier
 from offload.profile.presets import preset, presets
 from offload.profile.rates import CopyRate, Lane, MemoryRate
 from offload.profile.text import dump, load, parse
 
 __all__ = [
+    "FORMAT_BITS",
     "Anchor",
     "CopyRate",
     "Curve",

@@ -52,13 +52,19 @@ class Lane:
 
     @cached_property
     def _curve(self) -> Curve:
-        """Seconds by size, at the best number of threads of each size."""
-        best: dict[int, CopyRate] = {}
-        for rate in self.rates:
-            if rate.nbytes not in best or rate.bytes_per_s > best[rate.nbytes].bytes_per_s:
-                best[rate.nbytes] = rate
-        anchors = [Anchor(r.nbytes, r.nbytes / r.bytes_per_s, r.spread) for r in best.values()]
-        return Curve(tuple(sorted(anchors)))
+        """Seconds by bytes in flight. More bytes are never moved at a lower rate: they are cut as was measured best."""
+        anchors: list[Anchor] = []
+        best = 0.0
+        for rate in sorted(self.rates, key=lambda r: (r.nbytes * r.threads, -r.bytes_per_s)):
+            if rate.bytes_per_s > best:
+                best, nbytes = rate.bytes_per_s, rate.nbytes * rate.threads
+                if not anchors or anchors[-1].x < nbytes:
+                    anchors.append(Anchor(nbytes, nbytes / best, rate.spread))
+        return Curve(tuple(anchors))
+
+    def spread(self, nbytes: float) -> float:
+        """The relative spread of the measurements near that size."""
+        return self._curve.spread(nbytes)
 
     @property
     def bytes_per_s(self) -> float:
@@ -70,13 +76,13 @@ class Lane:
         return max(rate.bytes_per_s for rate in self.rates)
 
     def seconds(self, nbytes: float) -> float:
-        """One transfer of so many bytes, by itself. It never goes faster than the sustained rate."""
+        """So many bytes, by themselves. They never go faster than the sustained rate."""
         if nbytes <= 0:
             return 0.0
         return self.latency_s + max(self._curve.seconds(nbytes), nbytes / self.bytes_per_s)
 
     def rate(self, nbytes: float) -> float:
-        """Bytes per second of such transfers, one after the other."""
+        """Bytes per second of such lots, one after the other."""
         return nbytes / self.seconds(nbytes) if nbytes > 0 else self.bytes_per_s
 
 

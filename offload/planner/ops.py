@@ -1,0 +1,182 @@
+"""What one op takes on one processor: from the profile's tables, else from a roofline of the op's flops and bytes.
+
+The ops that a profile should hold, by name (those of `offload.kernels.OPS`, and two more), and what they are over:
+
+    linear, linear_lossless, linear_int8, linear_int4    (outputs, inputs)             rows
+    unpack_lossless, dequantize_int8, dequantize_int4    (outputs, inputs)             rows (always 1: a whole matrix)
+    decode_attention                                     (heads, kv heads, head dim)   bytes of keys and values read
+    attention                                            (heads, kv heads, head dim)   tokens of one prompt, all at once
+    block                                                (hidden,)                     rows: one decoder layer without
+                                                                                       its matrices and its attention
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import sqrt
+
+from offload.profile import FORMAT_BITS, OpCost, Profile
+from offload.specs import ModelSpec, TensorSpec, UnitSpec, Workload
+
+FEW = 64  # rows up to which a kernel multiplies; torch's matrix products take the rest (runtime/linears.py)
+_UNPACK = {"lossless": "unpack_lossless", "int8": "dequantize_int8", "int4": "dequantize_int4"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One pass over the model.
+
+    Attributes:
+        sequences: at a time.
+        tokens: new ones of each sequence.
+        past: tokens of each sequence whose keys and values are there already.
+    """
+
+    sequences: int
+    tokens: int
+    past: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.tokens
+
+
+def prefill(work: Workload) -> Phase:
+    """The pass over the prompts."""
+    return Phase(sequences=work.batch, tokens=max(1, work.prompt_tokens))
+
+
+def decode(work: Workload) -> Phase:
+    """A pass that makes one token of each sequence, in the middle of generating."""
+    return Phase(sequences=work.batch, tokens=1, past=(work.prompt_tokens + work.total_tokens) // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """Seconds with their uncertainty (absolute, one spread), and whether all of them came from tables."""
+
+    seconds: float = 0.0
+    spread_s: float = 0.0
+    estimated_s: float = 0.0
+
+    def __add__(self, other: Sum) -> Sum:
+        return Sum(
+            self.seconds + other.seconds,
+            sqrt(self.spread_s**2 + other.spread_s**2),
+            self.estimated_s + other.estimated_s,
+        )
+
+    def times(self, n: float) -> Sum:
+        return Sum(self.seconds * n, self.spread_s * n, self.estimated_s * n)
+
+
+@dataclass(frozen=True)
+class OpCosts:
+    """Prices ops on one processor.
+
+    Attributes:
+        profile: the machine.
+        processor: cpu or device.
+        exact: torch's own ops only.
+    """
+
+    profile: Profile
+    processor: str
+    exact: bool = False
+    _known: dict[tuple[object, ...], Sum] = field(default_factory=dict, compare=False, repr=False)
+
+    def unit(self, unit: UnitSpec, spec: ModelSpec, phase: Phase, streams: frozenset[str] = frozenset()) -> Sum:
+        """A unit's forward; `streams` names the tensors that are not in their memory format."""
+        rows = phase.sequences if unit.is_head else phase.rows
+        total = Sum(self.profile.cost("unit"))
+        for tensor in unit.tensors:
+            if tensor.width and not tensor.is_table:
+                format = tensor.stored_format if tensor.name in streams else tensor.format
+                total += self.matrix(tensor, format or spec.dtype, spec.dtype, rows)
+        if unit.layers:
+            total += (self.attention(spec, phase) + self.block(spec, phase.rows)).times(unit.layers)
+        return total
+
+    def matrix(self, tensor: TensorSpec, format: str, dtype: str, rows: int) -> Sum:
+        """The product with one matrix, or with those of a stack of experts that the rows choose."""
+        if tensor.experts:
+            touched = tensor.experts * (1 - (1 - tensor.chosen / tensor.experts) ** rows)
+            each = max(1, round(rows * tensor.chosen / touched))
+            outputs = tensor.elements // tensor.width // tensor.experts
+            return self.linear(format, dtype, outputs, tensor.width, each).times(touched)
+        return self.linear(format, dtype, tensor.elements // tensor.width, tensor.width, rows)
+
+    def linear(self, format: str, dtype: str, outputs: int, inputs: int, rows: int) -> Sum:
+        """y = x W^T."""
+        key = ("linear", format, dtype, outputs, inputs, rows)
+        if key not in self._known:
+            self._known[key] = self._linear(format, dtype, outputs, inputs, rows)
+        return self._known[key]
+
+    def _linear(self, format: str, dtype: str, outputs: int, inputs: int, rows: int) -> Sum:
+        kind = format.partition("-")[0]
+        kernel = "gpu" if self.processor == "device" else "cpu"
+        shape, elements = (outputs, inputs), outputs * inputs
+        flops, few = 2.0 * rows * elements, rows <= FEW and not self.exact
+        if kind not in _UNPACK:
+            is_torch = not few or kernel == "gpu"
+            nbytes = elements * FORMAT_BITS.get(kind, 16) / 8
+            return self._cost(
+                "linear", "torch" if is_torch else kernel, kind, shape, rows, flops=flops, nbytes=nbytes, dtype=dtype
+            )
+        packed = elements * FORMAT_BITS.get(format, FORMAT_BITS[kind]) / 8
+        if few:
+            return self._cost(f"linear_{kind}", kernel, format, shape, rows, flops=flops, nbytes=packed, dtype=dtype)
+        whole = 2.0 * elements
+        unpack = self._cost(_UNPACK[kind], kernel, format, shape, 1, flops=0.0, nbytes=packed + whole, dtype=dtype)
+        product = self._cost("linear", "torch", dtype, shape, rows, flops=flops, nbytes=whole, dtype=dtype)
+        return unpack + product
+
+    def attention(self, spec: ModelSpec, phase: Phase) -> Sum:
+        """Attention of one layer, all sequences."""
+        if not spec.kv_layers or not spec.heads:
+            return Sum()
+        shape = (spec.heads, spec.kv_heads, spec.head_dim)
+        width = FORMAT_BITS.get(spec.dtype, 16) / 8
+        per_token = spec.kv_bytes_per_token / spec.kv_layers
+        if phase.tokens == 1:
+            nbytes = per_token * phase.sequences * (phase.past + 1)
+            flops = 4.0 * spec.heads * spec.head_dim * phase.sequences * (phase.past + 1)
+            return self._cost(
+                "decode_attention", None, spec.dtype, shape, nbytes, flops=flops, nbytes=nbytes, dtype=spec.dtype
+            )
+        seen = phase.tokens * (phase.past + phase.tokens / 2)
+        flops = 4.0 * spec.heads * spec.head_dim * seen
+        nbytes = per_token * (phase.past + phase.tokens) + 2 * width * phase.tokens * spec.heads * spec.head_dim
+        one = self._cost(
+            "attention", None, spec.dtype, shape, phase.tokens, flops=flops, nbytes=nbytes, dtype=spec.dtype
+        )
+        return one.times(phase.sequences)
+
+    def block(self, spec: ModelSpec, rows: int) -> Sum:
+        """Norms, rotary embedding, activation, residuals and the Python around them, of one layer."""
+        nbytes = rows * (16.0 * spec.hidden_nbytes + 4.0 * spec.widest_nbytes)
+        hidden = spec.hidden_nbytes * 8 // int(FORMAT_BITS.get(spec.dtype, 16))
+        launches = 14 * self.profile.processors[self.processor].launch_s
+        found = self._cost("block", None, spec.dtype, (hidden,), rows, flops=0.0, nbytes=nbytes, dtype=spec.dtype)
+        return found if found.seconds > launches else Sum(launches, 0.3 * launches, launches)
+
+    def _cost(
+        self,
+        op: str,
+        implementation: str | None,
+        format: str,
+        shape: tuple[int, ...],
+        amount: float,
+        *,
+        flops: float,
+        nbytes: float,
+        dtype: str,
+    ) -> Sum:
+        found: OpCost | None = self.profile.op_seconds(
+            op, processor=self.processor, format=format, shape=shape, amount=amount, implementation=implementation
+        )
+        if found is None:
+            found = self.profile.roofline(processor=self.processor, flops=flops, nbytes=nbytes, dtype=dtype)
+        seconds = found.seconds * self.profile.calibration.get(op, 1.0)
+        return Sum(seconds, seconds * found.spread, seconds if found.origin == "roofline" else 0.0)

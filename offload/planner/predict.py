@@ -1,0 +1,285 @@
+"""How long a workload takes under a placement: its schedule, priced step by step and replayed on a virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf, sqrt
+from typing import Any
+
+from offload.planner.bound import Bound
+from offload.planner.ops import OpCosts, Phase, Sum, decode, prefill
+from offload.planner.placement import Placement, Tier
+from offload.planner.schedule import Compute, Read, Schedule, Step, Upload, emit
+from offload.planner.virtual import Clock, Run, Sharing
+from offload.profile import Profile
+from offload.specs import ModelSpec, UnitSpec, Workload
+
+STEADY = 12  # passes within which a schedule settles, or nearly
+ROW_BLOCK = 4096  # bytes read for a row of a table, at least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computer:
+    """Where and how a model computes.
+
+    Attributes:
+        profile: the machine.
+        processor: cpu or device: whose op tables count.
+        exact: torch's own ops only.
+        link_bytes_per_s: pace of an emulated link, which is no part of the machine.
+        read, upload: the profile's lanes that the schedule's lanes use.
+    """
+
+    profile: Profile
+    processor: str = "cpu"
+    exact: bool = False
+    link_bytes_per_s: float | None = None
+    read: str = "read"
+    upload: str = "h2d"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassCost:
+    """One phase: what its pass takes, and why.
+
+    Attributes:
+        seconds: of a pass; of many in the steady state for decoding, of the first for a prefill.
+        bound: by resource, with the interference-free rates.
+        stall_s: the model waits for bytes.
+        serial_s: a pass in which nothing overlaps.
+        spread_s: one standard spread of `seconds`, from those of its measurements.
+        estimated: the part of the seconds of computing that no measured table gave.
+        read_bytes, upload_bytes: of a pass.
+    """
+
+    seconds: float
+    bound: Bound
+    stall_s: float
+    serial_s: float
+    spread_s: float
+    estimated: float
+    read_bytes: int
+    upload_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a run will show; the names are those that `run --json` measures under.
+
+    Attributes:
+        prefill_s: from the start to the first new token.
+        decode_s_per_token: of one later step, which makes a token of every sequence.
+        tokens_per_s: of all sequences together, while decoding.
+        peak_rss_bytes: of the process.
+        device_peak_bytes: of the device's memory; 0 without one.
+        read_bytes_per_token, upload_bytes_per_token: of one step.
+        bound_s_per_token: no run can be faster, on this machine with this software.
+        binding: which resource that is: disk, link or compute.
+        interval: low and high of decode_s_per_token, two spreads wide.
+        origin: measured, or estimate where something that matters was not measured.
+        prefill, decode: more of both phases.
+    """
+
+    prefill_s: float
+    decode_s_per_token: float
+    tokens_per_s: float
+    peak_rss_bytes: int
+    device_peak_bytes: int
+    read_bytes_per_token: int
+    upload_bytes_per_token: int
+    bound_s_per_token: float
+    binding: str
+    interval: tuple[float, float]
+    origin: str
+    prefill: PassCost = field(repr=False)
+    decode: PassCost = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "prefill_s": self.prefill_s,
+            "decode_s_per_token": self.decode_s_per_token,
+            "tokens_per_s": self.tokens_per_s,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "device_peak_bytes": self.device_peak_bytes,
+            "read_bytes_per_token": self.read_bytes_per_token,
+            "upload_bytes_per_token": self.upload_bytes_per_token,
+            "bound_s_per_token": self.bound_s_per_token,
+            "binding": self.binding,
+            "interval": list(self.interval),
+            "origin": self.origin,
+        }
+
+
+def order_of(spec: ModelSpec) -> list[tuple[str, int]]:
+    """Units that a pass enters as a whole, with their bytes, in the order of the module tree."""
+    return [(u.name, u.nbytes) for u in spec.units if not all(t.is_table for t in u.tensors)]
+
+
+class Pricer:
+    """Prices placements of one model on one machine; what does not depend on the placement is worked out once.
+
+    Args:
+        spec: the model.
+        work: what is asked of it.
+        computer: the machine.
+    """
+
+    def __init__(self, spec: ModelSpec, work: Workload, computer: Computer) -> None:
+        self.spec, self.work, self.computer = spec, work, computer
+        self.ops = OpCosts(computer.profile, computer.processor, computer.exact)
+        self._units: Mapping[str, UnitSpec] = {u.name: u for u in spec.units}
+        self._order = order_of(spec)
+        self._cache: dict[tuple[str, Phase, frozenset[str]], Sum] = {}
+
+    def schedule(self, placement: Placement) -> Schedule:
+        """The tuple that the executor would run."""
+        return emit(self._order, placement)
+
+    def clock(self, placement: Placement, phase: Phase) -> tuple[Clock, Sum]:
+        """The priced schedule of one phase, and the sum of its computing with its uncertainty."""
+        profile = self.computer.profile
+        schedule = self.schedule(placement)
+        on_disk = placement.names(Tier.DISK)
+        costs: dict[str, Sum] = {}
+        for unit, _ in self._order:
+            costs[unit] = self.compute(unit, phase, on_disk)
+        submit = profile.cost("read_submit")
+        upload_submit = profile.cost("handoff")
+
+        def seconds(step: Step) -> float:
+            if isinstance(step, Compute):
+                return costs[step.unit].seconds
+            if isinstance(step, Read):
+                return submit + profile.lane(self.computer.read).seconds(step.nbytes)
+            assert isinstance(step, Upload)
+            return upload_submit + self._upload_s(step.nbytes)
+
+        clock = Clock(
+            schedule,
+            seconds,
+            slots={"host": placement.host_ring.slots, "device": placement.device_ring.slots},
+            sharing=self._sharing(schedule, costs),
+            between_s=self.between_s(placement, phase),
+        )
+        return clock, sum((costs[s.unit] for s in schedule if isinstance(s, Compute)), Sum())
+
+    def compute(self, unit: str, phase: Phase, on_disk: frozenset[str]) -> Sum:
+        """A unit's forward when those of its tensors stream."""
+        spec = self._units[unit]
+        streams = frozenset(t.name for t in spec.tensors if t.name in on_disk and t.format != t.stored_format)
+        key = (unit, phase, streams)
+        if key not in self._cache:
+            self._cache[key] = self.ops.unit(spec, self.spec, phase, streams)
+        return self._cache[key]
+
+    def between_s(self, placement: Placement, phase: Phase) -> float:
+        """What the model's thread does between passes: choosing tokens, and reading the rows of its tables."""
+        profile = self.computer.profile
+        processor = profile.processors[self.computer.processor]
+        logits = 4.0 * phase.sequences * self.spec.logits_nbytes / processor.bytes_per_s
+        rows = phase.rows if placement.tables else 0
+        lane = profile.lane(self.computer.read)
+        return profile.cost("step") + logits + (lane.seconds(ROW_BLOCK * rows) if rows else 0.0)
+
+    def _upload_s(self, nbytes: float) -> float:
+        if self.computer.link_bytes_per_s is not None:
+            return nbytes / self.computer.link_bytes_per_s
+        return self.computer.profile.lane(self.computer.upload).seconds(nbytes)
+
+    def _sharing(self, schedule: Schedule, costs: Mapping[str, Sum]) -> Sharing:
+        """What was measured of pairs; the shared memory's capacity only where no pair was."""
+        profile, computer = self.computer.profile, self.computer
+        names = {"read": computer.read, "upload": computer.upload, "compute": computer.processor}
+        keeps = {a: {b: profile.kept(names[a], names[b]) for b in names if b != a} for a in names}
+        measured = any(names["compute"] in profile.interference.get(names[a], {}) for a in ("read", "upload"))
+        capacity = profile.shared.get("dram", inf)
+        if measured or capacity == inf:
+            return Sharing(keeps=keeps)
+        demand: dict[tuple[str, str], float] = {}
+        share = profile.processors[computer.processor].shares.get("dram", 0.0)
+        for step in schedule:
+            if isinstance(step, Compute) and share and (took := costs[step.unit].seconds):
+                demand["compute", step.unit] = share * step.nbytes / took
+            elif isinstance(step, Read):
+                lane = profile.lane(computer.read)
+                demand["read", step.unit] = lane.shares.get("dram", 0.0) * lane.bytes_per_s
+            elif isinstance(step, Upload) and computer.link_bytes_per_s is None:
+                lane = profile.lane(computer.upload)
+                demand["upload", step.unit] = lane.shares.get("dram", 0.0) * lane.bytes_per_s
+        return Sharing(keeps=keeps, demand=demand, capacity=capacity)
+
+    def pass_cost(self, placement: Placement, phase: Phase, *, is_first: bool = False) -> PassCost:
+        """One phase: the first pass after loading, with full rings, or one of many in the steady state."""
+        clock, computing = self.clock(placement, phase)
+        run = clock.run(1 if is_first else STEADY, head_start=True, stop_when_steady=not is_first)
+        seconds = _steady(run) + (self.between_s(placement, phase) if is_first else 0.0)
+        steps = self.schedule(placement)
+        read_bytes = sum(s.nbytes for s in steps if isinstance(s, Read))
+        upload_bytes = sum(s.nbytes for s in steps if isinstance(s, Upload))
+        bound = Bound(
+            disk_s=clock.work_s("read"),
+            link_s=clock.work_s("upload"),
+            compute_s=clock.work_s("compute"),
+        )
+        spread = self.computer.profile.noise
+        lane = self.computer.profile.lane(self.computer.read)
+        if bound.binding == "disk":
+            spread = max(spread, lane.spread(lane.rates[-1].nbytes * lane.rates[-1].threads))
+        own = computing.spread_s / computing.seconds if computing.seconds else 0.0
+        if bound.binding == "compute":
+            spread = sqrt(spread**2 + own**2)
+        return PassCost(
+            seconds=seconds,
+            bound=bound,
+            stall_s=run.stall_s / max(1, len(run.pass_s)),
+            serial_s=clock.serial_s,
+            spread_s=spread * seconds,
+            estimated=computing.estimated_s / computing.seconds if computing.seconds else 0.0,
+            read_bytes=read_bytes,
+            upload_bytes=upload_bytes,
+        )
+
+    def predict(self, placement: Placement, *, host_beside: int = 0, device_beside: int = 0) -> Prediction:
+        """Both phases.
+
+        Args:
+            host_beside, device_beside: bytes of memory that are in use beside weights and rings.
+        """
+        first = self.pass_cost(placement, prefill(self.work), is_first=True)
+        later = self.pass_cost(placement, decode(self.work))
+        profile = self.computer.profile
+        sizes = self._resident(placement)
+        is_measured = profile.source == "measured" and max(first.estimated, later.estimated) < 0.2
+        seconds = later.seconds
+        has_device = placement.device_ring.slots > 0 or sizes[Tier.DEVICE] > 0
+        return Prediction(
+            prefill_s=first.seconds,
+            decode_s_per_token=seconds,
+            tokens_per_s=self.work.batch / seconds,
+            peak_rss_bytes=host_beside + sizes[Tier.HOST] + placement.host_ring.nbytes,
+            device_peak_bytes=device_beside + sizes[Tier.DEVICE] + placement.device_ring.nbytes if has_device else 0,
+            read_bytes_per_token=later.read_bytes,
+            upload_bytes_per_token=later.upload_bytes,
+            bound_s_per_token=later.bound.seconds,
+            binding=later.bound.binding,
+            interval=(max(later.bound.seconds * 0.97, seconds - 2 * later.spread_s), seconds + 2 * later.spread_s),
+            origin="measured" if is_measured else "estimate",
+            prefill=first,
+            decode=later,
+        )
+
+    def _resident(self, placement: Placement) -> dict[Tier, int]:
+        sizes = dict.fromkeys(Tier, 0)
+        for tensor in (*self.spec.loose, *(t for u in self.spec.units for t in u.tensors)):
+            sizes[placement.home[tensor.name]] += tensor.nbytes
+        return sizes
+
+
+def _steady(run: Run) -> float:
+    """Seconds of a pass in the long run: the last one where the state repeats, else the mean of the later half."""
+    if run.is_steady or len(run.pass_s) < 4:
+        return run.pass_s[-1]
+    half = run.pass_s[len(run.pass_s) // 2 :]
+    return sum(half) / len(half)
