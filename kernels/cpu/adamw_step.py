@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from numba import float32, njit
+from numba import float32
 
 from offload.kernels import reference
+from offload.kernels.cpu.helper import helper
 from offload.kernels.cpu.lanes import total
 from offload.kernels.cpu.memory import (
     claim,
@@ -34,7 +35,7 @@ AHEAD = 512  # parameters between those that are fetched and those that are comp
 
 
 def _make(name: str, load: Any, grad_nbytes: int) -> TeamFunction:
-    @njit(error_model="numpy", forceinline=True)
+    @helper(inline=True)
     def update(master: int, mean: int, square: int, g: Any, k: int, numbers: Any) -> Any:
         """16 parameters; returns their new values."""
         keep, new1, old2, new2, root, eps, rate = numbers

@@ -6,11 +6,12 @@ import functools
 from typing import Any
 
 import torch
-from numba import float32, int64, njit, uint32
+from numba import float32, int64, uint32
 
 from offload.kernels import reference
 from offload.kernels.cpu.adamw_step import AHEAD, constants
 from offload.kernels.cpu.convert import as_f32, as_u32, to_f32, to_i32
+from offload.kernels.cpu.helper import helper
 from offload.kernels.cpu.lanes import first, larger, largest, pick, smaller, total
 from offload.kernels.cpu.memory import (
     claim,
@@ -39,13 +40,13 @@ _TABLES = 16  # floats before the tables in the block of numbers
 _SIGNED, _UNSIGNED = _TABLES, _TABLES + 6 * 16
 
 
-@njit(error_model="numpy", forceinline=True)
+@helper(inline=True)
 def _value(rank: Any, slope: Any, offset: Any) -> Any:
     index = leading_zeros(rank)
     return fma(to_f32(rank), pick(slope, index), pick(offset, index))
 
 
-@njit(error_model="numpy", forceinline=True)
+@helper(inline=True)
 def _rank(size: Any, inverse: Any, carry: Any, up: Any, base: Any, top: Any) -> Any:
     """See Dynamic8Tables; yet to be rounded towards zero."""
     x = fma(size, inverse, splat_f32(float32(SMALLEST)))
@@ -54,7 +55,7 @@ def _rank(size: Any, inverse: Any, carry: Any, up: Any, base: Any, top: Any) -> 
     return smaller(fma(x, pick(up, part), pick(base, part)), pick(top, part))
 
 
-@njit(error_model="numpy", forceinline=True)
+@helper(inline=True)
 def _quantize(values: int, largest: Any, codes: int, k: int, tables: int, signed: bool) -> None:
     """256 float32 to the codes from k on."""
     carry = load_u32(tables, 32)

@@ -6,14 +6,13 @@ turns, they do not follow; a kernel that asks 8 KiB ahead then runs up to 1.8 ti
 
 from __future__ import annotations
 
-from numba import njit
-
+from offload.kernels.cpu.helper import helper
 from offload.kernels.cpu.memory import prefetch
 
 AHEAD = 8192  # bytes
 
 
-@njit(error_model="numpy")
+@helper
 def ask(address: int, nbytes: int) -> None:
     """Asks for what lies AHEAD of `nbytes` (a multiple of 64) at `address`; it need not exist."""
     for start in range(0, nbytes, 64):

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import float32, int64, njit, uint32
+from numba import float32, int64, uint32
 
 from offload.kernels.cpu.convert import as_f32, as_u32
 from offload.kernels.cpu.exp import LOG2_E, exp2
+from offload.kernels.cpu.helper import helper
 from offload.kernels.cpu.lanes import lane_numbers, larger, largest_of_4, totals, where_equal, where_less
 from offload.kernels.cpu.memory import get_f32, load_f32, load_u32, prefetch, store_f32
 from offload.kernels.cpu.vector import fma, fma_pairs, magnitude, splat_f32, splat_u32
@@ -27,13 +28,13 @@ STATE = 16 * 3 + BLOCK * 4  # floats of scratch for four rows: largest, sum, cor
 _INFINITY = float("inf")
 
 
-@njit(error_model="numpy")
+@helper
 def wide4(w: Any, x: Any, sums: Any) -> Any:
     """Four vectors by one, added to four sums."""
     return fma(w[0], x, sums[0]), fma(w[1], x, sums[1]), fma(w[2], x, sums[2]), fma(w[3], x, sums[3])
 
 
-@njit(error_model="numpy")
+@helper
 def _capped(scores: Any, cap: Any) -> Any:
     """cap * tanh(scores / cap)."""
     ratio = scores / splat_f32(cap)
@@ -44,7 +45,7 @@ def _capped(scores: Any, cap: Any) -> Any:
     return as_f32(as_u32(tanh) | sign) * splat_f32(cap)
 
 
-@njit(error_model="numpy")
+@helper
 def _dots(w: Any, x: Any, sums: Any) -> Any:
     """Four rows of pairs of bf16 by one."""
     return (
@@ -58,7 +59,7 @@ def _dots(w: Any, x: Any, sums: Any) -> Any:
 def make_block(load: Any, load2: Any, itemsize: int) -> tuple[Any, Any]:
     """(scores, values) for keys and values that `load` reads 16 at a time and `load2` 32 at a time."""
 
-    @njit(error_model="numpy")
+    @helper
     def four_by_four(q: int, k0: int, k1: int, k2: int, k3: int, dim: int) -> Any:
         """Products of four rows of float32 with four keys."""
         zero = splat_f32(float32(0))
@@ -80,7 +81,7 @@ def make_block(load: Any, load2: Any, itemsize: int) -> tuple[Any, Any]:
             i += 16
         return totals(a + b + c + d)
 
-    @njit(error_model="numpy")
+    @helper
     def four_by_four_bf16(q: int, k0: int, k1: int, k2: int, k3: int, dim: int) -> Any:
         """The same with four rows of bf16, as far apart as if they were float32."""
         zero = splat_f32(float32(0))
@@ -99,7 +100,7 @@ def make_block(load: Any, load2: Any, itemsize: int) -> tuple[Any, Any]:
             c, d = wide4(wide, load(q2, i), c), wide4(wide, load(q3, i), d)
         return totals(a + b + c + d)
 
-    @njit(error_model="numpy")
+    @helper
     def scores(
         state: int, q: int, keys: int, stride: int, begin: int, end: int, dim: int, scale: Any, cap: Any,
         masks: bool, token: int, seen_from: Any, seen: Any, ahead: int, stride_ahead: int, narrow: bool,
@@ -150,7 +151,7 @@ def make_block(load: Any, load2: Any, itemsize: int) -> tuple[Any, Any]:
         store_f32(state, 16, sums)
         store_f32(state, 32, correction)
 
-    @njit(error_model="numpy")
+    @helper
     def _four(numbers: int, at: int, apart: int) -> Any:
         """Four numbers, each in every lane of a vector."""
         return (
@@ -160,7 +161,7 @@ def make_block(load: Any, load2: Any, itemsize: int) -> tuple[Any, Any]:
             splat_f32(get_f32(numbers, at + 3 * apart)),
         )
 
-    @njit(error_model="numpy")
+    @helper
     def _open(sums: int, i: int, dim: int, by: Any) -> Any:
         """16 numbers of the sums of four rows, corrected."""
         return (
@@ -170,14 +171,14 @@ def make_block(load: Any, load2: Any, itemsize: int) -> tuple[Any, Any]:
             load_f32(sums, 3 * dim + i) * by[3],
         )
 
-    @njit(error_model="numpy")
+    @helper
     def _close(sums: int, i: int, dim: int, four: Any) -> None:
         store_f32(sums, i, four[0])
         store_f32(sums, dim + i, four[1])
         store_f32(sums, 2 * dim + i, four[2])
         store_f32(sums, 3 * dim + i, four[3])
 
-    @njit(error_model="numpy")
+    @helper
     def values(
         state: int, vs: int, stride: int, begin: int, end: int, dim: int, sums: int, ahead: int, stride_ahead: int
     ) -> None:
@@ -220,13 +221,13 @@ def make_block(load: Any, load2: Any, itemsize: int) -> tuple[Any, Any]:
     return scores, values
 
 
-@njit(error_model="numpy")
+@helper
 def load2_f32(address: int, index: int) -> Any:
     """32 float32, in order."""
     return load_f32(address, index), load_f32(address, index + 16)
 
 
-@njit(error_model="numpy")
+@helper
 def load2_bf16(address: int, index: int) -> Any:
     """32 bf16: those at even places, and those at odd ones. Two are a word, so that a shift or a mask widens."""
     words = load_u32(address, index >> 1)

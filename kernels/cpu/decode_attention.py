@@ -12,10 +12,11 @@ import struct
 from typing import Any
 
 import torch
-from numba import float32, int64, njit
+from numba import float32, int64
 
 from offload.kernels.cpu.attention_block import BLOCK, STATE, load2_bf16, load2_f32, make_block
 from offload.kernels.cpu.exp import exp2
+from offload.kernels.cpu.helper import helper
 from offload.kernels.cpu.lanes import evens, first, odds, total_of_4, zip_high, zip_low
 from offload.kernels.cpu.memory import (
     claim,
@@ -37,12 +38,12 @@ _INFINITY = float("inf")
 _LN_2 = math.log(2)
 
 
-@njit(error_model="numpy")
+@helper
 def _read(q: int, i: int, is_bf16: bool) -> Any:
     return load_bf16(q, i) if is_bf16 else load_f32(q, i)
 
 
-@njit(error_model="numpy")
+@helper
 def _write(out: int, i: int, value: Any, is_bf16: bool) -> None:
     if is_bf16:
         store_bf16(out, i, value)
@@ -53,7 +54,7 @@ def _write(out: int, i: int, value: Any, is_bf16: bool) -> None:
 def _make(name: str, load: Any, load2: Any, itemsize: int, in_pairs: bool) -> TeamFunction:
     scores, values = make_block(load, load2, itemsize)
 
-    @njit(error_model="numpy")
+    @helper
     def place(q: int, is_bf16: bool, narrow: bool, dim: int, to: int) -> None:
         """A query as it is (`narrow`), or in float32 in the order in which keys are read."""
         paired = dim // 64 * 64
@@ -68,7 +69,7 @@ def _make(name: str, load: Any, load2: Any, itemsize: int, in_pairs: bool) -> Te
         for i in range(paired, dim, 16):
             store_f32(to, i, _read(q, i, is_bf16))
 
-    @njit(error_model="numpy")
+    @helper
     def prepare(
         q: int, begin: int, end: int, narrow: bool, is_bf16: bool, dim: int, r: int, state: int, to: int
     ) -> None:

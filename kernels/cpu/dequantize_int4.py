@@ -5,20 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from numba import float32, njit, uint32
+from numba import float32, uint32
 
 from offload.kernels.cpu.convert import as_f32
+from offload.kernels.cpu.helper import helper
 from offload.kernels.cpu.linear import step_of
 from offload.kernels.cpu.memory import claim, get_f16, get_i64, get_u8, load_u32, put_u8, store_bf16, store_f32
 from offload.kernels.cpu.team import TeamFunction, team_function
 from offload.kernels.cpu.vector import splat_f32, splat_u32
 from offload.kernels.formats.int4 import INT4_CHUNK, Int4Weight, first_bit
 
-_first_bit = njit(first_bit)
+_first_bit = helper(first_bit)
 
 
 def _make(name: str, store: Any, itemsize: int) -> TeamFunction:
-    @njit(error_model="numpy")
+    @helper
     def unpack(packed: int, parts: int, scale: int, offset: int, out: int) -> None:
         """128 weights."""
         words, first = load_u32(packed, 0), splat_f32(float32(2.0**23))

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import float32, int64, njit
+from numba import float32, int64
 
 from offload.kernels.cpu.ahead import ask
+from offload.kernels.cpu.helper import helper
 from offload.kernels.cpu.lanes import total
 from offload.kernels.cpu.memory import get_bf16, get_f32, load_f32, load_pairs, prefetch
 from offload.kernels.cpu.vector import fma, fma_pairs, splat_f32
@@ -20,13 +21,13 @@ from offload.kernels.cpu.vector import fma, fma_pairs, splat_f32
 NEAR = 4096  # bytes ahead that memory is asked for where stored rows go one by one
 
 
-@njit(error_model="numpy")
+@helper
 def _rest(w: Any, x: Any, sums: Any) -> Any:
     """Four stored numbers by one of x."""
     return sums[0] + w[0] * x, sums[1] + w[1] * x, sums[2] + w[2] * x, sums[3] + w[3] * x
 
 
-@njit(error_model="numpy")
+@helper
 def _totals(wide: Any, rest: Any) -> Any:
     return total(wide[0]) + rest[0], total(wide[1]) + rest[1], total(wide[2]) + rest[2], total(wide[3]) + rest[3]
 
@@ -45,13 +46,13 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
     load_x, get_x, accumulate = (load_pairs, get_bf16, fma_pairs) if by_pairs else (load_f32, get_f32, fma)
     step, x_nbytes = (32, 2) if by_pairs else (16, 4)
 
-    @njit(error_model="numpy")
+    @helper
     def wide4(w: Any, x: Any, sums: Any) -> Any:
         """Four rows of stored numbers by one row of x."""
         a, b = accumulate(w[0], x, sums[0]), accumulate(w[1], x, sums[1])
         return a, b, accumulate(w[2], x, sums[2]), accumulate(w[3], x, sums[3])
 
-    @njit(error_model="numpy")
+    @helper
     def dot1(w: int, x: int, count: int) -> Any:
         a, rest, k, coming = splat_f32(float32(0)), float32(0), 0, w + NEAR
         while k + 2 * step <= count:
@@ -68,7 +69,7 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
             k += 1
         return total(a) + rest
 
-    @njit(error_model="numpy")
+    @helper
     def dot16(w: int, stride: int, x: int, count: int) -> Any:
         w1, w2, w3 = w + stride, w + 2 * stride, w + 3 * stride
         x1, x2, x3 = x + x_nbytes * count, x + 2 * x_nbytes * count, x + 3 * x_nbytes * count
@@ -93,12 +94,12 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
             k += 1
         return _totals(a, ra), _totals(b, rb), _totals(c, rc), _totals(d, rd)
 
-    @njit(error_model="numpy")
+    @helper
     def write(y: int, at: int, n: int, value: Any, scale: int, bias: int) -> None:
         by = get_f32(scale, n) if scale else float32(1)
         put(y, at + n, value * by + (get_bias(bias, n) if bias else float32(0)))
 
-    @njit(error_model="numpy")
+    @helper
     def write4(y: int, at: int, n: int, many: int, values: Any, scale: int, bias: int) -> None:
         write(y, at, n, values[0], scale, bias)
         if many == 4:
@@ -106,7 +107,7 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
             write(y, at, n + 2, values[2], scale, bias)
             write(y, at, n + 3, values[3], scale, bias)
 
-    @njit(error_model="numpy")
+    @helper
     def multiply(
         weights: int, stride: int, first: int, last: int, x: int, rows: int, outputs: int, inputs: int,
         scale: int, bias: int, y: int,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import float32, njit, uint32
+from numba import float32, uint32
 
 from offload.kernels.cpu.convert import as_f32, as_u32
+from offload.kernels.cpu.helper import helper
 from offload.kernels.cpu.lanes import where_less
 from offload.kernels.cpu.vector import fma, splat_f32, splat_u32
 
@@ -16,7 +17,7 @@ C4, C5, C6 = 0.00961843691766262, 0.0013398875016719103, 0.00015353361959569156
 _ROUND = 1.5 * 2**23  # added to a small float32, it leaves the nearest whole number in the lowest bits
 
 
-@njit(error_model="numpy")
+@helper
 def exp2(y: Any) -> Any:
     """2 to the power of y, for y up to 127; 0 below -126, and a NaN for a NaN.
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from numba import float32, int64, njit, uint32
+from numba import float32, int64, uint32
 from torch.nn import functional
 
 from offload.kernels.cpu.ahead import ask
+from offload.kernels.cpu.helper import helper
 from offload.kernels.cpu.lanes import total
 from offload.kernels.cpu.linear import step_of
 from offload.kernels.cpu.memory import (
@@ -38,14 +39,14 @@ from offload.kernels.formats.int4 import INT4_CHUNK, Int4Weight
 MAX_ROWS = 16  # beyond, unpacking once and torch's matrix product cost less
 
 
-@njit(error_model="numpy")
+@helper
 def _pairs(words: Any, p: int) -> Any:
     """Weights 32 * p and on of a chunk, as 1 + q / 16: pairs of input l and input 16 + l."""
     moved = words << splat_u32(uint32(3)) if p == 0 else words >> splat_u32(uint32(4 * p - 3))
     return moved & splat_u32(uint32(0x00780078)) | splat_u32(uint32(0x3F803F80))
 
 
-@njit(error_model="numpy")
+@helper
 def _prepare_x(x: int, inputs: int, group: int, pairs: int, sums: int) -> None:
     """Of a row of bf16: its numbers in pairs as the weights are, and the sum of each group."""
     for g in range(inputs // group):
@@ -56,7 +57,7 @@ def _prepare_x(x: int, inputs: int, group: int, pairs: int, sums: int) -> None:
         put_f32(sums, g, total(of_lanes))
 
 
-@njit(error_model="numpy")
+@helper
 def _prepare_scales(scale: int, offset: int, groups: int, steps: int, shifts: int) -> None:
     """Of a row: 16 * scale and offset - 16 * scale of each group, as float32."""
     g = 0
@@ -73,7 +74,7 @@ def _prepare_scales(scale: int, offset: int, groups: int, steps: int, shifts: in
         g += 1
 
 
-@njit(error_model="numpy")
+@helper
 def _finish(main: Any, shifts: int, sums: int, groups: int) -> Any:
     """An output: 16 lanes of the first sum, plus the second."""
     g, rest = 0, float32(0)
@@ -90,7 +91,7 @@ def _make(group: int) -> TeamFunction:
     parts = group // 32  # vectors of pairs that share a scale
     per_chunk = INT4_CHUNK // group
 
-    @njit(error_model="numpy")
+    @helper
     def four(words: Any, chunk: int, i: int, x: int) -> Any:
         """Of group i of a chunk of four rows, by one row of x: 16 lanes each of sum(x * m)."""
         a = b = c = d = splat_f32(float32(0))
@@ -100,7 +101,7 @@ def _make(group: int) -> TeamFunction:
             c, d = fma_pairs(_pairs(words[2], p), by, c), fma_pairs(_pairs(words[3], p), by, d)
         return a, b, c, d
 
-    @njit(error_model="numpy")
+    @helper
     def scaled(inner: Any, steps: int, groups: int, g: int, sums: Any) -> Any:
         return (
             fma(inner[0], splat_f32(get_f32(steps, g)), sums[0]),
@@ -109,7 +110,7 @@ def _make(group: int) -> TeamFunction:
             fma(inner[3], splat_f32(get_f32(steps, 3 * groups + g)), sums[3]),
         )
 
-    @njit(error_model="numpy")
+    @helper
     def words4(w: int, stride: int, chunk: int) -> Any:
         ask(w + chunk * 256, 256)
         at = chunk * 16
@@ -120,7 +121,7 @@ def _make(group: int) -> TeamFunction:
             load_u32(w + 3 * stride, at),
         )
 
-    @njit(error_model="numpy")
+    @helper
     def dot4(w: int, stride: int, steps: int, groups: int, x: int) -> Any:
         """Four rows by one of x: 16 lanes of each first sum."""
         zero = splat_f32(float32(0))
@@ -131,7 +132,7 @@ def _make(group: int) -> TeamFunction:
                 sums = scaled(four(words, chunk, i, x), steps, groups, chunk * per_chunk + i, sums)
         return sums
 
-    @njit(error_model="numpy")
+    @helper
     def dot8(w: int, stride: int, steps: int, groups: int, x: int, next_x: int) -> Any:
         """Four rows by two of x."""
         zero = splat_f32(float32(0))
@@ -144,7 +145,7 @@ def _make(group: int) -> TeamFunction:
                 more = scaled(four(words, chunk, i, next_x), steps, groups, g, more)
         return sums, more
 
-    @njit(error_model="numpy")
+    @helper
     def write4(y: int, at: int, many: int, sums: Any, shifts: int, of_x: int, groups: int) -> None:
         put_f32(y, at, _finish(sums[0], shifts, of_x, groups))
         if many == 4:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import int64, njit, uint32
+from numba import int64, uint32
 
 from offload.kernels.cpu.ahead import ask
+from offload.kernels.cpu.helper import helper
 from offload.kernels.cpu.memory import get_i32, get_u8, get_u16, load_u16_low, put_u16, store_u16
 from offload.kernels.cpu.vector import splat_u16
 
 
-@njit(error_model="numpy")
+@helper
 def _join(low: Any, code: Any, largest: Any) -> Any:
     """Sign and mantissa, exponent codes and the largest exponent to the bits of 32 bf16."""
     exponent = (largest - code) << splat_u16(uint32(7))
@@ -19,7 +20,7 @@ def _join(low: Any, code: Any, largest: Any) -> Any:
     return sign | exponent | low & splat_u16(uint32(0x7F))
 
 
-@njit(error_model="numpy")
+@helper
 def unpack_row(  # type: ignore[no-untyped-def]
     low: int, codes: int, largest: int, at: int, exponents: int, patches: int, first: int, last: int, out: int, n: int
 ):  # fmt: skip

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from numba import njit, uint32
+from numba import uint32
 
+from offload.kernels.cpu.helper import helper
 from offload.kernels.cpu.lanes import count_bits, equal, first, larger, largest, lowest_bit, smaller
 from offload.kernels.cpu.linear import step_of
 from offload.kernels.cpu.memory import (
@@ -43,7 +44,7 @@ def _largest(block: int) -> None:
         piece = claim(block)
 
 
-@njit(error_model="numpy")
+@helper
 def _split(bits: Any, top: Any) -> Any:
     """32 bf16 as (sign and mantissa, exponent code)."""
     low = bits >> splat_u16(uint32(8)) & splat_u16(uint32(0x80)) | bits & splat_u16(uint32(0x7F))
@@ -51,7 +52,7 @@ def _split(bits: Any, top: Any) -> Any:
     return low, smaller(top - exponent, splat_u16(uint32(15)))
 
 
-@njit(error_model="numpy")
+@helper
 def _pack(w: int, low: int, codes: int, top: Any) -> Any:
     """64 bf16; returns how many need a patch."""
     low1, code1 = _split(load_u16(w, 0), top)
@@ -82,7 +83,7 @@ def _planes(block: int) -> None:
         piece = claim(block)
 
 
-@njit(error_model="numpy")
+@helper
 def _write(mask: int, k: int, w: int, at: int, exponents: int, patch: int) -> int:
     """The patches of inputs `k` and on that `mask` names; returns where the next one goes."""
     while mask:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from numba import float32, njit, uint32
+from numba import float32, uint32
 
 from offload.kernels.cpu.convert import as_f32, as_u32, through_f16
+from offload.kernels.cpu.helper import helper
 from offload.kernels.cpu.lanes import first, lane_numbers, larger, largest, smaller, smallest, where_equal
 from offload.kernels.cpu.linear import step_of
 from offload.kernels.cpu.memory import claim, get_i64, get_u8, load_bf16, load_f16, load_f32, put_f16, put_u8, store_u32
@@ -17,11 +18,11 @@ from offload.kernels.formats.int4 import INT4_CHUNK, Int4Weight, first_bit
 
 _ROUND = 2.0**23  # added to a small float32, it leaves the nearest whole number in the lowest bits
 
-_first_bit = njit(first_bit)
+_first_bit = helper(first_bit)
 
 
 def _make(name: str, load: Any, itemsize: int) -> TeamFunction:
-    @njit(error_model="numpy")
+    @helper
     def spread(w: int, at: int, parts: int) -> Any:
         """Asymmetric: (step, lowest) of a group of 16 * parts weights, in every lane."""
         low = high = load(w, at)
@@ -31,7 +32,7 @@ def _make(name: str, load: Any, itemsize: int) -> TeamFunction:
         # zero is added so that a lowest of zero has one sign, in whatever order they are compared
         return through_f16((high - low) / splat_f32(float32(15))), through_f16(low) + splat_f32(float32(0))
 
-    @njit(error_model="numpy")
+    @helper
     def extreme(w: int, at: int, parts: int) -> Any:
         """Symmetric: (step, -8 steps), where the first weight of the largest magnitude is near -8 steps."""
         most = splat_f32(float32(0))
@@ -48,7 +49,7 @@ def _make(name: str, load: Any, itemsize: int) -> TeamFunction:
         step = through_f16(signed / splat_f32(float32(-8)))
         return step, step * splat_f32(float32(-8))
 
-    @njit(error_model="numpy")
+    @helper
     def pack(w: int, parts: int, packed: int, scale: int, offset: int) -> None:
         """128 weights: 64 bytes, and a scale and an offset (if its address is not 0) for each group."""
         zero, fifteen, words = splat_f32(float32(0)), splat_f32(float32(15)), splat_u32(uint32(0))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from numba import float32, njit
+from numba import float32
 
 from offload.kernels.cpu.convert import as_u32
+from offload.kernels.cpu.helper import helper
 from offload.kernels.cpu.lanes import first, larger, largest
 from offload.kernels.cpu.linear import step_of
 from offload.kernels.cpu.memory import claim, get_i64, load_bf16, load_f16, load_f32, put_f32, store_u32_low
@@ -20,7 +21,7 @@ _ROUND = 1.5 * 2**23  # added to a small float32, it leaves the nearest whole nu
 
 
 def _make(name: str, load: Any) -> TeamFunction:
-    @njit(error_model="numpy")
+    @helper
     def write(w: int, k: int, scale: Any, q: int) -> None:
         store_u32_low(q, k, as_u32(load(w, k) / scale + splat_f32(float32(_ROUND))))
 

@@ -6,9 +6,10 @@ import struct
 from typing import Any
 
 import torch
-from numba import float32, njit
+from numba import float32
 
 from offload.kernels.cpu.convert import through_bf16
+from offload.kernels.cpu.helper import helper
 from offload.kernels.cpu.lanes import total
 from offload.kernels.cpu.linear import step_of
 from offload.kernels.cpu.memory import claim, get_bf16, get_f32, get_i64, load_bf16, load_f32, store_bf16, store_f32
@@ -17,7 +18,7 @@ from offload.kernels.cpu.vector import fma, splat_f32, sqrt
 
 
 def _make(name: str, load: Any, get: Any, store: Any, is_bf16: bool) -> TeamFunction:
-    @njit(error_model="numpy")
+    @helper
     def squares(x: int, count: int) -> Any:
         a = b = c = d = splat_f32(float32(0))
         rest, k = float32(0), 0
@@ -30,7 +31,7 @@ def _make(name: str, load: Any, get: Any, store: Any, is_bf16: bool) -> TeamFunc
             k += 1
         return total((a + b) + (c + d)) + rest
 
-    @njit(error_model="numpy")
+    @helper
     def write(x: int, by: Any, weight: int, out: int, k: int) -> None:
         value = load(x, k) * by
         if is_bf16:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from numba import int64, njit
+from numba import int64
 
 from offload.kernels.cpu.convert import through_bf16
+from offload.kernels.cpu.helper import helper
 from offload.kernels.cpu.memory import claim, get_i64, load_bf16, load_f32, store_bf16, store_f32
 from offload.kernels.cpu.team import TeamFunction, team_function
 
@@ -15,11 +16,11 @@ _ROWS = 128  # heads of tokens that a thread claims
 
 
 def _make(name: str, load: Any, store: Any, is_bf16: bool) -> TeamFunction:
-    @njit(error_model="numpy")
+    @helper
     def rounded(value: Any) -> Any:
         return through_bf16(value) if is_bf16 else value
 
-    @njit(error_model="numpy")
+    @helper
     def turn(x: int, cos: int, sin: int, half: int, out: int, k: int) -> None:
         """16 planes."""
         low, high = load(x, k), load(x, half + k)

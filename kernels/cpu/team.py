@@ -22,29 +22,34 @@ from typing import Any
 import torch
 from numba import types
 from numba.core.bytecode import FunctionIdentity
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 
+from offload.kernels.cpu.helper import OPTIONS
+
 compiled_s = 0.0  # seconds that compiling took in this process; what came from the cache does not count
+_SIGNATURE = normalize_signature(types.void(types.int64))
 _HEAD = 2  # the counter and the number of pieces
 _compiling = threading.Lock()
 _known: list[TeamFunction] = []
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
-    """numba's cache on disk, keyed by a name and the code of all kernels.
+    """numba's cache on disk, in files of a kernel's own, named after it and the code of all kernels.
 
     numba's own key sees changes in the function's file only, and never finds a function that was made by another one
-    and calls a third.
+    and calls a third. Its files serve all functions that one piece of code makes, and two processes that add to one at
+    the same time can lose an entry, or put one's code in the other's place.
     """
 
     def __init__(self, python: Callable[[int], None], name: str) -> None:
         super().__init__(python)
-        self._name = name
+        stamp = self._impl.locator.get_source_stamp()
+        self._cache_file = IndexDataCacheFile(self._cache_path, f"{name}-{_sources()[:16]}", stamp)
 
     def _index_key(self, signature: Any, codegen: Any) -> Any:
-        return signature, codegen.magic_tuple(), self._name, _sources()
+        return signature, codegen.magic_tuple(), _sources()
 
 
 @functools.cache
@@ -89,15 +94,24 @@ class TeamFunction:
         global compiled_s
         with _compiling:
             began = time.perf_counter()
-            signature = normalize_signature(types.void(types.int64))
-            made = CFunc(self._python, signature, locals={}, options={"error_model": "numpy"})
-            made._cache = _Cache(self._python, self.name)
+            made = self._function()
             with _own_symbols(self.name):
                 made.compile()
             if not made.cache_hits:
                 compiled_s += time.perf_counter() - began
         self._made = made  # it owns the machine code
         return int(made.address)
+
+    def _function(self) -> Any:
+        made = CFunc(self._python, _SIGNATURE, locals={}, options=OPTIONS)
+        made._cache = _Cache(self._python, self.name)
+        return made
+
+    def is_compiled(self) -> bool:
+        """Whether its machine code is in the cache."""
+        made = self._function()
+        key = made._cache._index_key(made._sig, made._targetdescr.target_context.codegen())
+        return key in made._cache._cache_file._load_index()
 
     def compile(self) -> None:
         """Now rather than at first use."""
@@ -125,20 +139,11 @@ def team_function(name: str) -> Callable[[Callable[[int], None]], TeamFunction]:
     return lambda python: TeamFunction(python, name)
 
 
-def compile_all(progress: Callable[[str, int, int], None] | None = None) -> float:
-    """Compiles every kernel that is not in the cache yet; returns the seconds it took.
-
-    Args:
-        progress: called with a kernel's name, its number and how many there are.
-    """
+def all_functions() -> list[TeamFunction]:
+    """Those of every kernel."""
     for path in sorted(Path(__file__).parent.glob("*.py")):
         importlib.import_module(f"offload.kernels.cpu.{path.stem}")
-    began = time.perf_counter()
-    for number, function in enumerate(_known):
-        if progress is not None:
-            progress(function.name, number, len(_known))
-        function.compile()
-    return time.perf_counter() - began
+    return list(_known)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ def execute(console: Console) -> None:
     if (state := available()["cpu"]) != "yes":
         console.print(f"no CPU kernels to compile: {state}")
         return
-    team = importlib.import_module("offload.kernels.cpu.team")
+    warm = importlib.import_module("offload.kernels.cpu.warm")
     with Status("compiling kernels", console=console) as shown:
-        seconds = team.compile_all(lambda name, k, n: shown.update(f"compiling kernels: {name}, {k + 1} of {n}"))
+        seconds = warm.compile_all(lambda name, k, n: shown.update(f"compiling kernels: {name}, {k + 1} of {n}"))
     console.print(f"CPU kernels are compiled ({format_seconds(seconds)}) and in the cache", highlight=False)
