@@ -5,25 +5,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from offload.checkpoint.conversion import locate
 from offload.checkpoint.describe import describe
-from offload.checkpoint.manifest import read_manifest
-from offload.checkpoint.packable import packable
-from offload.checkpoint.skeleton import build, read_config, resolve_dtype
-from offload.errors import CheckpointError, UsageError
+from offload.checkpoint.outline import outline
+from offload.checkpoint.skeleton import read_config
+from offload.errors import CheckpointError
 from offload.io.buffers import Buffer
 from offload.io.engine import Engine
 from offload.io.safetensors import Checkpoint, read_checkpoint
 from offload.kernels.formats.weights import WeightFormat
-from offload.runtime.discovery import Anatomy, dissect
+from offload.runtime.discovery import Anatomy
 from offload.specs import ModelSpec
 from offload.tiers.host import as_tensor
 from offload.tiers.layout import Source, assemble, lay_out
@@ -101,61 +99,23 @@ def open_checkpoint(
         CheckpointError: something is missing, broken or does not fit.
         ModelError: it is stored in a layout that cannot be streamed.
     """
-    config = read_config(directory)
     checkpoint = read_checkpoint(directory)
-    stored = Counter(e.dtype for e in checkpoint.entries.values()).most_common(1)
-    manifest = read_manifest(directory)
-    wanted = resolve_dtype(dtype, config, stored[0][0] if stored else None)
-    if manifest is not None and wanted != (native := resolve_dtype("auto", config, None)):
-        raise UsageError(f"dtype={dtype!r}: this checkpoint was packed as {native}; use the one it was packed from")
-    model = build(config, wanted, **model_kwargs)
-    anatomy = dissect(model)
-    if manifest is not None:
-        located = manifest.locate(checkpoint.entries, weights)
-    else:
-        located = locate(model, checkpoint.entries, wanted)
-    sources = _by_parameter(model, anatomy, located, engine)
-    if weights is not None and manifest is None:
-        for name in packable(anatomy, sources, config, weights, blocks_only=True):
-            sources[name] = replace(sources[name], form=weights.form(sources[name].shape))
-    _load_buffers(model, located, engine)
-    _take_generation_config(model, directory)
+    sketch = outline(
+        directory, checkpoint, dtype=dtype, weights=weights, is_same=lambda a, b: is_same(a, b, engine), **model_kwargs
+    )
+    _load_buffers(sketch.model, sketch.located, engine)
+    _take_generation_config(sketch.model, directory)
     return Opened(
-        model=model,
-        anatomy=anatomy,
-        sources=sources,
-        spec=describe(anatomy, sources, getattr(model, "config", None)),
+        model=sketch.model,
+        anatomy=sketch.anatomy,
+        sources=sketch.sources,
+        spec=sketch.spec,
         checkpoint=checkpoint,
-        weights=manifest.weights if manifest is not None else str(weights or "none"),
+        weights=sketch.weights,
     )
 
 
-def _by_parameter(model: nn.Module, anatomy: Anatomy, located: dict[str, Source], engine: Engine) -> dict[str, Source]:
-    """One source for each parameter; a tied one may be stored under any of its names."""
-    paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), []).append(path)
-    sources, missing = {}, []
-    for name, owners in anatomy.owners.items():
-        names = {".".join(filter(None, (path, o.attribute))): None for o in owners for path in paths[id(o.module)]}
-        found = [located[n] for n in names if n in located]
-        if not found:
-            missing.append(name)
-            continue
-        for other in found[1:]:
-            if other.pieces != found[0].pieces and not is_same(found[0], other, engine):
-                raise CheckpointError(
-                    f"config.json ties {found[0].name} and {other.name}, but the checkpoint holds different values for "
-                    'them; set "tie_word_embeddings": false in config.json if they are meant to differ'
-                )
-        sources[name] = replace(found[0], name=name)
-    if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        raise CheckpointError(f"the checkpoint lacks {len(missing)} tensors that the model needs: {shown}")
-    return sources
-
-
-def _load_buffers(model: nn.Module, located: dict[str, Source], engine: Engine) -> None:
+def _load_buffers(model: nn.Module, located: Mapping[str, Source], engine: Engine) -> None:
     """Reads the buffers that the checkpoint stores; the others are as the constructor made them."""
     for name, _ in list(model.named_buffers()):
         source = located.get(name)

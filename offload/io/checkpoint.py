@@ -41,10 +41,11 @@ class Checkpoint:
     params: int
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str], *, is_whole: bool = True) -> Checkpoint:
     """Find a checkpoint's files and read their headers.
 
     Args:
+        is_whole: False takes files that hold a header only, for plans; see `read_header`.
         path: a directory with model.safetensors, or with model.safetensors.index.json and shards, or with any other
             safetensors files; or one such file.
 
@@ -56,15 +57,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     name = os.path.abspath(os.fspath(path))
     if not os.path.isdir(name):
-        return _read_file(name)
+        return _read_file(name, is_whole)
     found = sorted(os.listdir(name))
     if SINGLE in found:
-        return _gather(name, [_resolve(name, SINGLE)])
+        return _gather(name, [_resolve(name, SINGLE)], is_whole)
     if INDEX in found:
-        return _read_sharded(name, os.path.join(name, INDEX))
+        return _read_sharded(name, os.path.join(name, INDEX), is_whole)
     shards = [file for file in found if file.endswith(".safetensors")]
     if shards:
-        return _gather(name, [_resolve(name, file) for file in shards])
+        return _gather(name, [_resolve(name, file) for file in shards], is_whole)
     pickles = [file for file in found if file.endswith(_PICKLES)]
     if pickles:
         raise _pickle_error(name, pickles)
@@ -72,16 +73,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     raise CheckpointError(f"{name}: looked for {SINGLE}, {INDEX} and *.safetensors; there lies {lies}")
 
 
-def _read_file(name: str) -> Checkpoint:
+def _read_file(name: str, is_whole: bool) -> Checkpoint:
     directory = os.path.dirname(name)
     if not os.path.exists(name):
         raise CheckpointError(f"{name}: does not exist; a directory with safetensors files, or one such, was expected")
     if name.endswith(_PICKLES):
         raise _pickle_error(directory, [os.path.basename(name)])
     if name.endswith(".safetensors.index.json"):
-        return _read_sharded(directory, name)
+        return _read_sharded(directory, name, is_whole)
     if name.endswith(".safetensors"):
-        return _gather(directory, [os.path.realpath(name)])  # the user named it: a link is theirs to follow
+        return _gather(directory, [os.path.realpath(name)], is_whole)  # the user named it: a link is theirs to follow
     raise CheckpointError(f"{name}: is neither a directory nor a .safetensors file")
 
 
@@ -93,7 +94,7 @@ def _pickle_error(directory: str, pickles: list[str]) -> PickleError:
     )
 
 
-def _read_sharded(directory: str, index: str) -> Checkpoint:
+def _read_sharded(directory: str, index: str, is_whole: bool) -> Checkpoint:
     weight_map = _read_index(index)
     shards = {shard: _resolve(directory, shard) for shard in sorted(set(weight_map.values()))}
     missing = [shard for shard, real in shards.items() if not os.path.exists(real)]
@@ -102,7 +103,7 @@ def _read_sharded(directory: str, index: str) -> Checkpoint:
             f"{directory}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:8])}; download the "
             "checkpoint again"
         )
-    checkpoint = _gather(directory, shards.values())
+    checkpoint = _gather(directory, shards.values(), is_whole)
     for tensor, shard in weight_map.items():
         entry = checkpoint.entries.get(tensor)
         if entry is None or entry.path != shards[shard]:
@@ -111,12 +112,12 @@ def _read_sharded(directory: str, index: str) -> Checkpoint:
     return checkpoint
 
 
-def _gather(directory: str, files: Iterable[str]) -> Checkpoint:
+def _gather(directory: str, files: Iterable[str], is_whole: bool) -> Checkpoint:
     entries: dict[str, Entry] = {}
     paths = tuple(dict.fromkeys(files))
     params = 0
     for path in paths:
-        for entry in read_header(path).entries:
+        for entry in read_header(path, is_whole=is_whole).entries:
             if entry.name in entries:
                 raise CheckpointError(
                     f"{directory}: tensor {entry.name[:120]!r} is in {os.path.basename(entries[entry.name].path)} and "

@@ -25,8 +25,12 @@ from offload.io.metadata import read_strings
 from offload.io.osfiles import OsFiles
 
 
-def read_header(path: str | os.PathLike[str], *, limits: Limits = LIMITS) -> Header:
+def read_header(path: str | os.PathLike[str], *, limits: Limits = LIMITS, is_whole: bool = True) -> Header:
     """Read and check a file's header.
+
+    Args:
+        is_whole: the file must hold the tensors that its header describes, no more and no less. False takes a header
+            alone, for plans of checkpoints that are not here; such a file must not be read from.
 
     Raises:
         FormatError: a rule is broken, or a limit passed; names file, tensor, what was found and what was expected.
@@ -47,7 +51,7 @@ def read_header(path: str | os.PathLike[str], *, limits: Limits = LIMITS) -> Hea
         number = error.errno if isinstance(error, OSError) else None  # ValueError: a NUL in the path
         reason = os.strerror(number) if number else str(error)
         raise StorageError(f"cannot read the header: {reason}", path=name, errno=number) from error
-    return _Parser(name, raw, status.nbytes, limits).parse()
+    return _Parser(name, raw, status.nbytes if is_whole else None, limits).parse()
 
 
 def _read_json(fd: int, path: str, file_nbytes: int, limits: Limits) -> bytes:
@@ -79,6 +83,7 @@ def _pread(fd: int, nbytes: int, offset: int) -> bytes:
     return found
 
 
+_UNKNOWN = 1 << 60  # more bytes than any file has
 _SPACE = rb"[ \t\n\r]*"
 # A name in quotes and the colon after it. The counts bound the work; the exact limit on names is checked after it.
 _KEY = re.compile(
@@ -108,10 +113,11 @@ _JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_refuse, parse_c
 class _Parser:
     """One pass over a header's bytes."""
 
-    def __init__(self, path: str, raw: bytes, file_nbytes: int, limits: Limits) -> None:
-        self.path, self.raw, self.file_nbytes, self.limits = path, raw, file_nbytes, limits
+    def __init__(self, path: str, raw: bytes, file_nbytes: int | None, limits: Limits) -> None:
+        self.path, self.raw, self.limits = path, raw, limits
         self.data_offset = 8 + len(raw)
-        self.data_nbytes = file_nbytes - self.data_offset
+        self.is_whole = file_nbytes is not None
+        self.data_nbytes = file_nbytes - self.data_offset if file_nbytes is not None else _UNKNOWN
         self.metadata: dict[str, str] | None = None
         # What is read so far, as columns: a tenth of the memory of entries, which are made when all is known right.
         self.names: dict[str, None] = {}
@@ -128,7 +134,9 @@ class _Parser:
                 at, is_last = self._pair(at)
             if not _TRAILER.match(self.raw, at):
                 self._fail(f"byte {at:,} of the header follows its end; only white space may")
-        return Header(self.path, self._in_order(), self.metadata or {}, self.data_offset, self.file_nbytes)
+        entries = self._in_order()
+        nbytes = self.data_offset + (self.data_nbytes if self.is_whole else self.total_nbytes)
+        return Header(self.path, entries, self.metadata or {}, self.data_offset, nbytes)
 
     def _pair(self, at: int) -> tuple[int, bool]:
         """Read one key and its value; returns where the next begins and whether there is none."""
@@ -222,7 +230,7 @@ class _Parser:
                 kind = "a hole" if begins[i] > at else "an overlap"
                 self._fail_tensor(name, f"{kind}: it begins at data byte {begins[i]:,}, expected {at:,}")
             at = ends[i]
-        if at != self.data_nbytes:
+        if self.is_whole and at != self.data_nbytes:
             self._fail(f"{self.data_nbytes - at:,} bytes follow the last tensor; the file must end with it")
         firsts = array("Q", itertools.accumulate(self.ranks, initial=0))
         names = list(self.names)
