@@ -74,6 +74,25 @@ def pack(
 
 
 @app.command()
+def finetune(
+    config: Annotated[str, typer.Argument(help="a YAML file; see docs/finetuning.md")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="laid over the file, such as train.learning_rate=2e-5")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on after the last commit")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything, show what would be learnt, stop")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")] = False,
+) -> None:
+    """Fine-tune a model whose training state is larger than memory."""
+    from offload.commands.finetune import Request, execute
+
+    request = Request(config=config, overrides=overrides or (), resume=resume, dry_run=dry_run, json=json)
+    raise typer.Exit(execute(request))
+
+
+@app.command()
 def doctor(
     offload_dir: Annotated[str | None, typer.Option(help="a folder to examine besides the current one")] = None,
     warm: Annotated[bool, typer.Option("--warm", help="compile all kernels now instead of at their first use")] = False,

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from offload.errors import DataError, UsageError
-from offload.finetune.records import Record, Text, Unusable, detect, parse
+from offload.finetune.records import Conversation, Record, Text, Unusable, detect, parse
 
 JSON_LINES = frozenset({".jsonl", ".ndjson", ".json"})
 REFUSED = {".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".gz", ".zst", ".zip", ".bz2", ".xz"}
@@ -34,10 +34,12 @@ class Indexed:
         starts: first byte of each usable record.
         lines: its line number, from 1.
         digest: of the file's bytes.
+        has_conversations: some record needs a chat template.
     """
 
     path: Path
     format: str
+    has_conversations: bool = False
     starts: array[int]
     lines: array[int]
     digest: str
@@ -151,7 +153,7 @@ def _index_json(
     path: Path, format: str, on_bad: Callable[[int, str], None], on_bytes: Callable[[int], None]
 ) -> Indexed:
     starts, lines = array("Q"), array("Q")
-    kind = None if format == "auto" else format
+    kind, talks = None if format == "auto" else format, False
     for number, start, line in _lines(path, hasher := hashlib.blake2b(digest_size=16), on_bytes):
         if not line.strip():
             continue
@@ -161,7 +163,7 @@ def _index_json(
                 raise UsageError(f"{path} is one JSON array; write one object a line instead")
             if kind is None and isinstance(record, dict):
                 kind = detect(record)
-            parse(record, kind or "text")
+            talks |= isinstance(parse(record, kind or "text"), Conversation)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             if number == 1 and line.strip() in (b"[", b"[{"):
                 raise UsageError(f"{path} is one JSON array; write one object a line instead") from None
@@ -171,7 +173,14 @@ def _index_json(
         else:
             starts.append(start)
             lines.append(number)
-    return Indexed(path=path, format=kind or "text", starts=starts, lines=lines, digest=hasher.hexdigest())
+    return Indexed(
+        path=path,
+        format=kind or "text",
+        has_conversations=talks,
+        starts=starts,
+        lines=lines,
+        digest=hasher.hexdigest(),
+    )
 
 
 def _index_plain(path: Path, on_bytes: Callable[[int], None]) -> Indexed:

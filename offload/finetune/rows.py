@@ -51,6 +51,10 @@ class Counts:
 class Rows:
     """All rows of all epochs.
 
+    Attributes:
+        counts: what happened to records: to all of them once `count` was called, else to those seen so far.
+        tokens: of all sequences of an epoch; 0 until `count` was called.
+
     Args:
         records: what there is.
         encoder: makes sequences of them.
@@ -74,7 +78,7 @@ class Rows:
     ) -> None:
         self.records, self._encoder, self.packing = records, encoder, packing
         self._max_length, self._shuffle, self._seed, self._skip_bad = max_length, shuffle, seed, skip_bad
-        self.counts = Counts()
+        self.counts, self.tokens, self._is_counted = Counts(), 0, False
 
     def after(self, position: Position) -> Iterator[tuple[Row, Position]]:
         """Rows of the rest of the position's epoch, each with the position behind it."""
@@ -109,11 +113,12 @@ class Rows:
     def count(self, epochs: int, progress: Callable[[str, int, int], None] | None = None) -> list[int]:
         """Rows of each of the first epochs. Encodes every record once and keeps nothing but lengths."""
         lengths: list[tuple[int, ...]] = []
+        self.counts, self._is_counted = Counts(), False
         for k in range(len(self.records)):
             lengths.append(tuple(len(ids) for ids, _ in self._sequences(k)))
             if progress is not None and (k + 1) % 64 == 0:
                 progress("counting tokens", k + 1, len(self.records))
-        self.tokens = sum(map(sum, lengths))
+        self.tokens, self._is_counted = sum(map(sum, lengths)), True
         if not self.packing:  # one row for each sequence, whatever the order
             return [sum(map(len, lengths))] * epochs
         found = []
@@ -133,8 +138,13 @@ class Rows:
         except Unusable as error:
             if not self._skip_bad:
                 raise DataError(str(error), *self.records.place(index)) from None
-            self.counts.bad += 1
+            self._tally(bad=1)
             return []
-        self.counts.cut_tokens += encoded.cut
-        self.counts.empty += not encoded.sequences
+        self._tally(cut=encoded.cut, empty=not encoded.sequences)
         return encoded.sequences
+
+    def _tally(self, *, cut: int = 0, empty: int = 0, bad: int = 0) -> None:
+        if not self._is_counted:
+            self.counts.cut_tokens += cut
+            self.counts.empty += empty
+            self.counts.bad += bad

@@ -57,6 +57,8 @@ def use_template(tokenizer: Any, name: str, *, is_needed: bool) -> str:
             "data.chat_template=chatml ends a message with the token <|im_end|>, which the tokenizer does not have; "
             "data.chat_template=plain uses its end token"
         )
+    if name == "chatml":
+        tokenizer.eos_token = "<|im_end|>"  # what ends an answer ends generation
     return name
 
 

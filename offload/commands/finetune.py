@@ -1,0 +1,200 @@
+"""`offload finetune`: a configuration in, a trained model out, and what it took."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import transformers
+from rich.console import Console
+
+from offload import api
+from offload.checkpoint import find, read_config
+from offload.commands.bar import bar
+from offload.commands.training import Progress, announce, summarise
+from offload.errors import UsageError
+from offload.finetune import finish, reading
+from offload.finetune.config import Config
+from offload.finetune.journal import Journal, read_journal
+from offload.finetune.loop import Run, Stop, finishing_steps, run
+from offload.finetune.prepare import Prepared, excerpt, prepare
+from offload.finetune.protocol import Trainer
+from offload.generate import tokenizer_of
+from offload.hardware import peak_rss_bytes, versions
+
+STATE = "state"  # folder in output_dir, where budgets.offload_dir names none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The options of `offload finetune`; see its help."""
+
+    config: str
+    overrides: Sequence[str] = ()
+    resume: bool = False
+    dry_run: bool = False
+    json: bool = False
+
+
+def execute(request: Request) -> int:
+    """Trains; returns the exit status. Errors are raised."""
+    transformers.utils.logging.set_verbosity_error()
+    console = Console(stderr=True, quiet=request.json)
+    config = reading.read_config(request.config, request.overrides)
+    directory = find(config.model)
+    tokenizer = tokenizer_of(directory)
+    if tokenizer is None:
+        raise UsageError(f"{config.model} has no tokenizer; put tokenizer.json and tokenizer_config.json beside it")
+    with bar(console) as progress:
+        prepared = prepare(config, tokenizer, read_config(directory), progress=progress)
+        total = 0 if request.resume else prepared.feed.count(config.train, _records(progress))
+    announce(config, prepared, total, console)
+    if request.dry_run:
+        return _rehearse(request, config, prepared, total, tokenizer, console)
+    output = Path(config.train.output_dir)
+    with finishing_steps() as stop, _open(request, config, directory) as trainer:
+        if not total:
+            total = _total(trainer, config, prepared)
+        report = _train(request, config, prepared, total, trainer, stop, console, tokenizer, directory)
+    if request.json:
+        print(json.dumps(report))
+    else:
+        summarise(report, output, console)
+    return 128 + stop.signal if stop.signal else 0
+
+
+def engine_arguments(config: Config, *, resume: bool) -> dict[str, Any]:
+    """What `offload.finetuning` is given besides the model."""
+    train, budgets = config.train, config.budgets
+    arguments: dict[str, Any] = {
+        "method": config.method,
+        "optimizer": train.optim,
+        "learning_rate": train.learning_rate,
+        "max_grad_norm": train.max_grad_norm,
+        "weight_decay": train.weight_decay,
+        "betas": (train.adam_beta1, train.adam_beta2),
+        "eps": train.adam_epsilon,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "offload_dir": budgets.offload_dir or str(Path(train.output_dir) / STATE),
+        "seed": train.seed,
+        "resume": resume,
+    }
+    optional = {"cpu_memory": budgets.cpu_memory, "gpu_memory": budgets.gpu_memory, "device": budgets.device,
+                "disk_limit": budgets.disk_limit}  # fmt: skip
+    return arguments | {name: value for name, value in optional.items() if value is not None}
+
+
+def _records(progress: Any) -> Any:
+    """The bar's callback for work that is counted in records, not bytes."""
+    return lambda what, done, total: progress(f"{what}: {done:,} of {total:,} records", 0, 0)
+
+
+def _open(request: Request, config: Config, directory: Path) -> AbstractContextManager[Trainer]:
+    return api.finetuning(directory, **engine_arguments(config, resume=request.resume))
+
+
+def _total(trainer: Trainer, config: Config, prepared: Prepared) -> int:
+    """Steps of a resumed run: as it was counted when it began, unless max_steps says otherwise."""
+    if config.train.max_steps < 0 and "total_steps" in trainer.extra:
+        return int(trainer.extra["total_steps"])
+    return prepared.feed.count(config.train)
+
+
+def _train(
+    request: Request,
+    config: Config,
+    prepared: Prepared,
+    total: int,
+    trainer: Trainer,
+    stop: Stop,
+    console: Console,
+    tokenizer: Any,
+    directory: Path,
+) -> dict[str, Any]:
+    train, output = config.train, Path(config.train.output_dir)
+    parts = {"tokenizer": tokenizer, "source": directory}
+    keep = trainer.step_number if request.resume else None
+    with Journal(output, report_to=train.report_to, keep=keep) as journal, Progress(console, total) as shown:
+        if journal.note:
+            console.print(f"note: {journal.note}", style="yellow", highlight=False)
+        if trainer.step_number:
+            console.print(f"going on after step {trainer.step_number} of {total}", highlight=False)
+
+        def on_line(line: Mapping[str, Any]) -> None:
+            journal.write(line)
+            shown.show(line)
+
+        def on_export(step: int) -> None:
+            finish.export(trainer, output, step, keep=train.save_total_limit, **parts)
+
+        what = Run(
+            train=train,
+            feed=prepared.feed,
+            total_steps=total,
+            eval_feed=prepared.eval_feed,
+            identity=prepared.identity,
+            on_line=on_line,
+            on_export=on_export,
+        )
+        is_complete = run(trainer, what, stop)
+        if is_complete:
+            shown.say("saving the model")
+            finish.save(trainer, output, **parts)
+    return _report(config, prepared, total, trainer, is_complete, journal.path)
+
+
+def _rehearse(
+    request: Request, config: Config, prepared: Prepared, total: int, tokenizer: Any, console: Console
+) -> int:
+    """Shows what would be learnt, and trains nothing."""
+    text = excerpt(prepared.feed, tokenizer)
+    if request.json:
+        print(json.dumps({"model": config.model, "total_steps": total, "data": _data(prepared), "excerpt": text}))
+    else:
+        console.print("the first row; what is learnt stands between ⟦ and ⟧:", style="dim")
+        print(text)
+    return 0
+
+
+def _data(prepared: Prepared) -> dict[str, Any]:
+    rows = prepared.feed.rows
+    return {
+        "records": len(prepared.records),
+        "bad_lines": prepared.records.bad_count,
+        "refused_by_template": rows.counts.bad,
+        "empty": rows.counts.empty,
+        "cut_tokens": rows.counts.cut_tokens,
+        "chat_template": prepared.template,
+    }
+
+
+def _report(
+    config: Config, prepared: Prepared, total: int, trainer: Trainer, is_complete: bool, journal: Path
+) -> dict[str, Any]:
+    lines = read_journal(journal)
+    steps, evals = [x for x in lines if "loss" in x], [x for x in lines if "eval_loss" in x]
+    return {
+        "model": config.model,
+        "method": config.method,
+        "output_dir": config.train.output_dir,
+        "is_complete": is_complete,
+        "steps": trainer.step_number,
+        "total_steps": total,
+        "loss_first": steps[0]["loss"] if steps else None,
+        "loss_last": steps[-1]["loss"] if steps else None,
+        "eval_loss_first": evals[0]["eval_loss"] if evals else None,
+        "eval_loss_last": evals[-1]["eval_loss"] if evals else None,
+        "tokens": sum(x["tokens"] for x in steps),
+        "tokens_per_s": median(x["tokens_per_s"] for x in steps) if steps else None,
+        "step_s": median(x["step_s"] for x in steps) if steps else None,
+        "read_bytes": sum(x["read_bytes"] for x in steps),
+        "write_bytes": sum(x["write_bytes"] for x in steps),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "data": _data(prepared),
+        "versions": versions(),
+    }

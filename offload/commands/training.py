@@ -1,0 +1,101 @@
+"""What a terminal shows of a fine-tuning run: what it is about to do, a line that moves, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import progress as rich_progress
+from rich.console import Console
+
+from offload.finetune.config import Config
+from offload.finetune.prepare import Prepared
+from offload.units import format_bytes, format_seconds
+
+
+def announce(config: Config, prepared: Prepared, total: int, console: Console) -> None:
+    """Says what will be learnt from what. `total` is 0 while nobody has counted."""
+    rows, train = prepared.feed.rows, config.train
+    formats = ", ".join(sorted({file.format for file in prepared.records.files}))
+    text = f"{len(prepared.records):,} records ({formats}; chat template: {prepared.template})"
+    if rows.tokens:
+        text += f", {rows.tokens:,} tokens"
+    if total:
+        text += f"; {total:,} steps of {train.gradient_accumulation_steps} x {train.per_device_train_batch_size} rows"
+    _say(console, text + f" of up to {config.data.max_length:,} tokens")
+    counts, bad = rows.counts, prepared.records.bad
+    for line in bad:
+        _note(console, f"left out: {line}")
+    if more := prepared.records.bad_count - len(bad):
+        _note(console, f"left out: {more:,} more lines")
+    if counts.bad:
+        _note(console, f"left out: {counts.bad:,} records that the chat template refuses")
+    if counts.cut_tokens:
+        _note(console, f"{counts.cut_tokens:,} tokens are cut off, because they go past data.max_length")
+    if counts.empty:
+        _note(console, f"{counts.empty:,} records are left out, because nothing to learn is left of them")
+
+
+class Progress:
+    """A bar with loss, learning rate and speed; without a terminal, a line for every tenth of the run."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        columns = (
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TextColumn("{task.fields[facts]}"),
+            rich_progress.TimeRemainingColumn(),
+        )
+        self._console, self._total = console, total
+        self._bar = rich_progress.Progress(
+            *columns, console=console, transient=True, disable=console.quiet or not console.is_terminal
+        )
+        self._task = self._bar.add_task("training", total=total, facts="")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """One line of the journal."""
+        step = line["step"]
+        if "eval_loss" in line:
+            _say(self._console, f"step {step}: loss {line['eval_loss']:.4f} on held-out data")
+            return
+        facts = f"loss {line['loss']:.4f}, lr {line['learning_rate']:.2e}, {line['tokens_per_s']:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, facts=facts)
+        if not self._console.is_terminal and (step == self._total or step % max(1, self._total // 10) == 0):
+            _say(self._console, f"step {step} of {self._total}: {facts}, {format_seconds(line['step_s'])} a step")
+
+    def say(self, text: str) -> None:
+        """What is being done that is no step."""
+        self._bar.update(self._task, description=text)
+
+
+def summarise(report: Mapping[str, Any], output: Path, console: Console) -> None:
+    """What came of it."""
+    if report["step_s"] is not None:
+        text = f"{report['steps']:,} steps, loss {report['loss_first']:.4f} to {report['loss_last']:.4f}"
+        if report["eval_loss_last"] is not None:
+            text += f", held out {report['eval_loss_first']:.4f} to {report['eval_loss_last']:.4f}"
+        text += f"; median step {format_seconds(report['step_s'])}, {report['tokens_per_s']:,.0f} tokens/s"
+        if report["read_bytes"] or report["write_bytes"]:
+            text += f"; {format_bytes(report['read_bytes'])} read, {format_bytes(report['write_bytes'])} written"
+        _say(console, text + f"; peak memory {format_bytes(report['peak_rss_bytes'])}")
+    if report["is_complete"]:
+        _say(console, f"the model is in {output}")
+    else:
+        _say(console, f"stopped and committed at step {report['steps']} of {report['total_steps']}; --resume goes on")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, style="dim", highlight=False, markup=False)
+
+
+def _note(console: Console, text: str) -> None:
+    console.print(f"note: {text}", style="yellow", highlight=False, markup=False)

@@ -1,0 +1,91 @@
+"""What a run writes down: a line of JSON for every step, and tensorboard's files where tensorboard is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from offload.errors import UsageError
+
+NAME = "log.jsonl"
+
+
+class Journal:
+    """The journal of one output folder. A context manager.
+
+    Args:
+        folder: output_dir; it is made.
+        report_to: auto, tensorboard or none.
+        keep: steps whose lines stay; those of later ones are cut off, because a resumed run takes them again. None
+            begins anew.
+
+    Raises:
+        UsageError: tensorboard is asked for and not installed; or a run that is not resumed is in the folder.
+    """
+
+    def __init__(self, folder: Path, *, report_to: str, keep: int | None) -> None:
+        self.path = folder / NAME
+        folder.mkdir(parents=True, exist_ok=True)
+        if keep is None and self.path.exists() and self.path.stat().st_size:
+            raise UsageError(
+                f"{folder} holds a run already ({NAME}); go on with --resume, or name another train.output_dir"
+            )
+        if keep is not None:
+            _cut(self.path, keep)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board: Any = None
+        self.note = ""
+        if report_to != "none":
+            self._board, self.note = _board(folder / "runs", keep)
+            if self._board is None and report_to == "tensorboard":
+                raise UsageError(f"train.report_to=tensorboard: {self.note}")
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Adds a line; it must have `step`. Numbers also go to tensorboard, under train/ or, if the line has eval_loss,
+        under eval/."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            group = "eval" if "eval_loss" in line else "train"
+            for key, value in line.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(f"{group}/{key.removeprefix('eval_')}", value, line["step"])
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal, a torn last one left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _cut(path: Path, keep: int) -> None:
+    if not path.exists():
+        return
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(line) + "\n" for line in read_journal(path) if line["step"] <= keep))
+    os.replace(part, path)
+
+
+def _board(folder: Path, keep: int | None) -> tuple[Any, str]:
+    if find_spec("tensorboard") is None:
+        return None, "tensorboard is not installed (pip install tensorboard), so only log.jsonl is written"
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=None if keep is None else keep + 1), ""

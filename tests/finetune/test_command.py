@@ -1,0 +1,276 @@
+"""`offload finetune` as a user meets it, over a trainer that holds everything in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from plain_trainer import PlainTrainer, plain_finetuning
+from tiny_text import save
+
+from offload import api
+from offload.cli import main
+from offload.finetune.journal import read_journal
+
+TALK = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Which is number {k}?"},
+            {"role": "assistant", "content": f"It is {k}."},
+        ]
+    }
+    for k in range(23)
+]
+FIELDS = {
+    "step", "loss", "grad_norm", "learning_rate", "step_s", "tokens_per_s", "peak_rss_bytes", "read_bytes",
+    "write_bytes",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(api, "finetuning", plain_finetuning, raising=False)
+    for name, lines in (("chat.jsonl", TALK), ("eval.jsonl", TALK[:4])):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = {
+        "model": str(model),
+        "data": {"train": str(tmp_path / "chat.jsonl"), "max_length": 64, "chat_template": "plain"},
+        "train": {
+            "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 2, "num_train_epochs": 2,
+            "save_steps": 3, "report_to": "none",
+        },
+    }  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["finetune", *map(str, arguments)])
+    return int(end.value.code or 0)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def facts(folder: Path) -> list[Any]:
+    """The journal without what a clock says."""
+    timed = {"step_s", "tokens_per_s", "peak_rss_bytes", "eval_s"}
+    return [{k: v for k, v in line.items() if k not in timed} for line in read_journal(folder / "log.jsonl")]
+
+
+def test_a_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run(config, "--json", f"data.eval={tmp_path / 'eval.jsonl'}", "train.eval_steps=5") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["steps"], report["total_steps"], report["is_complete"]) == (12, 12, True)  # ceil(ceil(23/2)/2) each
+    assert report["loss_last"] < report["loss_first"]
+    assert report["eval_loss_last"] < report["eval_loss_first"]
+    lines = read_journal(out / "log.jsonl")
+    assert [x["step"] for x in lines if "eval_loss" in x] == [0, 5, 10, 12]
+    steps = [x for x in lines if "loss" in x]
+    assert [x["step"] for x in steps] == list(range(1, 13))
+    assert all(set(x) >= FIELDS for x in steps)
+    assert [x["learning_rate"] for x in steps[:3]] == [0.0, 5e-4, 1e-3]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_the_loop_equals_one_written_by_hand(config: Path, model: Path, tmp_path: Path) -> None:
+    """Twelve steps with a scheduler, clipping and accumulation of transformers' and torch's own."""
+    assert run(config, "data.shuffle=false") == 0
+    trained = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, weight_decay=0.0)
+    scheduler = transformers.get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=12)
+    rows = []
+    for record in TALK:
+        found = tokenizer.apply_chat_template(
+            record["messages"], return_dict=True, return_assistant_tokens_mask=True, tokenize=True
+        )
+        pairs = zip(found["input_ids"], found["assistant_masks"], strict=True)
+        rows.append((found["input_ids"], [i if m else -100 for i, m in pairs]))
+    losses = []
+    for _ in range(2):
+        for at in range(0, len(rows), 4):
+            parts = [p for p in (rows[at : at + 2], rows[at + 2 : at + 4]) if p]
+            count = sum(label != -100 for part in parts for _, labels in part for label in labels)
+            total = 0.0
+            for part in parts:
+                longest = max(len(ids) for ids, _ in part)
+                ids = torch.tensor([i + [tokenizer.pad_token_id] * (longest - len(i)) for i, _ in part])
+                labels = torch.tensor([x + [-100] * (longest - len(x)) for _, x in part])
+                loss = trained(input_ids=ids, labels=labels, use_cache=False, num_items_in_batch=count).loss
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            losses.append(total)
+    assert [x["loss"] for x in facts(tmp_path / "out")] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("died_at", [1, 4, 7])
+def test_resume_after_a_crash_is_exact(config: Path, tmp_path: Path, packing: bool, died_at: int,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    options = [f"data.packing={packing}", "train.max_steps=9"]
+    assert run(config, *options, f"train.output_dir={tmp_path / 'whole'}") == 0
+    step = PlainTrainer.step
+
+    def dying(self: PlainTrainer, *arguments: Any, **more: Any) -> Any:
+        if self.step_number == died_at:
+            raise SystemExit(9)
+        return step(self, *arguments, **more)
+
+    monkeypatch.setattr(PlainTrainer, "step", dying)
+    assert run(config, *options) == 9
+    monkeypatch.setattr(PlainTrainer, "step", step)
+    assert run(config, *options, "--resume") == 0
+    assert facts(tmp_path / "out") == facts(tmp_path / "whole")
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_commits(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert run(config, f"train.output_dir={tmp_path / 'whole'}") == 0
+    step = PlainTrainer.step
+
+    def interrupted(self: PlainTrainer, *arguments: Any, **more: Any) -> Any:
+        if self.step_number == 4:
+            os.kill(os.getpid(), number)
+        return step(self, *arguments, **more)
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(PlainTrainer, "step", interrupted)
+    assert run(config) == status
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert "committed at step 5 of 12; --resume goes on" in capsys.readouterr().err
+    assert len(facts(tmp_path / "out")) == 5
+    assert not (tmp_path / "out" / "config.json").exists()
+    monkeypatch.setattr(PlainTrainer, "step", step)
+    assert run(config, "--resume") == 0
+    assert facts(tmp_path / "out") == facts(tmp_path / "whole")
+
+
+def test_resume_of_a_complete_run_changes_nothing(config: Path, tmp_path: Path) -> None:
+    assert run(config) == 0
+    before = facts(tmp_path / "out"), weights(tmp_path / "out")
+    assert run(config, "--resume") == 0
+    assert facts(tmp_path / "out") == before[0]
+    assert same(weights(tmp_path / "out"), before[1])
+
+
+def test_resume_with_other_data_is_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(config, "train.max_steps=3") == 0
+    assert run(config, "train.max_steps=6", "--resume", "train.seed=1", "data.max_length=32") == 2
+    said = capsys.readouterr().err
+    assert "data.max_length was 64 and is 32" in said
+    assert "train.seed was 42 and is 1" in said
+    (tmp_path / "chat.jsonl").write_text(json.dumps(TALK[0]))
+    assert run(config, "train.max_steps=6", "--resume") == 2
+    assert "digest of data.train was" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(config, "train.max_steps=1") == 0
+    assert run(config, "train.max_steps=1") == 2
+    assert "holds a run already (log.jsonl); go on with --resume" in capsys.readouterr().err
+
+
+def test_copies_of_the_model_on_the_way(config: Path, tmp_path: Path) -> None:
+    assert run(config, "train.export_steps=2", "train.save_total_limit=3", "train.max_steps=9") == 0
+    found = sorted(p.name for p in (tmp_path / "out").glob("*checkpoint*"))
+    assert found == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    assert not same(weights(tmp_path / "out/checkpoint-4"), weights(tmp_path / "out"))
+
+
+def test_a_loss_that_is_no_number(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = PlainTrainer.step
+
+    def broken(self: PlainTrainer, micro_batches: Sequence[Any], learning_rate: float | None = None) -> Any:
+        if self.step_number == 4:
+            with torch.no_grad():
+                self.model.lm_head.weight.fill_(torch.nan)
+        return step(self, micro_batches, learning_rate)
+
+    monkeypatch.setattr(PlainTrainer, "step", broken)
+    assert run(config) == 1
+    assert "step 5: the loss is nan" in (said := capsys.readouterr().err)
+    assert "the last commit is of step 3" in said
+    monkeypatch.setattr(PlainTrainer, "step", step)
+    assert run(config, "--resume") == 0
+
+
+def test_dry_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(config, "--dry-run", "data.shuffle=false") == 0
+    assert capsys.readouterr().out == "<s>User: Which is number 0?\nAssistant: ⟦It is 0.</s>⟧\n\n"
+    assert run(config, "--dry-run", "--json", "data.shuffle=false") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["excerpt"] == "<s>User: Which is number 0?\nAssistant: ⟦It is 0.</s>⟧\n"
+    assert report["total_steps"] == 12
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "status", "says"),
+    [
+        ("data.chat_template=auto", 2, "has no chat template; name one"),
+        ("data.max_length=4096", 2, "the model's context is 128 tokens"),
+        ("data.train=none.jsonl", 2, "there is no file none.jsonl"),
+        ("data.format=text", 1, "chat.jsonl:1: lacks 'text'"),
+        ("data.max_length=3", 2, "nothing of the training data can be learnt"),
+        ("train.lerning_rate=1", 2, "did you mean train.learning_rate?"),
+        ("model=/nowhere", 1, "is not a folder"),
+    ],
+)
+def test_what_goes_wrong(config: Path, override: str, status: int, says: str,
+                         capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    assert run(config, override) == status
+    assert says in capsys.readouterr().err
+
+
+def test_bad_lines_are_named_and_left_out(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (tmp_path / "chat.jsonl").open("a") as file:
+        file.write("{oops\n")
+    assert run(config) == 1
+    assert f"{tmp_path}/chat.jsonl:24: is not JSON" in capsys.readouterr().err
+    assert run(config, "data.on_bad_line=skip", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["data"]["bad_lines"] == 1
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed")
+def test_without_tensorboard(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(config, "train.report_to=tensorboard") == 2
+    assert "tensorboard is not installed (pip install tensorboard)" in capsys.readouterr().err
+    assert run(config, "train.report_to=auto", "train.max_steps=1") == 0
+    assert "note: tensorboard is not installed" in capsys.readouterr().err
