@@ -5,6 +5,9 @@
     with offload.wrap(module, cpu_memory="2GiB") as module:  # a module you already hold: restored on exit
         module(x)
 
+    with offload.finetuning("path-or-hub-id", offload_dir="/mnt/nvme") as trainer:  # optimizer state on disk
+        trainer.step(batch)
+
 Names are looked up when they are first used (PEP 562), so `import offload` loads no torch and starts no thread.
 """
 
@@ -13,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from offload.api import load, pack, wrap
+    from offload.api import finetuning, load, pack, wrap
     from offload.errors import (
         BudgetError,
         CheckpointError,
@@ -45,12 +48,13 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "__version__",
+    "finetuning",
     "load",
     "pack",
     "wrap",
 ]
 
-_API = ("load", "pack", "wrap")  # the rest of __all__ is errors
+_API = ("finetuning", "load", "pack", "wrap")  # the rest of __all__ is errors
 
 
 def __getattr__(name: str) -> object:

@@ -16,11 +16,15 @@ from offload.budgets import Division, Size, divide, from_max_memory, resolve
 from offload.checkpoint import describe, find, open_checkpoint
 from offload.checkpoint.pack import PackReport, pack_checkpoint
 from offload.errors import ModelError, UsageError
+from offload.finetune.assemble import assemble
+from offload.finetune.export import export_checkpoint, export_module
+from offload.finetune.trainer import Trainer
 from offload.handle import Offloaded, Progress, start
 from offload.io.engine import Engine
 from offload.io.extents import Extent
 from offload.kernels.chosen import Kernels
 from offload.kernels.formats.weights import parse_weights
+from offload.optim import make as make_optimizer
 from offload.planner.placement import Tier
 from offload.runtime.discovery import dissect
 from offload.runtime.linears import unpack_nbytes
@@ -31,6 +35,7 @@ from offload.tiers.device import Device
 from offload.tiers.devices import create, warm_up
 from offload.tiers.layout import Piece, Source
 from offload.tiers.swap import swap_out
+from offload.tiers.transit import bring_into
 from offload.units import parse_bytes, parse_rate
 
 IGNORED = frozenset({"low_cpu_mem_usage", "offload_state_dict", "use_safetensors", "_fast_init"})  # always so here
@@ -257,6 +262,104 @@ def pack(
         raise UsageError("weights='none' is how the checkpoint is stored already; name lossless, int8 or int4")
     with Engine(io) as engine:
         return pack_checkpoint(find(model), Path(out), format, engine=engine, progress=progress)
+
+
+def finetuning(
+    model: str | os.PathLike[str] | nn.Module,
+    *,
+    method: str = "full",
+    optimizer: str = "adamw",
+    learning_rate: float = 1e-5,
+    max_grad_norm: float | None = 1.0,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    cpu_memory: Size = None,
+    offload_dir: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    io: str = "threads",
+    strict: bool = False,
+    **model_kwargs: Any,
+) -> Trainer:
+    """A trainer of every parameter of a model, with float32 master weights and optimizer state on disk.
+
+    Results are those of a plain loop that holds everything in memory and computes with the same kernels, bit for bit.
+
+    Args:
+        model: a folder with config.json and safetensors, a hub id, or a module on the CPU, which has the trained
+            weights when the trainer is closed.
+        method: full.
+        optimizer: adamw.
+        learning_rate: of steps that are not told one.
+        max_grad_norm: gradients whose global norm is larger are scaled down to it; None: no clipping.
+        weight_decay, betas, eps: of the optimizer; None: its own default. Norms and biases do not decay.
+        cpu_memory: what the whole process may use, as in "4GiB"; default: what the machine and its cgroup have free.
+        offload_dir: a folder on a fast disk for the optimizer's state, which a later run can go on from.
+        device: cpu.
+        dtype: of the model's weights: "auto" is the checkpoint's.
+        seed: of dropout.
+        resume: go on from the last commit in offload_dir, if there is one.
+        overwrite: replace a state that is there.
+        io: I/O backend: threads, uring or aiofiles.
+        strict: a fall-back to something slower is an error.
+        model_kwargs: handed to transformers, such as attn_implementation.
+
+    Raises:
+        BudgetError, CheckpointError, ModelError, StorageError, UsageError: see offload.errors.
+    """
+    if method != "full":
+        raise UsageError(f"method={method!r} is not known; there is full")
+    if device not in (None, "cpu"):
+        raise UsageError(f"device={device!r}: training runs on the cpu for now")
+    if offload_dir is None:
+        raise UsageError("name a folder on a fast disk for the optimizer's state: offload_dir=")
+    kernels = Kernels("cpu", exact=False)
+    rule = make_optimizer(optimizer, kernels, weight_decay=weight_decay, betas=betas, eps=eps)
+    budgets = resolve(cpu_memory=cpu_memory)
+    engine = Engine(io, strict=strict)
+    given: dict[str, nn.Parameter] = {}
+    try:
+        if isinstance(model, nn.Module):
+            root, anatomy = model, dissect(model, shares=False)
+            given = {
+                n: p for n, o in anatomy.owners.items() if (p := o[0].module._parameters[o[0].attribute]) is not None
+            }
+            parameters = {n: (p.dtype, tuple(p.shape)) for n, p in given.items()}
+
+            def fill(views: Mapping[str, torch.Tensor]) -> None:
+                for name, view in views.items():
+                    view.copy_(given[name].detach())
+
+            def save(views: Mapping[str, torch.Tensor], folder: Path) -> None:
+                export_module(root, folder, engine)
+
+        else:
+            opened = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
+            root, anatomy = opened.model, dissect(opened.model, shares=False)
+            parameters = {n: (s.dtype, s.shape) for n, s in opened.sources.items()}
+
+            def fill(views: Mapping[str, torch.Tensor]) -> None:
+                bring_into(views, opened.sources, engine)
+
+            def save(views: Mapping[str, torch.Tensor], folder: Path) -> None:
+                export_checkpoint(root, opened.sources, opened.checkpoint.entries, views, folder, engine)
+
+        def put_back(weights: Mapping[str, torch.Tensor]) -> None:
+            for name, parameter in given.items():
+                parameter.data.copy_(weights[name])
+
+        return assemble(
+            root, anatomy, parameters, rule, engine, kernels, fill=fill, save=save,
+            put_back=put_back if given else None, learning_rate=learning_rate, max_grad_norm=max_grad_norm,
+            cpu_memory=budgets.cpu_memory, offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
+        )  # fmt: skip
+    except BaseException:
+        engine.close()
+        raise
 
 
 class _Restore:

@@ -77,7 +77,7 @@ def part(name: str) -> str | None:
     pieces = name.split(".")
     if pieces[0] != "offload" or len(pieces) < 2 or pieces[1] == "__version__":
         return None
-    return {"load": "api", "pack": "api", "wrap": "api"}.get(pieces[1], pieces[1])
+    return {"finetuning": "api", "load": "api", "pack": "api", "wrap": "api"}.get(pieces[1], pieces[1])
 
 
 PARTS = sorted(module for module in SOURCES if module != "offload")  # the package's lazy names may lead anywhere

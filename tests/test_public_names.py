@@ -6,6 +6,7 @@ import offload
 
 NAMES = {
     "__version__",
+    "finetuning",
     "load",
     "pack",
     "wrap",
@@ -42,5 +43,5 @@ def test_errors_are_one_tree() -> None:
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(AttributeError, match=r"no attribute 'lode'.*load, pack, wrap"):
+    with pytest.raises(AttributeError, match=r"no attribute 'lode'.*finetuning, load, pack, wrap"):
         _ = offload.lode

@@ -37,6 +37,7 @@ OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the referen
     "adamw_step": ("cpu", "gpu"),
     "adamw_step_8bit": ("cpu",),
     "checksum": ("cpu",),
+    "square_sum": ("cpu",),
     "rms_norm": ("cpu",),
     "rotary": ("cpu",),
     "gather_pages": ("gpu",),

@@ -57,11 +57,13 @@ class Anatomy:
     owners: dict[str, tuple[Owner, ...]]
 
 
-def dissect(root: nn.Module, keep: Callable[[nn.Parameter], bool] = lambda _: False) -> Anatomy:
+def dissect(root: nn.Module, keep: Callable[[nn.Parameter], bool] = lambda _: False, *, shares: bool = True) -> Anatomy:
     """Divides a module's parameters among units. Touches no data, so the module may be on meta.
 
     Args:
         keep: whether a parameter must stay where it is, whatever unit uses it.
+        shares: a table that one unit uses whole and another by rows belongs to the first. For training it is loose, as
+            both give it a gradient, and a unit without a parameter of its own counts too.
     """
     names: dict[int, str] = {}
     owners: dict[str, list[Owner]] = {}
@@ -83,7 +85,9 @@ def dissect(root: nn.Module, keep: Callable[[nn.Parameter], bool] = lambda _: Fa
         mine = []
         for name, holders in owners.items():
             whole_users = [
-                m for m, o in zip(owning_module[name], holders, strict=True) if not isinstance(o.module, nn.Embedding)
+                m
+                for m, o in zip(owning_module[name], holders, strict=True)
+                if not (shares and isinstance(o.module, nn.Embedding))
             ] or owning_module[name]
             inside = [m for m in whole_users if m == unit_name or m.startswith(prefix)]
             if inside and len(inside) == len(whole_users) and name not in kept:
@@ -102,7 +106,7 @@ def dissect(root: nn.Module, keep: Callable[[nn.Parameter], bool] = lambda _: Fa
         if all(type(o.module) is nn.Linear and o.attribute == "weight" for o in holders)
     }
     return Anatomy(
-        units=tuple(u for u in units if u.tensors),
+        units=tuple(u for u in units if u.tensors or not shares),
         loose=tuple(sorted(loose)),
         tables=frozenset(tables - loose),
         linears=frozenset(linears - loose),

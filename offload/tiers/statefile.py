@@ -89,7 +89,7 @@ class StateFile:
             end += nbytes
         self._half = end
         self._broken: str | None = None
-        self.step, self.extra = 0, dict[str, Any]()
+        self.step, self.extra, self.has_commit = 0, dict[str, Any](), commit is not None
         if commit is not None:
             self._take(commit)
 
@@ -158,11 +158,15 @@ class StateFile:
             shard.committed = shard.slot
         self.step, self.extra = step, dict(extra)
 
-    def close(self) -> None:
-        """Waits for what is in flight and lets the file go. Does not commit."""
+    def drain(self) -> None:
+        """Waits for what is being written, whatever becomes of it."""
         for shard in self._shards.values():
             if shard.pending is not None:
                 shard.pending.exception()
+
+    def close(self) -> None:
+        """Waits for what is being written and lets the file go. Does not commit."""
+        self.drain()
         self._file.close()
 
     def _take(self, commit: Commit) -> None:

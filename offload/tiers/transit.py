@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from math import prod
 
@@ -92,6 +92,24 @@ def bring(
     finally:
         for _, future, *_ in flights:
             future.exception()
+
+
+def bring_into(tensors: Mapping[str, torch.Tensor], sources: Mapping[str, Source], engine: Engine) -> None:
+    """Reads tensors to where they shall be, by name."""
+
+    def put_to(target: torch.Tensor) -> Put:
+        flat = target.view(-1)
+
+        def put(start: int, values: torch.Tensor) -> None:
+            flat[start : start + len(values)] = values
+
+        return put
+
+    pool = buffers()
+    try:
+        bring([(sources[name], put_to(tensor)) for name, tensor in tensors.items()], engine, pool)
+    finally:
+        pool.close()
 
 
 def buffers() -> BufferPool:

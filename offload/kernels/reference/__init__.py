@@ -10,6 +10,7 @@ from offload.kernels.reference.checksum import checksum
 from offload.kernels.reference.gate_up_silu import gate_up_silu
 from offload.kernels.reference.gather import gather_pages
 from offload.kernels.reference.linear import linear, linear_int4, linear_int8, linear_lossless
+from offload.kernels.reference.square_sum import square_sum
 
 __all__ = [
     "AdamW",
@@ -31,5 +32,6 @@ __all__ = [
     "quantize_int8",
     "rms_norm",
     "rotary",
+    "square_sum",
     "unpack_lossless",
 ]

@@ -1,0 +1,150 @@
+"""Puts a trainer together: cells for weights, the state file, the lane, and the sum of the memory that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.errors import BudgetError, ModelError, UsageError
+from offload.finetune.trainer import Trainer
+from offload.hardware import rss_bytes
+from offload.io.engine import Engine
+from offload.kernels.chosen import Kernels
+from offload.optim.base import Optimizer
+from offload.runtime.discovery import Anatomy
+from offload.runtime.training import LOOSE, Training
+from offload.tiers.cells import SHARD_COUNT, Cells, Shapes, lay_out_cell
+from offload.tiers.statefile import open_state
+from offload.units import MIB, format_bytes
+
+SLOTS = 8  # shards of state in memory: four being read, one being updated, and those being written
+DTYPES = (torch.bfloat16, torch.float32)
+OPS = ("square_sum", "checksum")
+
+
+def assemble(
+    root: nn.Module,
+    anatomy: Anatomy,
+    parameters: Shapes,
+    optimizer: Optimizer,
+    engine: Engine,
+    kernels: Kernels,
+    *,
+    fill: Callable[[Mapping[str, torch.Tensor]], None],
+    save: Callable[[Mapping[str, torch.Tensor], Path], None],
+    put_back: Callable[[Mapping[str, torch.Tensor]], None] | None = None,
+    learning_rate: float,
+    max_grad_norm: float | None,
+    cpu_memory: int,
+    offload_dir: Path,
+    seed: int,
+    resume: bool,
+    overwrite: bool,
+    shard_count: int = SHARD_COUNT,
+    slots: int = SLOTS,
+) -> Trainer:
+    """A trainer whose state is new, or that of the last commit.
+
+    Args:
+        root: the model; its parameters may be on meta.
+        anatomy: from `dissect(root, shares=False)`.
+        parameters: dtype and shape of each.
+        fill: puts the initial weights into tensors by name.
+        save: writes the model, given its weights, to a folder.
+        put_back: gets the last weights when the trainer is closed.
+
+    Raises:
+        BudgetError, ModelError, UsageError, StorageError, CheckpointError: see offload.errors.
+    """
+    strange = sorted({str(dtype) for dtype, _ in parameters.values() if dtype not in DTYPES})
+    if strange:
+        raise ModelError(f"parameters in {', '.join(strange)} cannot be trained; load the model as bfloat16 or float32")
+    if not parameters:
+        raise ModelError("the model has no parameters, so there is nothing to train")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise UsageError(f"max_grad_norm={max_grad_norm}: give a positive number, or None for no clipping")
+    groups = {u.name: u.tensors for u in anatomy.units} | ({LOOSE: anatomy.loose} if anatomy.loose else {})
+    layouts = [lay_out_cell(u, {n: parameters[n] for n in names}, shard_count) for u, names in groups.items()]
+    shards = {shard.name: _page(optimizer.state_nbytes(shard.count)) for cell in layouts for shard in cell.shards}
+    identity = {
+        "parameters": sum(prod(shape) for _, shape in parameters.values()),
+        "dtypes": sorted({str(dtype) for dtype, _ in parameters.values()}),
+        "optimizer": optimizer.name,
+        "shard": shard_count,
+    }
+    _warm(optimizer, kernels)
+    _check_memory(sum(c.nbytes for c in layouts), min(slots, len(shards)) * max(shards.values()), cpu_memory)
+    state = open_state(
+        offload_dir, engine, shards, identity, lambda d: str(kernels.run("checksum", d)),
+        resume=resume, overwrite=overwrite,
+    )  # fmt: skip
+    cells = Cells(layouts)
+    is_new = state.step == 0 and not state.has_commit
+    training: Training | None = None
+    try:
+        if is_new:
+            fill(cells.views)
+        training = Training(
+            root, anatomy, cells, state, optimizer,
+            slots=slots, max_grad_norm=max_grad_norm, kernels=kernels, seed=seed,
+        )  # fmt: skip
+        if is_new:
+            training.create()
+        else:
+            training.restore()
+    except BaseException:
+        if training is not None:
+            training.close()
+        state.close()
+        engine.close()
+        raise
+    made = training
+
+    def finish() -> None:
+        weights = dict(cells.views)
+        made.close()
+        if put_back is not None:
+            put_back(weights)
+        weights.clear()
+        state.close()
+        engine.close()
+        cells.close()
+
+    return Trainer(
+        root, made, optimizer, engine,
+        learning_rate=learning_rate, cpu_memory=cpu_memory,
+        save=lambda folder: save(cells.views, folder), finish=finish,
+    )  # fmt: skip
+
+
+def _warm(optimizer: Any, kernels: Kernels) -> None:
+    """Compiles what a step needs, before memory is counted: compilers are large, and stay in the process."""
+    from offload.optim.base import Numbers
+
+    for dtype in DTYPES:
+        cell = torch.zeros(1024, dtype=dtype)
+        state = torch.zeros(optimizer.state_nbytes(1024), dtype=torch.uint8)
+        optimizer.start(state, cell)
+        optimizer.step(state, cell, Numbers(step=1, learning_rate=0.0), decays=True)
+        kernels.run("square_sum", cell)
+    kernels.run("checksum", torch.zeros(4096, dtype=torch.uint8))
+
+
+def _check_memory(cells: int, ring: int, budget: int) -> None:
+    base = rss_bytes()
+    if base + cells + ring > budget:
+        raise BudgetError(
+            f"cpu_memory={format_bytes(budget)} is too small for this training: the process itself takes "
+            f"{format_bytes(base)}, one copy of the weights {format_bytes(cells)}, the ring of optimizer state "
+            f"{format_bytes(ring)}, and activations come on top. Give at least "
+            f"{format_bytes(base + cells + ring + 256 * MIB)}"
+        )
+
+
+def _page(nbytes: int) -> int:
+    return -(-nbytes // 4096) * 4096

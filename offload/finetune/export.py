@@ -1,0 +1,156 @@
+"""Writes a trained model in Hugging Face layout, under the names and in the files' order of its checkpoint."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offload.errors import CheckpointError
+from offload.io.engine import Engine
+from offload.io.extents import ALIGNMENT
+from offload.io.safetensors import Entry
+from offload.tiers.layout import Source
+from offload.tiers.sink import Sink
+
+SAFETENSORS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64",
+               torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
+SHARD_NBYTES = 5 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor to write: runs of elements of the model's parameters, one after the other."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    runs: tuple[torch.Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def export_checkpoint(
+    root: Any,
+    sources: Mapping[str, Source],
+    entries: Mapping[str, Entry],
+    weights: Mapping[str, torch.Tensor],
+    folder: Path,
+    engine: Engine,
+) -> None:
+    """Writes config and weights; a folder with config.json is complete.
+
+    Args:
+        root: the model, for its configuration and buffers.
+        sources: where each parameter lay in the checkpoint.
+        entries: the checkpoint's tensors.
+        weights: parameter name -> its present value.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    export_tensors(_stored(sources, entries, dict(root.named_buffers()), weights), folder, engine)
+    _write_config(root, folder)
+
+
+def export_module(root: Any, folder: Path, engine: Engine) -> None:
+    """The same for a module that was built by the user: its state dict, tied tensors once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    seen: set[tuple[int, int]] = set()
+    stored = []
+    for name, tensor in root.state_dict().items():
+        key = (tensor.data_ptr(), tensor.numel())
+        if key in seen and tensor.numel():
+            continue
+        seen.add(key)
+        stored.append(_Stored(name, tensor.dtype, tuple(tensor.shape), (tensor,)))
+    export_tensors(stored, folder, engine)
+    _write_config(root, folder)
+
+
+def export_tensors(stored: Sequence[_Stored], folder: Path, engine: Engine, limit: int = SHARD_NBYTES) -> None:
+    """One safetensors file, or several and their index."""
+    files: list[list[_Stored]] = [[]]
+    for tensor in sorted(stored, key=lambda t: -t.dtype.itemsize):  # each at a multiple of its element
+        if files[-1] and sum(t.nbytes for t in files[-1]) + tensor.nbytes > limit:
+            files.append([])
+        files[-1].append(tensor)
+    names = (
+        ["model.safetensors"]
+        if len(files) == 1
+        else [f"model-{k:05d}-of-{len(files):05d}.safetensors" for k in range(1, len(files) + 1)]
+    )
+    for old in (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"):
+        old.unlink(missing_ok=True)
+    for name, tensors in zip(names, files, strict=True):
+        _write_file(folder / name, tensors, engine)
+    if len(files) > 1:
+        total = sum(t.nbytes for t in stored)
+        index = {t.name: name for name, tensors in zip(names, files, strict=True) for t in tensors}
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True)
+        (folder / "model.safetensors.index.json").write_text(text)
+
+
+def _write_file(path: Path, tensors: Sequence[_Stored], engine: Engine) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for t in tensors:
+        header[t.name] = {"dtype": SAFETENSORS[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
+        end += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    head = -(-(len(text) + 8) // ALIGNMENT) * ALIGNMENT
+    with Sink(path, engine, head, end) as sink:
+        for t in tensors:
+            for run in t.runs:
+                sink.append(run)
+        path.unlink(missing_ok=True)
+        sink.finish((head - 8).to_bytes(8, "little") + text.ljust(head - 8))
+
+
+def _stored(
+    sources: Mapping[str, Source],
+    entries: Mapping[str, Entry],
+    buffers: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+) -> list[_Stored]:
+    """Every tensor of the checkpoint, made of the model's parameters. Copies of tied ones are left out."""
+    pieces: dict[str, list[tuple[int, int, torch.Tensor]]] = {}
+    for name, source in sources.items():
+        flat = weights[name].detach().reshape(-1)
+        for piece in source.pieces:
+            extent = piece.extent
+            values = flat[piece.start : piece.start + piece.count]
+            pieces.setdefault(extent.path, []).append((extent.offset, extent.end, values))
+    for here in pieces.values():
+        here.sort(key=_start)
+    found = []
+    for name, entry in entries.items():
+        begin, end = entry.extent.offset, entry.extent.end
+        here = pieces.get(entry.path, [])
+        inside = here[bisect_left(here, begin, key=_start) : bisect_left(here, end, key=_start)]
+        if inside:
+            if [p[0] for p in inside] != [begin, *(p[1] for p in inside[:-1])] or inside[-1][1] != end:
+                raise CheckpointError(f"{name} is not made of whole parameters, so it cannot be written back")
+            runs = tuple(p[2] for p in inside)
+            found.append(_Stored(name, runs[0].dtype, entry.shape, runs))
+        elif name in buffers:
+            found.append(_Stored(name, buffers[name].dtype, tuple(buffers[name].shape), (buffers[name],)))
+    return found
+
+
+def _start(piece: tuple[int, int, torch.Tensor]) -> int:
+    return piece[0]
+
+
+def _write_config(model: Any, folder: Path) -> None:
+    for part in ("generation_config", "config"):  # config.json last: with it the folder is a model
+        config = getattr(model, part, None)
+        if hasattr(config, "save_pretrained"):
+            config.save_pretrained(folder)

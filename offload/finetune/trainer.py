@@ -1,0 +1,203 @@
+"""Full-parameter fine-tuning: what a user's loop calls, step by step, with weights and state wherever they fit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.errors import ClosedError, ModelError, UsageError
+from offload.finetune.memory import Spare, plan_memory
+from offload.hardware import peak_rss_bytes, reset_peak_rss
+from offload.io.engine import Engine
+from offload.optim.base import Numbers, Optimizer
+from offload.runtime.training import Training
+
+MicroBatch = Mapping[str, torch.Tensor]
+IGNORED = -100  # labels that are not to be learnt
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step was.
+
+    Attributes:
+        loss: mean over all label tokens of all micro-batches, in nats, before the update.
+        grad_norm: global 2-norm of the gradient before clipping.
+        step_s: wall time.
+        read_bytes, write_bytes: moved from and to disk meanwhile.
+        tokens: of all rows, padding included.
+    """
+
+    loss: float
+    grad_norm: float
+    step_s: float
+    read_bytes: int
+    write_bytes: int
+    tokens: int
+
+
+class Trainer:
+    """A model in training. A context manager; use it in one thread at a time.
+
+    Attributes:
+        extra: stored with each commit and found again on resume: plain JSON values, small.
+        learning_rate: of steps that are not told one.
+        training: the engine below.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        training: Training,
+        optimizer: Optimizer,
+        engine: Engine,
+        *,
+        learning_rate: float,
+        cpu_memory: int,
+        save: Callable[[Path], None],
+        finish: Callable[[], None],
+    ) -> None:
+        self.training, self.optimizer, self.learning_rate = training, optimizer, learning_rate
+        self._root, self._engine, self._save, self._finish = root, engine, save, finish
+        self._cpu_memory = cpu_memory
+        self.extra: dict[str, Any] = dict(training.state.extra)
+        self._step = training.state.step
+        self._broken: str | None = None
+        self._is_closed = False
+        self._spare: Spare | None = None
+
+    @property
+    def step_number(self) -> int:
+        """Steps done since the model was fresh; after a resume, that of the commit which was found."""
+        return self._step
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """What did not go the fast way, a sentence each."""
+        return self._engine.fallbacks
+
+    def step(self, batch: MicroBatch | Sequence[MicroBatch], learning_rate: float | None = None) -> StepResult:
+        """One update from all micro-batches: every label token weighs the same, whichever micro-batch it is in.
+
+        Args:
+            batch: what the model is called with, or several of them.
+            learning_rate: of this step.
+
+        Raises:
+            UsageError: there is no label in any of them.
+            ModelError: the gradient is not finite. The state on disk is the last commit's.
+        """
+        self._check()
+        began, before = time.perf_counter(), self._engine.statistics()
+        batches = [batch] if isinstance(batch, Mapping) else list(batch)
+        counts = [_labels_of(b) for b in batches]
+        learnt = [(b, n) for b, n in zip(batches, counts, strict=True) if n]
+        total = sum(counts)
+        if not total:
+            raise UsageError("no micro-batch of this step has a label to learn; check labels and what is masked")
+        rate = self.learning_rate if learning_rate is None else learning_rate
+        step = self._step + 1
+        is_measured = self._spare is None and reset_peak_rss()
+        self.training.backprop.measures = is_measured
+        self._root.train()
+        try:
+            found = self.training.run(
+                [self._loss(b) for b, _ in learnt],
+                [n / total for _, n in learnt],
+                lambda clip: Numbers(step=step, learning_rate=rate, grad_scale=clip),
+                step,
+            )
+        except BaseException as error:
+            self._broken = f"step {step} failed: {error}"
+            raise
+        self._step = step
+        if is_measured:
+            self.training.backprop.measures = False
+            self._spare = plan_memory(self.training, self._cpu_memory, peak_rss_bytes())
+        after = self._engine.statistics()
+        return StepResult(
+            loss=sum(loss * n for loss, (_, n) in zip(found.losses, learnt, strict=True)) / total,
+            grad_norm=found.grad_norm,
+            step_s=time.perf_counter() - began,
+            read_bytes=after.read_bytes - before.read_bytes,
+            write_bytes=after.write_bytes - before.write_bytes,
+            tokens=sum(b["input_ids"].numel() for b in batches if "input_ids" in b),
+        )
+
+    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        """Sum of the label tokens' losses in nats and their number, with the present weights. Nothing changes."""
+        self._check()
+        self._root.eval()
+        pairs = [(b, n) for b in batches if (n := _labels_of(b))]
+        losses = self.training.evaluate([self._loss(b) for b, _ in pairs], self._step)
+        return sum(loss * n for loss, (_, n) in zip(losses, pairs, strict=True)), sum(n for _, n in pairs)
+
+    def commit(self) -> None:
+        """Makes this step, with `extra`, the one that a resume finds, whatever happens later.
+
+        Raises:
+            StorageError: it could not be written; the last commit holds.
+        """
+        self._check()
+        self.training.commit(self.extra)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the model as it is now: config and weights in the layout of the checkpoint that it came from."""
+        self._check()
+        self.training.flush()
+        self._save(Path(folder))
+
+    def close(self) -> None:
+        """Gives memory and files back. What was not committed is lost; a module that was given has the last weights."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            if self._broken is None:
+                self.training.flush()
+        finally:
+            self._finish()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None and self._broken is None:
+            self._broken = "an error ended the run"
+        self.close()
+
+    def _loss(self, batch: MicroBatch) -> Callable[[], torch.Tensor]:
+        def loss() -> torch.Tensor:
+            given = dict(batch)
+            if hasattr(self._root, "config"):
+                given.setdefault("use_cache", False)  # type: ignore[arg-type]
+            found = self._root(**given)
+            loss = found[0] if isinstance(found, tuple) else found.loss if hasattr(found, "loss") else found
+            if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+                raise ModelError("the model gave no loss; it must return one when it is called with the batch")
+            return loss
+
+        return loss
+
+    def _check(self) -> None:
+        if self._is_closed:
+            raise ClosedError("the trainer was closed; use it inside its `with` block")
+        if self._broken is not None:
+            raise ModelError(
+                f"{self._broken}. Go on from the last commit, step {self.training.state.step}, with resume"
+            )
+
+
+def _labels_of(batch: MicroBatch) -> int:
+    """Label tokens of a micro-batch, as a causal model shifts them; rows, for a model that takes no labels."""
+    labels = batch.get("labels")
+    if labels is None:
+        return 1
+    return int((labels[..., 1:] != IGNORED).sum()) if labels.dim() > 1 else int((labels != IGNORED).sum())

@@ -1,0 +1,145 @@
+"""Cells: one area for each unit, which holds its weights until the backward pass and its gradient after it.
+
+Both have the same dtype and shape, and neither is needed while the other is: the weight of a parameter is used up when
+its gradient is there, and the optimizer makes the next weight out of the gradient and its own state. So training takes
+the bytes of one copy of the weights, not of two.
+
+    one cell:  | matrices of a dtype | its vectors | matrices of another dtype | ...        each cut into shards
+
+What the optimizer updates at a time is a shard: a run of one cell's elements, all of one dtype and all with weight
+decay or all without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from offload.io.buffers import Buffer
+from offload.tiers.host import as_tensor
+from offload.units import MIB
+
+ALIGNMENT = 256  # elements: what blocks of 8-bit states have, and a multiple of what every kernel computes at a time
+SHARD_COUNT = 2 * MIB  # parameters of a shard at most: 24 MiB of float32 master and moments
+
+Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a parameter lies in its cell: its first byte, and its elements with the padding behind them."""
+
+    at: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    padded: int
+
+    def of(self, cell: torch.Tensor) -> torch.Tensor:
+        """The parameter, as a view of the cell's bytes."""
+        nbytes = prod(self.shape) * self.dtype.itemsize
+        return cell[self.at : self.at + nbytes].view(self.dtype).view(self.shape)
+
+    def padded_of(self, cell: torch.Tensor) -> torch.Tensor:
+        """The same with its padding, which is zeros, in one dimension."""
+        return cell[self.at : self.at + self.padded * self.dtype.itemsize].view(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What the optimizer updates at a time.
+
+    Attributes:
+        name: unique; says where it is for people.
+        unit: whose cell it is part of.
+        at: its first byte there.
+        count: elements, a multiple of ALIGNMENT.
+        decays: whether weight decay applies: to matrices, not to norms and biases.
+    """
+
+    name: str
+    unit: str
+    at: int
+    dtype: torch.dtype
+    count: int
+    decays: bool
+
+    def of(self, cell: torch.Tensor) -> torch.Tensor:
+        """Its elements, as a view of the cell's bytes."""
+        return cell[self.at : self.at + self.count * self.dtype.itemsize].view(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """How the parameters of one unit lie side by side."""
+
+    unit: str
+    places: Mapping[str, Place]
+    shards: tuple[Shard, ...]
+    nbytes: int
+
+
+def lay_out_cell(unit: str, parameters: Shapes, shard_count: int = SHARD_COUNT) -> Cell:
+    """Puts matrices before vectors, dtype by dtype, in the order of `parameters`, and cuts them into shards.
+
+    Args:
+        shard_count: elements of a shard at most.
+    """
+    assert shard_count % ALIGNMENT == 0, shard_count
+    kinds: dict[tuple[torch.dtype, bool], list[str]] = {}
+    for name, (dtype, shape) in parameters.items():
+        kinds.setdefault((dtype, len(shape) >= 2), []).append(name)
+    places: dict[str, Place] = {}
+    shards: list[Shard] = []
+    end = 0
+    for (dtype, decays), names in kinds.items():
+        start = end
+        for name in names:
+            shape = parameters[name][1]
+            padded = -(-prod(shape) // ALIGNMENT) * ALIGNMENT
+            places[name] = Place(end, dtype, shape, padded)
+            end += padded * dtype.itemsize
+        total = (end - start) // dtype.itemsize
+        for first in range(0, total, shard_count):
+            at = start + first * dtype.itemsize
+            count = min(shard_count, total - first)
+            shards.append(Shard(f"{unit}[{len(shards)}]", unit, at, dtype, count, decays))
+    return Cell(unit, places, tuple(shards), end)
+
+
+class Cells:
+    """The memory of all cells, in huge pages, and the parameters as views of it."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self.layouts = {cell.unit: cell for cell in cells}
+        self._buffer = Buffer(sum(_page(cell.nbytes) for cell in cells))
+        self._areas: dict[str, torch.Tensor] = {}
+        at, whole = 0, as_tensor(self._buffer.view)
+        for cell in cells:
+            self._areas[cell.unit] = whole[at : at + cell.nbytes]
+            at += _page(cell.nbytes)
+        self.views = {n: p.of(self._areas[c.unit]) for c in cells for n, p in c.places.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.nbytes
+
+    def shard(self, shard: Shard) -> torch.Tensor:
+        """The elements of a shard, weights or gradient, as they are in its cell."""
+        return shard.of(self._areas[shard.unit])
+
+    def padded(self, unit: str) -> Iterable[tuple[str, torch.Tensor]]:
+        """Every parameter of a unit with its padding, in one dimension."""
+        return [(name, place.padded_of(self._areas[unit])) for name, place in self.layouts[unit].places.items()]
+
+    def close(self) -> None:
+        """Lets go of the memory, which ends with the last view of it: a user may still hold one."""
+        self.views.clear()
+        self._areas.clear()
+        self._buffer = Buffer(0)
+
+
+def _page(nbytes: int) -> int:
+    return -(-nbytes // 4096) * 4096
