@@ -46,6 +46,9 @@ def run(
     weights: Annotated[
         str | None, typer.Option(help="format of weights in memory: none, lossless, int8, int4, int4-64, int4-128")
     ] = None,
+    cpu_share: Annotated[
+        str | None, typer.Option(help="of weights that travel to a GPU: what the CPU multiplies by: auto, or 0 to 1")
+    ] = None,
     exact: Annotated[bool, typer.Option("--exact/--fast", help="torch's own ops only, or faster kernels")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="a fall-back to something slower is an error")] = False,
     trace: Annotated[str | None, typer.Option(help="write a Chrome trace to this file")] = None,

@@ -13,7 +13,7 @@ FLOORS = {
     **dict.fromkeys(("io", "planner", "kernels"), 1),
     **dict.fromkeys(("tiers",), 2),
     "runtime": 3,
-    **dict.fromkeys(("kv", "experts", "optim", "activations", "budgets"), 4),
+    **dict.fromkeys(("kv", "experts", "optim", "activations", "budgets", "processors"), 4),
     **dict.fromkeys(("generate", "finetune", "checkpoint", "handle", "doctor", "report"), 5),
     "api": 6,
     **dict.fromkeys(("commands", "cli"), 7),

@@ -51,6 +51,7 @@ class Request:
     slots: int | None = None
     io: str = "threads"
     weights: str | None = None
+    cpu_share: str | None = None
     exact: bool = False
     strict: bool = False
     trace: str | None = None
@@ -177,6 +178,7 @@ def _load(request: Request, directory: Path, ids: list[int], console: Console) -
             slots=request.slots,
             io=request.io,
             weights=request.weights,
+            cpu_share=request.cpu_share,
             exact=request.exact,
             strict=request.strict,
             dry_run=request.explain,
