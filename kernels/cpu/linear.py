@@ -26,6 +26,7 @@ from offload.kernels.cpu.memory import (
     put_f16,
     put_f32,
 )
+from offload.kernels.cpu.several import Call, run
 from offload.kernels.cpu.team import TeamFunction, team_function
 
 PIECE_NBYTES = 128 << 10, 1 << 20  # of weights, least and most: processors prefetch better in one long run
@@ -97,12 +98,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Returns:
         [..., outputs] of that dtype.
     """
+    return run([plan(x, weight, bias)])[0]
+
+
+def plan(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Call:
+    """That product, to be run with others."""
     outputs, inputs = weight.shape
     y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
     wide = x if x.dtype == torch.bfloat16 else x.float()
     step = step_of(inputs * weight.itemsize, outputs)
-    _FUNCTIONS[x.dtype](
-        -(-outputs // step), step, wide.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        y.data_ptr(), x.numel() // inputs, outputs, inputs,
-    )  # fmt: skip
-    return y
+    places = wide.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
+    arguments = step, *places, x.numel() // inputs, outputs, inputs
+    return Call(_FUNCTIONS[x.dtype], -(-outputs // step), arguments, (wide,), lambda: y)

@@ -31,6 +31,7 @@ from offload.kernels.cpu.memory import (
     store_f32,
     store_u32,
 )
+from offload.kernels.cpu.several import Call, run
 from offload.kernels.cpu.split import in_bf16, joined
 from offload.kernels.cpu.team import TeamFunction, team_function
 from offload.kernels.cpu.vector import fma, fma_pairs, splat_f32, splat_u32
@@ -211,6 +212,11 @@ def refuses(x: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None = Non
 
 def linear_int4(x: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """See offload.kernels.reference.linear_int4; at most MAX_ROWS rows of x."""
+    return run([plan(x, weight, bias)])[0]
+
+
+def plan(x: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None = None) -> Call:
+    """That product, to be run with others."""
     outputs, groups = weight.scale.shape
     padded = groups * weight.group
     parts = in_bf16(x.reshape(-1, weight.inputs))
@@ -221,9 +227,13 @@ def linear_int4(x: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None =
     step = step_of(padded // 2, outputs)
     room = rows * (2 * padded + 4 * groups) + 32 * groups
     scratch = torch.empty(torch.get_num_threads(), -(-room // 64) * 64, dtype=torch.uint8)
-    _FUNCTIONS[weight.group](
-        -(-outputs // step), step, 0, scratch.data_ptr(), scratch.shape[1], parts.data_ptr(), weight.packed.data_ptr(),
+    arguments = (
+        step, 0, scratch.data_ptr(), scratch.shape[1], parts.data_ptr(), weight.packed.data_ptr(),
         weight.scale.data_ptr(), 0 if weight.offset is None else weight.offset.data_ptr(),
         y.data_ptr(), rows, outputs, padded, groups,
     )  # fmt: skip
-    return joined(y, x.dtype, bias).view(*x.shape[:-1], outputs)
+    shape = *x.shape[:-1], outputs
+    return Call(
+        _FUNCTIONS[weight.group], -(-outputs // step), arguments, (parts, scratch),
+        lambda: joined(y, x.dtype, bias).view(shape),
+    )  # fmt: skip

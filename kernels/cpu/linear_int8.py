@@ -7,6 +7,7 @@ import torch
 from offload.kernels.cpu.dot import make_products
 from offload.kernels.cpu.linear import step_of
 from offload.kernels.cpu.memory import claim, get_f32, get_i8, get_i64, load_i8_pairs, put_f32
+from offload.kernels.cpu.several import Call, run
 from offload.kernels.cpu.split import in_bf16, joined
 from offload.kernels.cpu.team import team_function
 from offload.kernels.formats.int8 import Int8Weight
@@ -42,12 +43,16 @@ def refuses(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = Non
 
 def linear_int8(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """See offload.kernels.reference.linear_int8; at most MAX_ROWS rows of x."""
+    return run([plan(x, weight, bias)])[0]
+
+
+def plan(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None) -> Call:
+    """That product, to be run with others."""
     outputs, inputs = weight.q.shape
     parts = in_bf16(x.reshape(-1, inputs))
     y = torch.empty(len(parts), outputs)
     step = step_of(inputs, outputs)
-    _linear_int8(
-        -(-outputs // step), step, parts.data_ptr(), weight.q.data_ptr(), weight.scale.data_ptr(), y.data_ptr(),
-        len(parts), outputs, inputs,
-    )  # fmt: skip
-    return joined(y, x.dtype, bias).view(*x.shape[:-1], outputs)
+    places = parts.data_ptr(), weight.q.data_ptr(), weight.scale.data_ptr(), y.data_ptr()
+    shape = *x.shape[:-1], outputs
+    arguments = step, *places, len(parts), outputs, inputs
+    return Call(_linear_int8, -(-outputs // step), arguments, (parts,), lambda: joined(y, x.dtype, bias).view(shape))

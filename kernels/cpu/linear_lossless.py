@@ -10,6 +10,7 @@ from offload.kernels.cpu.dot import make_products
 from offload.kernels.cpu.linear import MAX_ROWS, step_of
 from offload.kernels.cpu.lossless import unpack_row
 from offload.kernels.cpu.memory import claim, get_bf16, get_i32, get_i64, load_pairs, put_bf16
+from offload.kernels.cpu.several import Call, run
 from offload.kernels.cpu.team import team_function
 from offload.kernels.formats.lossless import LosslessWeight
 
@@ -53,14 +54,19 @@ def refuses(x: torch.Tensor, weight: LosslessWeight, bias: torch.Tensor | None =
 
 def linear_lossless(x: torch.Tensor, weight: LosslessWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """See offload.kernels.reference.linear_lossless; equal to offload.kernels.cpu.linear on the unpacked matrix."""
+    return run([plan(x, weight, bias)])[0]
+
+
+def plan(x: torch.Tensor, weight: LosslessWeight, bias: torch.Tensor | None = None) -> Call:
+    """That product, to be run with others."""
     outputs, padded = weight.low.shape
     y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
     scratch = torch.empty(torch.get_num_threads(), 4, padded, dtype=torch.int16)
     step = step_of(padded * 3 // 2, outputs)
-    _linear_lossless(
-        -(-outputs // step), step, 0, 2 * padded, scratch.data_ptr(), weight.low.data_ptr(), weight.codes.data_ptr(),
+    arguments = (
+        step, 0, 2 * padded, scratch.data_ptr(), weight.low.data_ptr(), weight.codes.data_ptr(),
         weight.largest, weight.patch_start.data_ptr(), weight.patch_input.data_ptr(), weight.patch_exponent.data_ptr(),
         x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), x.numel() // weight.inputs, outputs,
         weight.inputs, padded, len(weight.patch_input),
     )  # fmt: skip
-    return y
+    return Call(_linear_lossless, -(-outputs // step), arguments, (scratch,), lambda: y)

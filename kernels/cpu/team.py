@@ -117,6 +117,11 @@ class TeamFunction:
         """Now rather than at first use."""
         assert self._address
 
+    @property
+    def address(self) -> int:
+        """Of the machine code."""
+        return self._address
+
     def __call__(self, pieces: int, *arguments: int, threads: int | None = None) -> None:
         """Runs all pieces; returns when they are done.
 
