@@ -140,6 +140,7 @@ def divide(
     extra_nbytes: int = 0,
     extra_device_nbytes: int = 0,
     cpu_share: float = 0.0,
+    base_nbytes: int | None = None,
 ) -> Division:
     """Sets memory aside for the process and the run, and places the weights in the rest.
 
@@ -148,11 +149,12 @@ def divide(
         extra_nbytes, extra_device_nbytes: other memory that the caller knows will be taken; the latter on the device,
             when there is one.
         cpu_share: of what travels to the device: what the CPU multiplies by instead.
+        base_nbytes: what the process takes before any weight; None: what this one takes now.
 
     Raises:
         BudgetError: it cannot fit; says which budget would do.
     """
-    base = max(0, rss_bytes() - own_nbytes)
+    base = max(0, rss_bytes() - own_nbytes) if base_nbytes is None else base_nbytes
     need = workspace(spec, work)
     for name, size in (("cpu_memory", budgets.cpu_memory), ("gpu_memory", budgets.gpu_memory)):
         if size is not None and 0 < size < 1024:

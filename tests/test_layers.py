@@ -14,7 +14,7 @@ FLOORS = {
     **dict.fromkeys(("tiers",), 2),
     "runtime": 3,
     **dict.fromkeys(("kv", "experts", "optim", "activations", "budgets", "processors"), 4),
-    **dict.fromkeys(("generate", "finetune", "checkpoint", "handle", "doctor", "report"), 5),
+    **dict.fromkeys(("generate", "finetune", "checkpoint", "handle", "doctor", "plan", "report"), 5),
     "api": 6,
     **dict.fromkeys(("commands", "cli"), 7),
     "__main__": 8,

@@ -192,7 +192,7 @@ class Pricer:
         """What was measured of pairs; the shared memory's capacity only where no pair was."""
         profile, computer = self.computer.profile, self.computer
         names = {"read": computer.read, "upload": computer.upload, "compute": computer.processor}
-        keeps = {a: {b: profile.kept(names[a], names[b]) for b in names if b != a} for a in names}
+        keeps = {a: {b: min(1.0, profile.kept(names[a], names[b])) for b in names if b != a} for a in names}
         measured = any(names["compute"] in profile.interference.get(names[a], {}) for a in ("read", "upload"))
         capacity = profile.shared.get("dram", inf)
         if measured or capacity == inf:
