@@ -11,6 +11,7 @@ from offload.budgets import TRANSIT, Division, divide
 from offload.errors import BudgetError
 from offload.planner.placement import Placement, Tier
 from offload.planner.predict import Computer, Prediction, Pricer
+from offload.planner.processors import balanced_share
 from offload.planner.search import Found, Room, search
 from offload.planner.whatif import MEMORIES, RATES, Change, change_budgets, change_profile
 from offload.planner.workspace import LIBRARIES
@@ -214,9 +215,19 @@ def _solve(ask: Ask) -> tuple[Division, Found]:
         extra_device_nbytes=extra,
         base_nbytes=ask.base_nbytes,
     )
-    return division, search(
-        Pricer(spec, ask.work, ask.computer), room_of(spec, ask.budgets, division, ask.slots, extra)
-    )
+    room = replace(room_of(spec, ask.budgets, division, ask.slots, extra), shares=_shares(ask))
+    return division, search(Pricer(spec, ask.work, ask.computer), room)
+
+
+def _shares(ask: Ask) -> tuple[float, ...]:
+    """What the CPU may multiply by of what would travel: around where it and the link finish together."""
+    has_link = ask.link_bytes_per_s is not None or "h2d" in ask.profile.lanes
+    if ask.exact or ask.budgets.gpu_memory is None or not has_link or "cpu" not in ask.profile.processors:
+        return (0.0,)
+    link = ask.link_bytes_per_s or ask.profile.lane("h2d").bytes_per_s
+    cpu = ask.profile.processors["cpu"]
+    balanced = balanced_share(cpu.bytes_per_s * cpu.efficiency, link)
+    return (0.0, *(round(balanced * part, 3) for part in (0.5, 0.75, 1.0)))
 
 
 def room_of(spec: ModelSpec, budgets: Budgets, division: Division, slots: int | None, extra_nbytes: int) -> Room:

@@ -13,6 +13,7 @@ import msgspec
 from offload.budgets import Division
 from offload.errors import UsageError
 from offload.planner.placement import Placement, Tier
+from offload.planner.predict import resident
 from offload.specs import ModelSpec, Workload
 
 VERSION = 1
@@ -89,11 +90,10 @@ def adopt(plan: SavedPlan, spec: ModelSpec, division: Division) -> Division:
     """
     if plan.digest != digest(spec):
         raise UsageError("the plan was made for another model, or for other weights; plan again")
-    sizes = dict.fromkeys(Tier, 0)
-    for tensor in (*spec.loose, *(t for u in spec.units for t in u.tensors)):
-        if tensor.name not in plan.placement.home:
-            raise UsageError(f"the plan says nothing of {tensor.name}; plan again")
-        sizes[plan.placement.home[tensor.name]] += tensor.nbytes
+    known = {t.name for t in (*spec.loose, *(t for u in spec.units for t in u.tensors))}
+    if missing := sorted(known - set(plan.placement.home)):
+        raise UsageError(f"the plan says nothing of {missing[0]}; plan again")
+    sizes = resident(spec, plan.placement)
     rooms = (
         (Tier.HOST, division.host_nbytes, plan.placement.host_ring.nbytes, "cpu_memory"),
         (Tier.DEVICE, division.device_nbytes or 0, plan.placement.device_ring.nbytes, "gpu_memory"),

@@ -24,6 +24,7 @@ class Room:
         host_beside, device_beside: what the rest of the run takes there.
         target: bytes of weights that should stay in main memory, when somebody forces it.
         slots: depth of the rings, when somebody forces it.
+        shares: of what travels to a device, that the CPU may multiply by instead: the candidates.
     """
 
     host_nbytes: int
@@ -32,6 +33,7 @@ class Room:
     device_beside: int = 0
     target: int | None = None
     slots: int | None = None
+    shares: tuple[float, ...] = (0.0,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,21 +69,27 @@ def placements(spec: ModelSpec, room: Room) -> Iterator[tuple[str, Placement]]:
     Raises:
         BudgetError: not even the first guess fits.
     """
-    guess = _place(spec, room, room.slots)
+    guess = _place(spec, room, room.slots, room.shares[0])
     yield _label(guess), guess
-    if room.slots is not None or not guess.bundles:
+    if not guess.bundles and not guess.host_parts:
         return
-    for depth in DEPTHS:
-        try:
-            other = _place(spec, room, depth)
-        except BudgetError:
-            continue
-        yield _label(other), other
+    for share in room.shares:
+        for depth in DEPTHS if room.slots is None else (room.slots,):
+            try:
+                other = _place(spec, room, depth, share)
+            except BudgetError:
+                continue
+            yield _label(other), other
 
 
-def _place(spec: ModelSpec, room: Room, slots: int | None) -> Placement:
+def _place(spec: ModelSpec, room: Room, slots: int | None, share: float) -> Placement:
     return place(
-        spec, host_nbytes=room.host_nbytes, device_nbytes=room.device_nbytes, slots=slots, host_target=room.target
+        spec,
+        host_nbytes=room.host_nbytes,
+        device_nbytes=room.device_nbytes,
+        slots=slots,
+        host_target=room.target,
+        cpu_share=share if room.device_nbytes is not None else 0.0,
     )
 
 
@@ -101,13 +109,14 @@ def search(pricer: Pricer, room: Room, *, serial: bool = True) -> Found:
         _judge(pricer, room, label, placement, seen)
     if serial and room.slots is None and next(iter(seen.values())).placement.bundles:
         with contextlib.suppress(BudgetError):
-            _judge(pricer, room, "no prefetching", _place(pricer.spec, room, 1), seen)
+            _judge(pricer, room, "no prefetching", _place(pricer.spec, room, 1, room.shares[0]), seen)
     ranked = sorted(seen.values(), key=lambda c: (round(c.prediction.decode_s_per_token, 6), _moved(c)))
     return Found(best=ranked[0], rejected=tuple(ranked[1:]))
 
 
 def _judge(pricer: Pricer, room: Room, label: str, placement: Placement, seen: dict[object, Candidate]) -> None:
-    key = (tuple(sorted(placement.home.items())), placement.host_ring, placement.device_ring)
+    cuts = tuple(sorted(placement.first_rows.items()))
+    key = (tuple(sorted(placement.home.items())), placement.host_ring, placement.device_ring, cuts)
     if key not in seen:
         prediction = pricer.predict(placement, host_beside=room.host_beside, device_beside=room.device_beside)
         seen[key] = Candidate(label=label, placement=placement, prediction=prediction)
@@ -120,4 +129,8 @@ def _moved(candidate: Candidate) -> int:
 def _label(placement: Placement) -> str:
     rings: Sequence[tuple[str, int]] = (("host", placement.host_ring.slots), ("device", placement.device_ring.slots))
     said = [f"{slots} {name} slots" for name, slots in rings if slots]
+    apart = sum(t.nbytes for ts in placement.host_parts.values() for t in ts)
+    if apart:
+        travelling = sum(t.nbytes for ts in placement.bundles.values() for t in ts)
+        said.append(f"{apart / (apart + travelling):.0%} of what would travel by the CPU")
     return ", ".join(said) if said else "all in memory"
