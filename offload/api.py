@@ -25,6 +25,7 @@ from offload.io.extents import Extent
 from offload.kernels.chosen import Kernels
 from offload.kernels.formats.weights import parse_weights
 from offload.optim import make as make_optimizer
+from offload.plan.saved import adopt, load_plan
 from offload.planner.placement import Tier
 from offload.processors import choose_share
 from offload.runtime.apart import passing_nbytes
@@ -58,6 +59,7 @@ def load(
     io: str = "threads",
     weights: str | None = None,
     cpu_share: float | str | None = None,
+    plan: str | os.PathLike[str] | None = None,
     exact: bool = False,
     strict: bool = False,
     dry_run: bool = False,
@@ -89,6 +91,7 @@ def load(
         cpu_share: of the weights that live in main memory though the model computes on an accelerator: the share that
             the CPU multiplies by where it lies, instead of sending it; from 0 to 1, or "auto": as measured rates of the
             CPU and the link have it.
+        plan: a file that `offload plan -o` wrote for this model: weights are placed as it says.
         exact: compute with torch's own ops only, so that results equal transformers' bit by bit. False takes faster
             kernels, where there are any; sums are in float32, and a result is within a rounding of the exact one.
         strict: a fall-back to something slower is an error.
@@ -128,6 +131,9 @@ def load(
             progress("preparing kernels", 0, 0)
         kernels = _kernels(device, opened.sources, exact)
         extra = unpack_nbytes(opened.sources.values(), exact)
+        saved = load_plan(plan) if plan is not None else None
+        if saved is not None:
+            cpu_share = 0.5 if saved.placement.first_rows else 0.0  # which rows exactly, the plan says
         share, on_host = _share(cpu_share, opened.anatomy, opened.sources, budgets, batch, device, exact, rate)
         division = divide(
             spec,
@@ -138,6 +144,8 @@ def load(
             extra_device_nbytes=extra + (passing_nbytes(opened.sources.values()) if share else 0),
             cpu_share=share,
         )
+        if saved is not None:
+            division = adopt(saved, spec, division)
         where = create(device, memory_nbytes=division.arena_nbytes, link_bytes_per_s=rate)
         parts = opened.model, opened.anatomy, opened.sources
         session = Session(*parts, division.placement, engine, where, kernels=kernels, host_kernels=on_host)

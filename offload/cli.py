@@ -53,6 +53,7 @@ def run(
     strict: Annotated[bool, typer.Option("--strict", help="a fall-back to something slower is an error")] = False,
     trace: Annotated[str | None, typer.Option(help="write a Chrome trace to this file")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="print the schedule of one pass and stop")] = False,
+    plan: Annotated[str | None, typer.Option(help="a file that offload plan -o wrote")] = None,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")] = False,
 ) -> None:
     """Generate text with a model larger than memory."""

@@ -115,3 +115,23 @@ def test_changes() -> None:
     assert parse_change("cpu-memory=2x").memory(GIB) == 2 * GIB
     assert parse_change("disk=1.5x") == Change("disk", 1.5)
     assert [str(parse_change(t)) for t in ("disk=2x", "cpu-memory=+1GiB")] == ["disk 2x", "cpu-memory +1.00 GiB"]
+
+
+def test_a_run_follows_its_plan_and_says_what_was_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, file = MODELS["llama"].save(tmp_path / "model"), tmp_path / "plan.msgpack"
+    planned(capsys, str(checkpoint), "--resident", "0.25", "--cpu-memory", "4GiB", "--slots", "3", "-o", str(file))
+    with pytest.raises(SystemExit) as end:
+        main(["run", str(checkpoint), "--prompt-ids", "5,6,7", "--max-new-tokens", "4", "--plan", str(file), "--json"])
+    assert not end.value.code
+    result = json.loads(capsys.readouterr().out)
+    assert result["budgets"]["cpu_memory"] == 4 * GIB
+    assert set(result["predicted"]) >= PREDICTED
+    kept = load_plan(file)
+    assert result["streamed_bytes"] > 0
+    assert result["predicted"]["read_bytes_per_token"] == kept.predicted["read_bytes_per_token"]
+    assert set(result["prediction_error"]) >= {"prefill_s", "decode_s_per_token", "peak_rss_bytes"}
+    other = MODELS["qwen3"].save(tmp_path / "other")
+    with pytest.raises(SystemExit) as end:
+        main(["run", str(other), "--prompt-ids", "5,6,7", "--max-new-tokens", "4", "--plan", str(file)])
+    assert end.value.code == 2
+    assert "another model" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from offload.plan.machine import budgets_of, machine, process_nbytes, with_disk_rate
 from offload.plan.planning import Ask, Plan, Variant, best_batch, make, tiers_of
+from offload.plan.running import beside, predict_run
 from offload.plan.saved import SavedPlan, adopt, digest, load_plan, save
 
 __all__ = [
@@ -10,12 +11,14 @@ __all__ = [
     "SavedPlan",
     "Variant",
     "adopt",
+    "beside",
     "best_batch",
     "budgets_of",
     "digest",
     "load_plan",
     "machine",
     "make",
+    "predict_run",
     "process_nbytes",
     "save",
     "tiers_of",
