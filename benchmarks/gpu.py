@@ -80,14 +80,17 @@ def decode_jobs(model: Path, card: int, batches: Sequence[int], prompt: int, new
         own = [sys.executable, "-c", CAPPED, str(card), "run", str(model), "--device", "cuda", *small, "--json"]
         own += ["--prompt-ids", ",".join(str(k) for k in range(3, 3 + prompt)), "--max-new-tokens", str(new)]
         own += ["--batch", str(batch), "--ignore-eos"]
+        streamed = [*own, "--cpu-share", "0"]
         disk = ["--resident", "0.25"]  # what the card holds and no more: main memory keeps no weights
         found += [
             Job("transformers, all on the GPU", batch, [*plain, "--place", "resident"]),
-            Job("offload, host, prefetch", batch, [*own, "--slots", "2"]),
+            Job("offload, host, prefetch", batch, [*streamed, "--slots", "2"]),
             Job("accelerate, host", batch, [*plain, "--place", "host", *small]),
-            Job("offload, host, no prefetch", batch, [*own, "--slots", "1"]),
-            Job("offload, disk, prefetch", batch, [*own, *disk, "--slots", "2"], 45.0),
-            Job("offload, disk, no prefetch", batch, [*own, *disk, "--slots", "1"], 60.0),
+            Job("offload, host, split between GPU and CPU", batch, [*own, "--slots", "2"]),
+            Job("offload, host, linears on the CPU", batch, [*own, "--slots", "2", "--cpu-share", "1"]),
+            Job("offload, host, no prefetch", batch, [*streamed, "--slots", "1"]),
+            Job("offload, disk, prefetch", batch, [*streamed, *disk, "--slots", "2"], 45.0),
+            Job("offload, disk, no prefetch", batch, [*streamed, *disk, "--slots", "1"], 60.0),
             Job("accelerate, disk", batch, [*plain, "--place", "disk", *small], 90.0),
         ]
     return found

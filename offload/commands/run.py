@@ -122,6 +122,7 @@ def report(
         **result.as_dict(),
         "resident_bytes": handle.resident_nbytes,
         "streamed_bytes": handle.streamed_nbytes,
+        "cpu_bytes": handle.cpu_nbytes,
         "peak_rss_bytes": peak_rss_bytes(),
         "device_peak_bytes": handle.session.statistics().device_peak_bytes,
         "disk_bytes_per_s": handle.disk_bytes_per_s,
@@ -305,6 +306,8 @@ def _summarise(handle: Offloaded, result: Generated, console: Console, predicted
             line += f", {result.read_bytes_per_token / 1e9:.2f} GB read for each"
         if result.upload_bytes_per_token:
             line += f", {result.upload_bytes_per_token / 1e9:.2f} GB uploaded"
+        if handle.cpu_nbytes:
+            line += f", {handle.cpu_nbytes / 1e9:.2f} GB multiplied by the CPU"
         if handle.disk_bytes_per_s:
             line += f" at a measured {format_rate(handle.disk_bytes_per_s)}"
         if result.fraction_of_bound:
