@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,11 +17,11 @@ from rich.console import Console
 from offload import api
 from offload.checkpoint import find, read_config
 from offload.commands.bar import bar
-from offload.commands.training import Progress, announce, summarise
+from offload.commands.training import Progress, announce, note, say, summarise
 from offload.errors import UsageError
 from offload.finetune import finish, reading
 from offload.finetune.config import Config
-from offload.finetune.journal import Journal, read_journal
+from offload.finetune.journal import Journal, check_journal, read_journal
 from offload.finetune.loop import Run, Stop, finishing_steps, run
 from offload.finetune.prepare import Prepared, excerpt, prepare
 from offload.finetune.protocol import Trainer
@@ -57,6 +58,7 @@ def execute(request: Request) -> int:
     if request.dry_run:
         return _rehearse(request, config, prepared, total, tokenizer, console)
     output = Path(config.train.output_dir)
+    check_journal(output, report_to=config.train.report_to, resume=request.resume)
     with finishing_steps() as stop, _open(request, config, directory) as trainer:
         if not total:
             total = _total(trainer, config, prepared)
@@ -75,18 +77,20 @@ def engine_arguments(config: Config, *, resume: bool) -> dict[str, Any]:
         "method": config.method,
         "optimizer": train.optim,
         "learning_rate": train.learning_rate,
-        "max_grad_norm": train.max_grad_norm,
+        "max_grad_norm": train.max_grad_norm or None,
         "weight_decay": train.weight_decay,
         "betas": (train.adam_beta1, train.adam_beta2),
         "eps": train.adam_epsilon,
-        "gradient_accumulation_steps": train.gradient_accumulation_steps,
         "offload_dir": budgets.offload_dir or str(Path(train.output_dir) / STATE),
         "seed": train.seed,
         "resume": resume,
     }
-    optional = {"cpu_memory": budgets.cpu_memory, "gpu_memory": budgets.gpu_memory, "device": budgets.device,
-                "disk_limit": budgets.disk_limit}  # fmt: skip
-    return arguments | {name: value for name, value in optional.items() if value is not None}
+    optional = ("cpu_memory", "gpu_memory", "disk_limit", "device")
+    arguments |= {name: value for name in optional if (value := getattr(budgets, name)) is not None}
+    known = inspect.signature(api.finetuning).parameters
+    if missing := [name for name in arguments if name not in known]:  # what is left over would go to transformers
+        raise UsageError(f"budgets.{missing[0]} was given, but training does not know it yet; leave it out")
+    return arguments
 
 
 def _records(progress: Any) -> Any:
@@ -121,9 +125,9 @@ def _train(
     keep = trainer.step_number if request.resume else None
     with Journal(output, report_to=train.report_to, keep=keep) as journal, Progress(console, total) as shown:
         if journal.note:
-            console.print(f"note: {journal.note}", style="yellow", highlight=False)
+            note(console, journal.note)
         if trainer.step_number:
-            console.print(f"going on after step {trainer.step_number} of {total}", highlight=False)
+            say(console, f"going on after step {trainer.step_number} of {total}")
 
         def on_line(line: Mapping[str, Any]) -> None:
             journal.write(line)
@@ -143,7 +147,7 @@ def _train(
         )
         is_complete = run(trainer, what, stop)
         if is_complete:
-            shown.say("saving the model")
+            shown.now("saving the model")
             finish.save(trainer, output, **parts)
     return _report(config, prepared, total, trainer, is_complete, journal.path)
 
@@ -156,7 +160,7 @@ def _rehearse(
     if request.json:
         print(json.dumps({"model": config.model, "total_steps": total, "data": _data(prepared), "excerpt": text}))
     else:
-        console.print("the first row; what is learnt stands between ⟦ and ⟧:", style="dim")
+        say(console, "the first row; what is learnt stands between ⟦ and ⟧:")
         print(text)
     return 0
 

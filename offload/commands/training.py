@@ -23,18 +23,18 @@ def announce(config: Config, prepared: Prepared, total: int, console: Console) -
         text += f", {rows.tokens:,} tokens"
     if total:
         text += f"; {total:,} steps of {train.gradient_accumulation_steps} x {train.per_device_train_batch_size} rows"
-    _say(console, text + f" of up to {config.data.max_length:,} tokens")
+    say(console, text + f" of up to {config.data.max_length:,} tokens")
     counts, bad = rows.counts, prepared.records.bad
     for line in bad:
-        _note(console, f"left out: {line}")
+        note(console, f"left out: {line}")
     if more := prepared.records.bad_count - len(bad):
-        _note(console, f"left out: {more:,} more lines")
+        note(console, f"left out: {more:,} more lines")
     if counts.bad:
-        _note(console, f"left out: {counts.bad:,} records that the chat template refuses")
+        note(console, f"left out: {counts.bad:,} records that the chat template refuses")
     if counts.cut_tokens:
-        _note(console, f"{counts.cut_tokens:,} tokens are cut off, because they go past data.max_length")
+        note(console, f"{counts.cut_tokens:,} tokens are cut off, because they go past data.max_length")
     if counts.empty:
-        _note(console, f"{counts.empty:,} records are left out, because nothing to learn is left of them")
+        note(console, f"{counts.empty:,} records are left out, because nothing to learn is left of them")
 
 
 class Progress:
@@ -65,14 +65,14 @@ class Progress:
         """One line of the journal."""
         step = line["step"]
         if "eval_loss" in line:
-            _say(self._console, f"step {step}: loss {line['eval_loss']:.4f} on held-out data")
+            say(self._console, f"step {step}: loss {line['eval_loss']:.4f} on held-out data")
             return
         facts = f"loss {line['loss']:.4f}, lr {line['learning_rate']:.2e}, {line['tokens_per_s']:,.0f} tokens/s"
         self._bar.update(self._task, completed=step, facts=facts)
         if not self._console.is_terminal and (step == self._total or step % max(1, self._total // 10) == 0):
-            _say(self._console, f"step {step} of {self._total}: {facts}, {format_seconds(line['step_s'])} a step")
+            say(self._console, f"step {step} of {self._total}: {facts}, {format_seconds(line['step_s'])} a step")
 
-    def say(self, text: str) -> None:
+    def now(self, text: str) -> None:
         """What is being done that is no step."""
         self._bar.update(self._task, description=text)
 
@@ -86,16 +86,16 @@ def summarise(report: Mapping[str, Any], output: Path, console: Console) -> None
         text += f"; median step {format_seconds(report['step_s'])}, {report['tokens_per_s']:,.0f} tokens/s"
         if report["read_bytes"] or report["write_bytes"]:
             text += f"; {format_bytes(report['read_bytes'])} read, {format_bytes(report['write_bytes'])} written"
-        _say(console, text + f"; peak memory {format_bytes(report['peak_rss_bytes'])}")
+        say(console, text + f"; peak memory {format_bytes(report['peak_rss_bytes'])}")
     if report["is_complete"]:
-        _say(console, f"the model is in {output}")
+        say(console, f"the model is in {output}")
     else:
-        _say(console, f"stopped and committed at step {report['steps']} of {report['total_steps']}; --resume goes on")
+        say(console, f"stopped and committed at step {report['steps']} of {report['total_steps']}; --resume goes on")
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, style="dim", highlight=False, markup=False)
+def say(console: Console, text: str) -> None:
+    console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
-def _note(console: Console, text: str) -> None:
-    console.print(f"note: {text}", style="yellow", highlight=False, markup=False)
+def note(console: Console, text: str) -> None:
+    console.print(f"note: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)

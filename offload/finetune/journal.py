@@ -12,37 +12,52 @@ from typing import Any
 from offload.errors import UsageError
 
 NAME = "log.jsonl"
+ABSENT = "tensorboard is not installed (pip install tensorboard), so only log.jsonl is written"
+
+
+def check_journal(folder: Path, *, report_to: str, resume: bool) -> None:
+    """Refuses what a journal would refuse, before anything large is begun.
+
+    Raises:
+        UsageError: tensorboard is asked for and not installed; or a run that is not resumed is in the folder.
+    """
+    path = folder / NAME
+    if not resume and path.exists() and path.stat().st_size:
+        raise UsageError(
+            f"{folder} holds a run already ({NAME}); go on with --resume, or name another train.output_dir"
+        )
+    if report_to == "tensorboard" and find_spec("tensorboard") is None:
+        raise UsageError(f"train.report_to=tensorboard: {ABSENT}")
 
 
 class Journal:
     """The journal of one output folder. A context manager.
+
+    Attributes:
+        note: what the user should know.
 
     Args:
         folder: output_dir; it is made.
         report_to: auto, tensorboard or none.
         keep: steps whose lines stay; those of later ones are cut off, because a resumed run takes them again. None
             begins anew.
-
-    Raises:
-        UsageError: tensorboard is asked for and not installed; or a run that is not resumed is in the folder.
     """
 
     def __init__(self, folder: Path, *, report_to: str, keep: int | None) -> None:
         self.path = folder / NAME
         folder.mkdir(parents=True, exist_ok=True)
-        if keep is None and self.path.exists() and self.path.stat().st_size:
-            raise UsageError(
-                f"{folder} holds a run already ({NAME}); go on with --resume, or name another train.output_dir"
-            )
         if keep is not None:
             _cut(self.path, keep)
         self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         self.note = ""
         if report_to != "none":
-            self._board, self.note = _board(folder / "runs", keep)
-            if self._board is None and report_to == "tensorboard":
-                raise UsageError(f"train.report_to=tensorboard: {self.note}")
+            if find_spec("tensorboard") is None:
+                self.note = ABSENT
+            else:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(folder / "runs"), purge_step=None if keep is None else keep + 1)
 
     def __enter__(self) -> Journal:
         return self
@@ -81,11 +96,3 @@ def _cut(path: Path, keep: int) -> None:
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(line) + "\n" for line in read_journal(path) if line["step"] <= keep))
     os.replace(part, path)
-
-
-def _board(folder: Path, keep: int | None) -> tuple[Any, str]:
-    if find_spec("tensorboard") is None:
-        return None, "tensorboard is not installed (pip install tensorboard), so only log.jsonl is written"
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=None if keep is None else keep + 1), ""

@@ -106,9 +106,25 @@ class PlainTrainer:
 
 @contextmanager
 def plain_finetuning(
-    model: str | Path, *, offload_dir: str | Path, resume: bool = False, seed: int = 0, **options: Any
+    model: str | Path,
+    *,
+    method: str,
+    optimizer: str,
+    learning_rate: float,
+    max_grad_norm: float | None,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    offload_dir: str | Path,
+    seed: int,
+    resume: bool,
+    cpu_memory: str | None = None,
 ) -> Iterator[PlainTrainer]:
     """offload.finetuning's stand-in; budgets mean nothing to it."""
+    assert (method, optimizer) == ("full", "adamw")
     folder = Path(offload_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    yield PlainTrainer(model, folder, resume=resume, seed=seed, **options)
+    yield PlainTrainer(
+        model, folder, resume=resume, seed=seed, max_grad_norm=max_grad_norm, learning_rate=learning_rate,
+        betas=betas, eps=eps, weight_decay=weight_decay,
+    )  # fmt: skip
