@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.budgets import Division, Size, divide, from_max_memory, resolve
+from offload.budgets import Size, divide, from_max_memory, resolve
 from offload.checkpoint import describe, find, open_checkpoint
 from offload.checkpoint.pack import PackReport, pack_checkpoint
 from offload.errors import ModelError, UsageError
@@ -25,13 +25,15 @@ from offload.io.extents import Extent
 from offload.kernels.chosen import Kernels
 from offload.kernels.formats.weights import parse_weights
 from offload.optim import make as make_optimizer
+from offload.plan.saved import adopt, load_plan
 from offload.planner.placement import Tier
-from offload.runtime.discovery import dissect
+from offload.processors import choose_share
+from offload.runtime.apart import passing_nbytes
+from offload.runtime.discovery import Anatomy, dissect
 from offload.runtime.linears import unpack_nbytes
 from offload.runtime.session import Session, token_check
 from offload.runtime.warmup import compile_kernels
 from offload.specs import Budgets, ModelSpec, Workload
-from offload.tiers.device import Device
 from offload.tiers.devices import create, warm_up
 from offload.tiers.layout import Piece, Source
 from offload.tiers.swap import swap_out
@@ -56,6 +58,8 @@ def load(
     slots: int | None = None,
     io: str = "threads",
     weights: str | None = None,
+    cpu_share: float | str | None = None,
+    plan: str | os.PathLike[str] | None = None,
     exact: bool = False,
     strict: bool = False,
     dry_run: bool = False,
@@ -84,6 +88,10 @@ def load(
         io: I/O backend: threads, uring or aiofiles.
         weights: format of the weights that stay in memory: "none" (as they are), "lossless", "int8" or "int4" (see
             `parse_weights`). A checkpoint made by `pack` has its format already.
+        cpu_share: of the weights that live in main memory though the model computes on an accelerator: the share that
+            the CPU multiplies by where it lies, instead of sending it; from 0 to 1, or "auto": as measured rates of the
+            CPU and the link have it.
+        plan: a file that `offload plan -o` wrote for this model: weights are placed as it says.
         exact: compute with torch's own ops only, so that results equal transformers' bit by bit. False takes faster
             kernels, where there are any; sums are in float32, and a result is within a rounding of the exact one.
         strict: a fall-back to something slower is an error.
@@ -107,6 +115,7 @@ def load(
         gpu_memory = gpu_memory if gpu_memory is not None else sizes.get("gpu_memory")
     device = _named(device)
     budgets = resolve(cpu_memory=cpu_memory, gpu_memory=gpu_memory, resident=resident, device=device)
+    rate = _link(link, device)
     kwargs = {k: v for k, v in model_kwargs.items() if k not in IGNORED}
     if progress is not None:
         progress("opening", 0, 0)
@@ -122,14 +131,27 @@ def load(
             progress("preparing kernels", 0, 0)
         kernels = _kernels(device, opened.sources, exact)
         extra = unpack_nbytes(opened.sources.values(), exact)
-        division = divide(spec, budgets, work, slots=slots, extra_nbytes=extra, extra_device_nbytes=extra)
-        where = _device(device, budgets, division, link)
+        saved = load_plan(plan) if plan is not None else None
+        if saved is not None:
+            cpu_share = 0.5 if saved.placement.first_rows else 0.0  # which rows exactly, the plan says
+        share, on_host = _share(cpu_share, opened.anatomy, opened.sources, budgets, batch, device, exact, rate)
+        division = divide(
+            spec,
+            budgets,
+            work,
+            slots=slots,
+            extra_nbytes=extra,
+            extra_device_nbytes=extra + (passing_nbytes(opened.sources.values()) if share else 0),
+            cpu_share=share,
+        )
+        if saved is not None:
+            division = adopt(saved, spec, division)
+        where = create(device, memory_nbytes=division.arena_nbytes, link_bytes_per_s=rate)
         parts = opened.model, opened.anatomy, opened.sources
-        session = Session(*parts, division.placement, engine, where, kernels=kernels)
+        session = Session(*parts, division.placement, engine, where, kernels=kernels, host_kernels=on_host)
     except BaseException:
         engine.close()
         raise
-    rate = parse_rate(link, "link") if link is not None else None
     handle = Offloaded(opened.model, session, spec, budgets, division, work, rate)
     handle.checkpoint_nbytes = opened.checkpoint.nbytes
     handle.weights = opened.weights
@@ -154,6 +176,7 @@ def wrap(
     workspace: str | int = "256MiB",
     slots: int | None = None,
     io: str = "threads",
+    cpu_share: float | str | None = None,
     exact: bool = False,
     strict: bool = False,
     progress: Progress | None = None,
@@ -187,6 +210,7 @@ def wrap(
         cpu_memory = cpu_memory if cpu_memory is not None else sizes.get("cpu_memory")
         gpu_memory = gpu_memory if gpu_memory is not None else sizes.get("gpu_memory")
     device = _named(device)
+    rate = _link(link, device)
     budgets = resolve(cpu_memory=cpu_memory, gpu_memory=gpu_memory, resident=resident, device=device)
     shared = Counter(p.untyped_storage().data_ptr() for p in module.parameters())
     anatomy = dissect(
@@ -206,8 +230,12 @@ def wrap(
     extra = parse_bytes(workspace, "workspace")
     warm_up(device)
     kernels = _kernels(device, sources, exact)
-    division = divide(spec, budgets, work, slots=slots, own_nbytes=spec.nbytes, extra_nbytes=extra)
+    share, on_host = _share(cpu_share, anatomy, sources, budgets, 1, device, exact, rate)
+    division = divide(spec, budgets, work, slots=slots, own_nbytes=spec.nbytes, extra_nbytes=extra, cpu_share=share)
     home = division.placement.home
+    if any(home[name] is Tier.DISK for name in division.placement.first_rows):  # it is written to disk whole
+        division = divide(spec, budgets, work, slots=slots, own_nbytes=spec.nbytes, extra_nbytes=extra)
+        home = division.placement.home
     engine = Engine(io, strict=strict)
     try:
         away = {n: p.detach() for n, p in parameters.items() if home[n] is Tier.DISK}
@@ -217,14 +245,23 @@ def wrap(
             written, file = swap_out(away, folder, engine)
             sources |= written
             files[file.path] = file
-        where = _device(device, budgets, division, link)
+        where = create(device, memory_nbytes=division.arena_nbytes, link_bytes_per_s=rate)
+        placement = division.placement
         session = Session(
-            module, anatomy, sources, division.placement, engine, where, parameters, files, kernels=kernels
+            module,
+            anatomy,
+            sources,
+            placement,
+            engine,
+            where,
+            parameters,
+            files,
+            kernels=kernels,
+            host_kernels=on_host,
         )
     except BaseException:
         engine.close()
         raise
-    rate = parse_rate(link, "link") if link is not None else None
     handle = Offloaded(module, session, spec, budgets, division, work, rate)
     handle.checkpoint_nbytes = spec.nbytes
     handle._restore = _Restore(handle, parameters, away)
@@ -402,8 +439,28 @@ def _named(device: str | None) -> str:
     return f"cuda:{torch.cuda.current_device()}" if device == "cuda" and torch.cuda.is_available() else device
 
 
-def _device(name: str, budgets: Budgets, division: Division, link: str | float | None) -> Device:
-    rate = parse_rate(link, "link") if link is not None else None
-    if rate is not None and name != "emulated":
-        raise UsageError(f'link={link!r} sets the pace of device="emulated" only; the device is {name}')
-    return create(name, memory_nbytes=division.device_nbytes, link_bytes_per_s=rate)
+def _link(link: str | float | None, device: str) -> float | None:
+    """The pace of the emulated device's link, in bytes per second."""
+    if link is not None and device != "emulated":
+        raise UsageError(f'link={link!r} sets the pace of device="emulated" only; the device is {device}')
+    return parse_rate(link, "link") if link is not None else None
+
+
+def _share(
+    asked: float | str | None,
+    anatomy: Anatomy,
+    sources: Mapping[str, Source],
+    budgets: Budgets,
+    rows: int,
+    device: str,
+    exact: bool,
+    link: float | None,
+) -> tuple[float, Kernels]:
+    """What the CPU multiplies by beside an accelerator, and by which kernels."""
+    kernels = Kernels("cpu", exact=exact)
+    matrices = [sources[name] for name in sorted(anatomy.linears)]
+    if device != "cpu" and not exact:
+        compile_kernels(kernels, matrices)
+    fits = sum(s.nbytes for s in sources.values()) <= (budgets.gpu_memory or 0)
+    share = choose_share(asked, matrices, rows, kernels, fits=fits, device=device, exact=exact, link_bytes_per_s=link)
+    return share, kernels

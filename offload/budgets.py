@@ -114,6 +114,7 @@ class Division:
         base_nbytes: the process as it is now, without weights.
         host_nbytes: what is left in main memory for weights and the ring.
         device_nbytes: the same on the device, or None.
+        alignment_nbytes: of device memory that aligning those costs at most, beside them.
     """
 
     placement: Placement
@@ -121,6 +122,12 @@ class Division:
     base_nbytes: int
     host_nbytes: int
     device_nbytes: int | None
+    alignment_nbytes: int = 0
+
+    @property
+    def arena_nbytes(self) -> int | None:
+        """Device memory that weights and the ring may take, aligned."""
+        return None if self.device_nbytes is None else self.device_nbytes + self.alignment_nbytes
 
 
 def divide(
@@ -132,6 +139,8 @@ def divide(
     own_nbytes: int = 0,
     extra_nbytes: int = 0,
     extra_device_nbytes: int = 0,
+    cpu_share: float = 0.0,
+    base_nbytes: int | None = None,
 ) -> Division:
     """Sets memory aside for the process and the run, and places the weights in the rest.
 
@@ -139,11 +148,13 @@ def divide(
         own_nbytes: weights that are in the process already and will be placed anew (a user's module).
         extra_nbytes, extra_device_nbytes: other memory that the caller knows will be taken; the latter on the device,
             when there is one.
+        cpu_share: of what travels to the device: what the CPU multiplies by instead.
+        base_nbytes: what the process takes before any weight; None: what this one takes now.
 
     Raises:
         BudgetError: it cannot fit; says which budget would do.
     """
-    base = max(0, rss_bytes() - own_nbytes)
+    base = max(0, rss_bytes() - own_nbytes) if base_nbytes is None else base_nbytes
     need = workspace(spec, work)
     for name, size in (("cpu_memory", budgets.cpu_memory), ("gpu_memory", budgets.gpu_memory)):
         if size is not None and 0 < size < 1024:
@@ -151,15 +162,11 @@ def divide(
     reserve = base + LIBRARIES + int(MARGIN * budgets.cpu_memory) + extra_nbytes
     host = budgets.cpu_memory - reserve
     device: int | None = None
+    alignment = DEVICE_SLACK * sum(1 + len(u.tensors) for u in spec.units)
     if budgets.gpu_memory is None:
         host -= need.nbytes
     else:
-        device = (
-            budgets.gpu_memory
-            - need.nbytes
-            - extra_device_nbytes
-            - DEVICE_SLACK * sum(1 + len(u.tensors) for u in spec.units)
-        )
+        device = budgets.gpu_memory - need.nbytes - extra_device_nbytes - alignment
         reserve += TRANSIT
         host -= TRANSIT
     target = budgets.resident
@@ -168,7 +175,9 @@ def divide(
     if target is not None and device is not None:
         target = max(0, target - device)
     try:
-        placement = place(spec, host_nbytes=host, device_nbytes=device, slots=slots, host_target=target)
+        placement = place(
+            spec, host_nbytes=host, device_nbytes=device, slots=slots, host_target=target, cpu_share=cpu_share
+        )
     except TooSmall as error:
         gpu = f" and gpu_memory={format_bytes(budgets.gpu_memory)}" if budgets.gpu_memory is not None else ""
         where = "on the device" if device is not None else "of it"
@@ -178,4 +187,11 @@ def divide(
             f"{format_bytes(need.nbytes)} {where} ({need.explain()}) for {work.batch} sequences of {work.total_tokens} "
             f"tokens. {error} {_advice(budgets, error)}"
         ) from None
-    return Division(placement=placement, workspace=need, base_nbytes=base, host_nbytes=host, device_nbytes=device)
+    return Division(
+        placement=placement,
+        workspace=need,
+        base_nbytes=base,
+        host_nbytes=host,
+        device_nbytes=device,
+        alignment_nbytes=alignment,
+    )

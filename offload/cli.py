@@ -46,10 +46,14 @@ def run(
     weights: Annotated[
         str | None, typer.Option(help="format of weights in memory: none, lossless, int8, int4, int4-64, int4-128")
     ] = None,
+    cpu_share: Annotated[
+        str | None, typer.Option(help="of weights that travel to a GPU: what the CPU multiplies by: auto, or 0 to 1")
+    ] = None,
     exact: Annotated[bool, typer.Option("--exact/--fast", help="torch's own ops only, or faster kernels")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="a fall-back to something slower is an error")] = False,
     trace: Annotated[str | None, typer.Option(help="write a Chrome trace to this file")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="print the schedule of one pass and stop")] = False,
+    plan: Annotated[str | None, typer.Option(help="a file that offload plan -o wrote")] = None,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")] = False,
 ) -> None:
     """Generate text with a model larger than memory."""
@@ -57,6 +61,37 @@ def run(
 
     values = {k: v for k, v in locals().items() if k in Request.__dataclass_fields__}
     raise typer.Exit(execute(Request(**values)))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="folder with config.json, and headers or weights; or a hub id")],
+    cpu_memory: Annotated[str | None, typer.Option(help="main memory the process may use, such as 4GiB")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="GPU memory it may use")] = None,
+    resident: Annotated[str | None, typer.Option(help="weights kept in memory: auto, 0.25, or 2GiB")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or emulated, of this machine")] = None,
+    link: Annotated[str | None, typer.Option(help="pace of the emulated device's link, such as 8GB/s")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")] = "auto",
+    prompt_tokens: Annotated[int, typer.Option(help="tokens of each prompt")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="new tokens for each sequence")] = 128,
+    batch: Annotated[str, typer.Option(help="sequences at a time, or auto: as many as make the most tokens/s")] = "1",
+    weights: Annotated[
+        str | None, typer.Option(help="format of weights in memory: none, lossless, int8, int4, int4-64, int4-128")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact/--fast", help="torch's own ops only, or faster kernels")] = False,
+    slots: Annotated[int | None, typer.Option(help="depth of the rings; 1 turns prefetching off")] = None,
+    hardware: Annotated[str | None, typer.Option(help="a profile's file, or a preset; default: this machine")] = None,
+    what_if: Annotated[
+        list[str] | None, typer.Option(help="cpu-memory=+32GiB, gpu-memory=16GiB, disk=2x, link=2x, cpu=2x or gpu=2x")
+    ] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", help="save the plan to this file")] = None,
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")] = False,
+) -> None:
+    """Predict how fast a model will run, what holds it back and what would help, without running it."""
+    from offload.commands.plan import PlanRequest, execute
+
+    values = {k: v for k, v in locals().items() if k in PlanRequest.__dataclass_fields__}
+    raise typer.Exit(execute(PlanRequest(**values | {"what_if": tuple(what_if or ())})))
 
 
 @app.command()

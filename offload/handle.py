@@ -78,6 +78,11 @@ class Offloaded:
         return sum(s.nbytes for n, s in self.session.store.sources.items() if home[n] is Tier.DISK)
 
     @property
+    def cpu_nbytes(self) -> int:
+        """Bytes of weights that the CPU multiplies by, beside an accelerator."""
+        return sum(t.nbytes for parts in self.division.placement.host_parts.values() for t in parts)
+
+    @property
     def weight_errors(self) -> dict[str, float]:
         """Relative errors of matrices that were packed approximately while loading, by parameter."""
         return {name: error for name, error in self.session.store.weight_errors.items() if error}

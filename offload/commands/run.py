@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,11 @@ from offload.errors import UsageError
 from offload.generate import Generated, check_ids, check_length, encode, generate, tokenizer_of
 from offload.hardware import peak_rss_bytes, versions
 from offload.kernels.chosen import compile_seconds
+from offload.plan import beside, load_plan, predict_run
+from offload.planner.predict import Prediction
 from offload.planner.schedule import explain
+from offload.profile import Profile
+from offload.runtime.linears import unpack_nbytes
 from offload.units import format_bytes, format_rate, format_seconds
 
 CHAT_CONTEXT = 4096
@@ -51,10 +55,12 @@ class Request:
     slots: int | None = None
     io: str = "threads"
     weights: str | None = None
+    cpu_share: str | None = None
     exact: bool = False
     strict: bool = False
     trace: str | None = None
     explain: bool = False
+    plan: str | None = None
     json: bool = False
 
 
@@ -63,7 +69,7 @@ def execute(request: Request) -> int:
     transformers.utils.logging.set_verbosity_error()
     console = Console(stderr=True, quiet=request.json)
     _check(request)
-    request = replace(request, prompt=_text(request))
+    request = _planned(replace(request, prompt=_text(request)))
     directory = find(request.model)
     tokenizer = tokenizer_of(directory)
     if tokenizer is None and request.prompt_ids is None and not request.explain:
@@ -83,22 +89,28 @@ def execute(request: Request) -> int:
         if request.chat:
             _converse(request, handle, tokenizer, console)
         else:
+            predicted = _predict(request, directory, handle)
             result = _bounded(handle, before, _generate(request, handle, tokenizer, ids, console))
             if request.json:
-                print(json.dumps(report(request, handle, tokenizer, result)))
+                print(json.dumps(report(request, handle, tokenizer, result, predicted)))
             else:
-                _summarise(handle, result, console)
+                _summarise(handle, result, console, predicted)
         if request.trace:
             handle.session.timeline.write_chrome_trace(request.trace)
             console.print(f"trace written to {request.trace}")
     return 0
 
 
-def report(request: Request, handle: Offloaded, tokenizer: Any, result: Generated) -> dict[str, Any]:
+Predicted = tuple[Prediction, Profile] | None
+
+
+def report(
+    request: Request, handle: Offloaded, tokenizer: Any, result: Generated, predicted: Predicted = None
+) -> dict[str, Any]:
     """The object that --json prints."""
     text = [tokenizer.decode(row, skip_special_tokens=True) for row in result.tokens] if tokenizer else None
     budgets = handle.budgets
-    return {
+    found = {
         "model": request.model,
         "params": handle.spec.params,
         "checkpoint_bytes": handle.checkpoint_nbytes,
@@ -110,6 +122,7 @@ def report(request: Request, handle: Offloaded, tokenizer: Any, result: Generate
         **result.as_dict(),
         "resident_bytes": handle.resident_nbytes,
         "streamed_bytes": handle.streamed_nbytes,
+        "cpu_bytes": handle.cpu_nbytes,
         "peak_rss_bytes": peak_rss_bytes(),
         "device_peak_bytes": handle.session.statistics().device_peak_bytes,
         "disk_bytes_per_s": handle.disk_bytes_per_s,
@@ -122,6 +135,38 @@ def report(request: Request, handle: Offloaded, tokenizer: Any, result: Generate
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
+    if predicted is not None:
+        prediction, profile = predicted
+        found["predicted"] = prediction.as_dict() | {"hardware": profile.name}
+        found["prediction_error"] = beside(prediction, found)
+    return found
+
+
+def _planned(request: Request) -> Request:
+    """The request with the options of its plan, where it leaves them open."""
+    if request.plan is None:
+        return request
+    options = load_plan(request.plan).options
+    defaults = {f.name: f.default for f in fields(Request)}
+    return replace(
+        request, **{k: v for k, v in options.items() if k in defaults and getattr(request, k) == defaults[k]}
+    )
+
+
+def _predict(request: Request, directory: Path, handle: Offloaded) -> Predicted:
+    """What the run should show, before it does."""
+    return predict_run(
+        handle.spec,
+        handle.division,
+        handle.budgets,
+        handle.work,
+        model=directory,
+        device=handle.session.device.name,
+        exact=request.exact,
+        link_bytes_per_s=handle.link_bytes_per_s,
+        disk_bytes_per_s=handle.disk_bytes_per_s,
+        extra_nbytes=unpack_nbytes(handle.session.store.sources.values(), request.exact),
+    )
 
 
 def _check(request: Request) -> None:
@@ -177,6 +222,8 @@ def _load(request: Request, directory: Path, ids: list[int], console: Console) -
             slots=request.slots,
             io=request.io,
             weights=request.weights,
+            cpu_share=request.cpu_share,
+            plan=request.plan,
             exact=request.exact,
             strict=request.strict,
             dry_run=request.explain,
@@ -250,7 +297,7 @@ def _announce(handle: Offloaded, console: Console) -> None:
     )
 
 
-def _summarise(handle: Offloaded, result: Generated, console: Console) -> None:
+def _summarise(handle: Offloaded, result: Generated, console: Console, predicted: Predicted = None) -> None:
     step = result.decode_s_per_token
     line = f"prefill {format_seconds(result.prefill_s)}"
     if step:
@@ -259,6 +306,8 @@ def _summarise(handle: Offloaded, result: Generated, console: Console) -> None:
             line += f", {result.read_bytes_per_token / 1e9:.2f} GB read for each"
         if result.upload_bytes_per_token:
             line += f", {result.upload_bytes_per_token / 1e9:.2f} GB uploaded"
+        if handle.cpu_nbytes:
+            line += f", {handle.cpu_nbytes / 1e9:.2f} GB multiplied by the CPU"
         if handle.disk_bytes_per_s:
             line += f" at a measured {format_rate(handle.disk_bytes_per_s)}"
         if result.fraction_of_bound:
@@ -267,5 +316,15 @@ def _summarise(handle: Offloaded, result: Generated, console: Console) -> None:
                 f"{result.fraction_of_bound:.0%} of it reached"
             )
     console.print(line + f"; peak memory {format_bytes(peak_rss_bytes())}", style="dim", highlight=False)
+    if predicted is not None and step:
+        expected = predicted[0]
+        console.print(
+            f"predicted ({'measured machine' if expected.origin == 'measured' else 'estimate'}): prefill "
+            f"{format_seconds(expected.prefill_s)}, then {format_seconds(expected.decode_s_per_token)} a token "
+            f"({expected.decode_s_per_token / step - 1:+.0%}), {expected.binding} binds; peak memory "
+            f"{format_bytes(expected.peak_rss_bytes)}",
+            style="dim",
+            highlight=False,
+        )
     for fallback in handle.fallbacks:
         console.print(f"note: {fallback}", style="yellow", highlight=False)

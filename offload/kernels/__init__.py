@@ -25,6 +25,7 @@ OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the referen
     "linear_int8": ("cpu", "gpu"),
     "linear_int4": ("cpu", "gpu"),
     "linear_lossless": ("cpu", "gpu"),
+    "linears": ("cpu",),
     "unpack_lossless": ("cpu", "gpu"),
     "pack_lossless": ("cpu",),
     "quantize_int8": ("cpu",),

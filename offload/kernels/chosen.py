@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ class Kernels:
         self.device, self.exact = device, exact
         self._choices: dict[str, Choice] = {}
         self._parts: dict[str, tuple[Callable[..., Any], Callable[..., str | None], Callable[..., Any]]] = {}
+        self._refused: dict[str, Counter[str]] = defaultdict(Counter)
 
     def choice(self, op: str) -> Choice:
         """Which implementation of `op` this is, and why."""
@@ -47,9 +49,31 @@ class Kernels:
         function, refuses, plain = self._of(op)
         return function(*args) if refuses(*args) is None else plain(*args)
 
+    def attempt(self, op: str, *args: Any, **kwargs: Any) -> Any:
+        """The op by the chosen kernel; None where there is none or it refuses, which is counted by reason.
+
+        For callers that have the model's own way to compute it.
+        """
+        function, refuses, plain = self._of(op)
+        if function is plain:
+            return None
+        if (why := refuses(*args, **kwargs)) is not None:
+            self.decline(op, why)
+            return None
+        return function(*args, **kwargs)
+
+    def decline(self, op: str, why: str) -> None:
+        """Counts one time that the model's own ops ran in place of a kernel."""
+        self._refused[op][why] += 1
+
     def report(self) -> dict[str, str]:
-        """Op -> implementation and why, of those that were asked for."""
-        return {op: f"{c.implementation}: {c.why}" for op, c in self._choices.items()}
+        """Op -> implementation and why, of those that were asked for; and how often it refused, and why."""
+        return {
+            op: "; ".join(
+                [f"{c.implementation}: {c.why}", *(f"not {n} times: {w}" for w, n in self._refused[op].items())]
+            )
+            for op, c in self._choices.items()
+        }
 
     def unpack(self, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
         """The matrix, rounded once to `dtype`."""

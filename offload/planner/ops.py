@@ -12,8 +12,10 @@ The ops that a profile should hold, by name (those of `offload.kernels.OPS`, and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import sqrt
+from types import MappingProxyType
 
 from offload.profile import FORMAT_BITS, OpCost, Profile
 from offload.specs import ModelSpec, TensorSpec, UnitSpec, Workload
@@ -85,14 +87,30 @@ class OpCosts:
     exact: bool = False
     _known: dict[tuple[object, ...], Sum] = field(default_factory=dict, compare=False, repr=False)
 
-    def unit(self, unit: UnitSpec, spec: ModelSpec, phase: Phase, streams: frozenset[str] = frozenset()) -> Sum:
-        """A unit's forward; `streams` names the tensors that are not in their memory format."""
+    def unit(
+        self,
+        unit: UnitSpec,
+        spec: ModelSpec,
+        phase: Phase,
+        streams: frozenset[str] = frozenset(),
+        first_rows: Mapping[str, int] = MappingProxyType({}),
+    ) -> Sum:
+        """A unit's forward.
+
+        Args:
+            streams: tensors that are not in their memory format.
+            first_rows: matrix -> its first row that the CPU multiplies by, beside an accelerator.
+        """
         rows = phase.sequences if unit.is_head else phase.rows
         total = Sum(self.profile.cost("unit"))
         for tensor in unit.tensors:
             if tensor.width and not tensor.is_table:
                 format = tensor.stored_format if tensor.name in streams else tensor.format
-                total += self.matrix(tensor, format or spec.dtype, spec.dtype, rows)
+                format = format or spec.dtype
+                if tensor.name in first_rows:
+                    total += self.apart(tensor, format, spec.dtype, rows, first_rows[tensor.name])
+                else:
+                    total += self.matrix(tensor, format, spec.dtype, rows)
         if unit.layers:
             total += (self.attention(spec, phase) + self.block(spec, phase.rows)).times(unit.layers)
         return total
@@ -105,6 +123,20 @@ class OpCosts:
             outputs = tensor.elements // tensor.width // tensor.experts
             return self.linear(format, dtype, outputs, tensor.width, each).times(touched)
         return self.linear(format, dtype, tensor.elements // tensor.width, tensor.width, rows)
+
+    def apart(self, tensor: TensorSpec, format: str, dtype: str, rows: int, first: int) -> Sum:
+        """A product whose first rows the accelerator has and the others the CPU (runtime/apart.py)."""
+        outputs, inputs = tensor.elements // tensor.width, tensor.width
+        here = self.linear(format, dtype, first, inputs, rows) if first else Sum()
+        if rows > FEW:  # the CPU's rows go up instead
+            link = self.profile.lanes.get("h2d")
+            passing = (outputs - first) * inputs * FORMAT_BITS.get(format, 16) / 8
+            return self.linear(format, dtype, outputs, inputs, rows) + Sum(link.seconds(passing) if link else 0.0)
+        crossing = Sum(2 * self.profile.cost("handoff"))
+        there = OpCosts(self.profile, "cpu").linear(format, dtype, outputs - first, inputs, rows) + crossing
+        if self.processor == "cpu":  # an emulated accelerator: one processor does both
+            return here + there
+        return max(here, there, key=lambda s: s.seconds)
 
     def linear(self, format: str, dtype: str, outputs: int, inputs: int, rows: int) -> Sum:
         """y = x W^T."""

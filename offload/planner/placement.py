@@ -13,6 +13,7 @@ from enum import StrEnum
 from itertools import accumulate
 
 from offload.errors import BudgetError
+from offload.planner.processors import cut, with_small_slots
 from offload.specs import ModelSpec, TensorSpec, UnitSpec
 from offload.units import MIB, format_bytes
 
@@ -65,6 +66,9 @@ class Placement:
         host_ring: slots in main memory for bundles read from disk.
         device_ring: slots on the accelerator for bundles uploaded; empty without one.
         bundles: unit name -> the tensors of it that travel in every pass.
+        first_rows: matrix that the CPU multiplies by a part of -> its first row that the CPU has; 0: it has them all.
+            `bundles` hold the rows before it.
+        host_parts: unit name -> the rows that the CPU has, as tensors of their own, which `home` knows too.
     """
 
     home: Mapping[str, Tier]
@@ -72,6 +76,8 @@ class Placement:
     host_ring: Ring
     device_ring: Ring
     bundles: Mapping[str, tuple[TensorSpec, ...]]
+    first_rows: Mapping[str, int] = field(default_factory=dict)
+    host_parts: Mapping[str, tuple[TensorSpec, ...]] = field(default_factory=dict)
 
     def names(self, tier: Tier) -> frozenset[str]:
         return frozenset(name for name, home in self.home.items() if home is tier)
@@ -94,6 +100,7 @@ def place(
     device_nbytes: int | None = None,
     slots: int | None = None,
     host_target: int | None = None,
+    cpu_share: float = 0.0,
 ) -> Placement:
     """Chooses a home for every tensor.
 
@@ -104,34 +111,55 @@ def place(
         slots: depth of each ring; None: two, which keep the disk busy as long as a unit computes faster than it is
             read, or more where slots are small.
         host_target: bytes of weights that should stay in main memory, when somebody forces it.
+        cpu_share: of the rows of matrices that live in main memory: what the CPU multiplies by, where there is an
+            accelerator. Less where they do not fit there.
 
     Raises:
         BudgetError: not even the smallest ring fits.
     """
-    if device_nbytes is None:
-        host = split(spec.units, host_nbytes - spec.loose_nbytes, slots=slots, target=host_target)
-        device = Split(resident=frozenset())
-        below = host.streamed
-    else:
-        try:
-            device = split(spec.units, device_nbytes - spec.loose_nbytes, slots=slots)
-        except TooSmall as error:
-            raise TooSmall(error.missing, str(error), is_device=True) from None
-        tables = tuple(t for u in spec.units for t in u.tensors if t.name in device.tables)
-        travelling = [UnitSpec(name=n, tensors=ts) for n, ts in device.streamed.items()]
-        if tables:
-            travelling.append(UnitSpec(name="tables", tensors=tables))
-        host = split(travelling, host_nbytes, slots=slots, target=host_target)
-        below = device.streamed
+    if device_nbytes is not None:
+        for share in dict.fromkeys((cpu_share, cpu_share * 3 / 4, cpu_share / 2, cpu_share / 4)):
+            try:
+                return _place_on_two(spec, host_nbytes, device_nbytes, slots, host_target, share)
+            except TooSmall as error:
+                if error.is_device:
+                    raise
+        return _place_on_two(spec, host_nbytes, device_nbytes, slots, host_target, 0.0)
+    host = split(spec.units, host_nbytes - spec.loose_nbytes, slots=slots, target=host_target)
     home = {t.name: Tier.DISK for u in spec.units for t in u.tensors}
-    home |= {t.name: Tier.HOST if device_nbytes is None else Tier.DEVICE for t in spec.loose}
+    home |= {t.name: Tier.HOST for t in spec.loose} | dict.fromkeys(host.resident, Tier.HOST)
+    return Placement(home=home, tables=host.tables, host_ring=host.ring, device_ring=NO_RING, bundles=host.streamed)
+
+
+def _place_on_two(
+    spec: ModelSpec, host_nbytes: int, device_nbytes: int, slots: int | None, host_target: int | None, share: float
+) -> Placement:
+    """A placement with an accelerator, of whose travelling rows the CPU multiplies by a share."""
+    try:
+        device = split(with_small_slots(spec.units, share), device_nbytes - spec.loose_nbytes, slots=slots)
+    except TooSmall as error:
+        raise TooSmall(error.missing, str(error), is_device=True) from None
+    whole = {t.name: t for u in spec.units for t in u.tensors}
+    below = cut({n: [whole[t.name] for t in ts] for n, ts in device.streamed.items()}, share)
+    travelling = [UnitSpec(name=n, tensors=ts) for n, ts in below.bundles.items()]
+    if device.tables:
+        travelling.append(UnitSpec(name="tables", tensors=tuple(whole[n] for n in sorted(device.tables))))
+    left = None if host_target is None else host_target - below.host_nbytes
+    if below.host_parts and min(host_nbytes - below.host_nbytes, 0 if left is None else left) < 0:
+        raise TooSmall(below.host_nbytes - host_nbytes, "main memory cannot hold the rows that the CPU would have")
+    host = split(travelling, host_nbytes - below.host_nbytes, slots=slots, target=left)
+    home = dict.fromkeys(whole, Tier.DISK) | {t.name: Tier.DEVICE for t in spec.loose}
     home |= dict.fromkeys(host.resident, Tier.HOST) | dict.fromkeys(device.resident, Tier.DEVICE)
+    home |= {name: Tier.HOST for name, first in below.first_rows.items() if first == 0}
+    home |= {part.name: Tier.HOST for parts in below.host_parts.values() for part in parts}
     return Placement(
         home=home,
         tables=host.tables | device.tables,
         host_ring=host.ring,
         device_ring=device.ring,
-        bundles=below,
+        bundles=below.bundles,
+        first_rows=below.first_rows,
+        host_parts=below.host_parts,
     )
 
 
@@ -167,10 +195,9 @@ def split(units: Sequence[UnitSpec], capacity: int, *, slots: int | None = None,
             f"{format_bytes(max(0, capacity))} is left for weights, but streaming this model needs at least "
             f"{format_bytes(need)}: {slots} slots for the largest tensor, and what cannot stream.",
         )
-    streamed, slot = best
+    streamed, ring = best
     out = {t.name for ts in streamed.values() for t in ts}
     resident = {t.name for t in whole if t.name not in out}
-    ring = Ring(depth(slot, slots), slot) if streamed else NO_RING
     free = min(capacity - ring.nbytes, limit) - sum(t.nbytes for t in whole if t.name in resident)
     for table in sorted((t for t in tensors if t.is_table), key=lambda t: t.nbytes):
         if table.nbytes <= free and not streamed:  # rows cost next to nothing: weights come first
@@ -199,8 +226,8 @@ def _options(unit: UnitSpec, smallest: int) -> _Options:
 
 def _smallest_stream(
     units: Sequence[UnitSpec], capacity: int, limit: int, slots: int | None, smallest: int
-) -> tuple[dict[str, tuple[TensorSpec, ...]], int] | None:
-    """The choice of streaming subsets that moves the fewest bytes, with its slot size; None when nothing fits."""
+) -> tuple[dict[str, tuple[TensorSpec, ...]], Ring] | None:
+    """The choice of streaming subsets that moves the fewest bytes, with its ring; None when nothing fits."""
     shapes = {tuple((t.slot_nbytes, t.is_table) for t in u.tensors): _options(u, smallest) for u in units}
     options = [shapes[tuple((t.slot_nbytes, t.is_table) for t in u.tensors)] for u in units]
     total = sum(t.nbytes for u in units for t in u.tensors if not t.is_table)
@@ -219,8 +246,10 @@ def _smallest_stream(
     if best is None:
         return None
     streamed = {u.name: tuple(u.tensors[i] for i in c) for u, c in zip(units, best[2], strict=True) if c}
-    slot = max((sum(t.slot_nbytes for t in ts) for ts in streamed.values()), default=0)
-    return streamed, slot
+    if not streamed:
+        return streamed, NO_RING
+    slot = max(sum(t.slot_nbytes for t in ts) for ts in streamed.values())
+    return streamed, Ring(depth(best[1], slots), slot)  # no deeper than was counted, though its slots may be smaller
 
 
 def _stream_nbytes(unit: UnitSpec, chosen: tuple[int, ...]) -> int:

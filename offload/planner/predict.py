@@ -131,7 +131,7 @@ class Pricer:
         self.ops = OpCosts(computer.profile, computer.processor, computer.exact)
         self._units: Mapping[str, UnitSpec] = {u.name: u for u in spec.units}
         self._order = order_of(spec)
-        self._cache: dict[tuple[str, Phase, frozenset[str]], Sum] = {}
+        self._cache: dict[tuple[object, ...], Sum] = {}
 
     def schedule(self, placement: Placement) -> Schedule:
         """The tuple that the executor would run."""
@@ -144,7 +144,7 @@ class Pricer:
         on_disk = placement.names(Tier.DISK)
         costs: dict[str, Sum] = {}
         for unit, _ in self._order:
-            costs[unit] = self.compute(unit, phase, on_disk)
+            costs[unit] = self.compute(unit, phase, on_disk, placement.first_rows)
         submit = profile.cost("read_submit")
         upload_submit = profile.cost("handoff")
 
@@ -165,13 +165,14 @@ class Pricer:
         )
         return clock, sum((costs[s.unit] for s in schedule if isinstance(s, Compute)), Sum())
 
-    def compute(self, unit: str, phase: Phase, on_disk: frozenset[str]) -> Sum:
-        """A unit's forward when those of its tensors stream."""
+    def compute(self, unit: str, phase: Phase, on_disk: frozenset[str], first_rows: Mapping[str, int]) -> Sum:
+        """A unit's forward when those of its tensors stream, and the CPU has those rows."""
         spec = self._units[unit]
         streams = frozenset(t.name for t in spec.tensors if t.name in on_disk and t.format != t.stored_format)
-        key = (unit, phase, streams)
+        cuts = tuple((t.name, first_rows[t.name]) for t in spec.tensors if t.name in first_rows)
+        key = (unit, phase, streams, cuts)
         if key not in self._cache:
-            self._cache[key] = self.ops.unit(spec, self.spec, phase, streams)
+            self._cache[key] = self.ops.unit(spec, self.spec, phase, streams, dict(cuts))
         return self._cache[key]
 
     def between_s(self, placement: Placement, phase: Phase) -> float:
@@ -192,7 +193,7 @@ class Pricer:
         """What was measured of pairs; the shared memory's capacity only where no pair was."""
         profile, computer = self.computer.profile, self.computer
         names = {"read": computer.read, "upload": computer.upload, "compute": computer.processor}
-        keeps = {a: {b: profile.kept(names[a], names[b]) for b in names if b != a} for a in names}
+        keeps = {a: {b: min(1.0, profile.kept(names[a], names[b])) for b in names if b != a} for a in names}
         measured = any(names["compute"] in profile.interference.get(names[a], {}) for a in ("read", "upload"))
         capacity = profile.shared.get("dram", inf)
         if measured or capacity == inf:
@@ -250,7 +251,7 @@ class Pricer:
         first = self.pass_cost(placement, prefill(self.work), is_first=True)
         later = self.pass_cost(placement, decode(self.work))
         profile = self.computer.profile
-        sizes = self._resident(placement)
+        sizes = resident(self.spec, placement)
         is_measured = profile.source == "measured" and max(first.estimated, later.estimated) < 0.2
         seconds = later.seconds
         has_device = placement.device_ring.slots > 0 or sizes[Tier.DEVICE] > 0
@@ -270,11 +271,17 @@ class Pricer:
             decode=later,
         )
 
-    def _resident(self, placement: Placement) -> dict[Tier, int]:
-        sizes = dict.fromkeys(Tier, 0)
-        for tensor in (*self.spec.loose, *(t for u in self.spec.units for t in u.tensors)):
+
+def resident(spec: ModelSpec, placement: Placement) -> dict[Tier, int]:
+    """Bytes of weights that live on each tier."""
+    sizes = dict.fromkeys(Tier, 0)
+    for tensor in (*spec.loose, *(t for u in spec.units for t in u.tensors)):
+        if tensor.name not in placement.first_rows:
             sizes[placement.home[tensor.name]] += tensor.nbytes
-        return sizes
+    travelling = (t for ts in placement.bundles.values() for t in ts if t.name in placement.first_rows)
+    for part in (*travelling, *(t for ts in placement.host_parts.values() for t in ts)):
+        sizes[placement.home[part.name]] += part.nbytes
+    return sizes
 
 
 def _steady(run: Run) -> float:

@@ -53,9 +53,15 @@ class Upload(Step):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compute(Step):
-    """The model's own forward of the unit. `nbytes` is what the unit's weights take."""
+    """The model's own forward of the unit.
+
+    Attributes:
+        nbytes: what the unit's weights take.
+        cpu_nbytes: those of them that the CPU multiplies by, beside an accelerator.
+    """
 
     nbytes: int
+    cpu_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +95,8 @@ def emit(order: Sequence[tuple[str, int]], placement: Placement) -> Schedule:
             ready = (len(steps) - 1,)
             if from_disk:
                 steps.append(Release(index=len(steps), unit=unit, after=ready, ring="host"))
-        steps.append(Compute(index=len(steps), unit=unit, after=ready, nbytes=nbytes))
+        by_cpu = sum(t.nbytes for t in placement.host_parts.get(unit, ()))
+        steps.append(Compute(index=len(steps), unit=unit, after=ready, nbytes=nbytes, cpu_nbytes=by_cpu))
         if bundle and (uploads or from_disk):
             ring: RingName = "device" if uploads else "host"
             steps.append(Release(index=len(steps), unit=unit, after=(len(steps) - 1,), ring=ring))
@@ -103,5 +110,6 @@ def explain(schedule: Schedule) -> str:
         after = f"  after {', '.join(map(str, s.after))}" if s.after else ""
         size = f"  {s.nbytes / 1e6:9.2f} MB" if isinstance(s, Read | Upload | Compute) else ""
         ring = f"  {s.ring} ring" if isinstance(s, Read | Upload | Release) else ""
-        lines.append(f"{s.index:4d}  {type(s).__name__:8s} {s.unit:32s}{size}{ring}{after}")
+        split = f"  {s.cpu_nbytes / 1e6:.2f} MB by the CPU" if isinstance(s, Compute) and s.cpu_nbytes else ""
+        lines.append(f"{s.index:4d}  {type(s).__name__:8s} {s.unit:32s}{size}{ring}{after}{split}")
     return "\n".join(lines)

@@ -17,13 +17,16 @@ from offload.errors import BudgetError, ClosedError, ModelError
 from offload.io.engine import Engine, File
 from offload.kernels.chosen import Kernels
 from offload.planner.placement import Placement
+from offload.planner.processors import host_part
 from offload.planner.schedule import Schedule, emit
 from offload.runtime import linears
+from offload.runtime.apart import Apart, Crossing
 from offload.runtime.binding import Binder
 from offload.runtime.discovery import Anatomy, Unit
 from offload.runtime.executor import Executor
 from offload.runtime.packed import Packed
 from offload.runtime.timeline import Timeline, Totals
+from offload.tiers.cutting import cut_given, cut_sources
 from offload.tiers.device import Device
 from offload.tiers.layout import Source
 from offload.tiers.store import Store
@@ -68,6 +71,7 @@ class Session:
         given: tensors that are in main memory already.
         files: files that are open already, by path.
         kernels: what computes, packs and unpacks.
+        host_kernels: the CPU's, for what it multiplies beside an accelerator.
     """
 
     def __init__(
@@ -82,15 +86,20 @@ class Session:
         files: Mapping[str, File] | None = None,
         *,
         kernels: Kernels,
+        host_kernels: Kernels | None = None,
     ) -> None:
         self.root, self.anatomy, self.placement = root, anatomy, placement
         self.engine, self.device = engine, device
         self.kernels = kernels
         self.timeline = Timeline()
         names = {u.name: u.tensors for u in anatomy.units} | {LOOSE: anatomy.loose}
-        self.store = Store(engine, sources, names, placement, device, kernels, given, files)
+        parts, names = cut_sources(sources, names, placement)
+        self._sizes = {u: sum(parts[n].nbytes for n in ns) for u, ns in names.items()}
+        self.store = Store(engine, parts, names, placement, device, kernels, cut_given(given or {}, placement), files)
         like = {n: torch.empty(sources[n].shape, dtype=sources[n].dtype, device="meta") for n in anatomy.owners}
-        faces = {n: partial(self._face, n) for n, s in self.store.sources.items() if s.form is not None}
+        faces = {n: partial(self._matrix, n) for n, s in self.store.sources.items() if s.form is not None}
+        self._crossing = Crossing(device, host_kernels or kernels)
+        faces |= {n: partial(self._apart, n) for n in placement.first_rows}
         self._binder = Binder(anatomy.owners, like, device.torch_device, self, faces)
         self._executor: Executor | None = None
         self._handles: list[RemovableHandle] = []
@@ -104,7 +113,9 @@ class Session:
     def start(self) -> None:
         """Binds what stays in memory, hooks the units and lets the lanes run ahead. The store has been filled."""
         self._binder.unbind(tuple(self.anatomy.owners))
-        kept = {n: self.store.resident(n) for n in self.anatomy.owners}
+        cut = self.placement.first_rows
+        kept = {n: self.store.resident(n) for n in self.anatomy.owners if n not in cut}
+        kept |= {n: self.store.kept(host_part(n, 0)) for n, first in cut.items() if first == 0}
         self._binder.bind({n: t for n, t in kept.items() if t is not None})
         self._move_buffers()
         hooked = self._hooked()
@@ -112,9 +123,9 @@ class Session:
         self._executor = Executor(order, self._emit, self.store, self.timeline) if order else None
         for unit in hooked:
             self._hook(unit)
-        has_packed = any(s.form is not None for s in self.store.sources.values())
-        if self.device.torch_device.type == "cpu" or has_packed:
-            self._uninstall = linears.install(self.root, self.kernels, has_packed=has_packed)
+        has_faces = bool(cut) or any(s.form is not None for s in self.store.sources.values())
+        if self.device.torch_device.type == "cpu" or has_faces:
+            self._uninstall = linears.install(self.root, self.kernels, has_faces=has_faces)
         if self._executor is not None and all(u.module is not self.root for u in hooked):
             self._handles += [
                 self.root.register_forward_pre_hook(lambda *_: self._begin_pass(), prepend=True),
@@ -126,14 +137,23 @@ class Session:
         return [u for u in self.anatomy.units if not set(u.tensors) <= self.anatomy.tables]
 
     def _emit(self, order: Sequence[str]) -> Schedule:
-        sizes = {u.name: sum(self.store.sources[n].nbytes for n in u.tensors) for u in self.anatomy.units}
-        return emit([(name, sizes[name]) for name in order], self.placement)
+        return emit([(name, self._sizes[name]) for name in order], self.placement)
 
-    def _face(self, name: str, run: torch.Tensor) -> torch.Tensor:
-        """What a module sees of a packed matrix."""
+    def _matrix(self, name: str, tensor: torch.Tensor, is_on_cpu: bool = False) -> torch.Tensor:
+        """What a module sees of a tensor: itself, or what stands for the matrix whose packed bytes it is."""
         source = self.store.sources[name]
-        assert source.form is not None
-        return Packed(source.form.view(run), self.kernels, source.shape, source.dtype, self.device.torch_device)
+        if source.form is None:
+            return tensor
+        kernels = self._crossing.kernels if is_on_cpu else self.kernels
+        device = torch.device("cpu") if is_on_cpu else self.device.torch_device
+        return Packed(source.form.view(tensor), kernels, source.shape, source.dtype, device)
+
+    def _apart(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What a module sees of a matrix that two processors have; `tensor` is the accelerator's part, if any."""
+        first = self.placement.first_rows[name]
+        rest = host_part(name, first)
+        here = self._matrix(name, tensor) if first else None
+        return Apart(here, self._matrix(rest, self.store.kept(rest), is_on_cpu=True), self._crossing)
 
     def _move_buffers(self) -> None:
         """Buffers go where the model computes; a device of another kind than they are on needs copies."""
@@ -202,6 +222,9 @@ class Session:
         """See `Fetcher`."""
         self._refuse_if_closed(name)
         self._fetched[name] = self._fetched.get(name, 0) + 1
+        if (first := self.placement.first_rows.get(name)) is not None:
+            here = [self.store.whole(name)] if first else []
+            return torch.cat([*here, self.store.whole(host_part(name, first))])
         return self.store.whole(name)
 
     def _refuse_if_closed(self, name: str) -> None:
@@ -244,6 +267,7 @@ class Session:
                 return None  # it ran inside another unit
             kept = _detached_from(self._bound, result)
             self._unbind()
+            self._crossing.forget()
             if not self._is_closed:
                 self._running().leave()
             return kept

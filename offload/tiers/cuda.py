@@ -9,7 +9,8 @@ import torch
 
 from offload.errors import UsageError
 from offload.io.buffers import Buffer
-from offload.tiers.device import DeviceStatistics, Event, Pairs
+from offload.tiers.device import DeviceStatistics, Download, Event, Pairs
+from offload.units import MIB
 
 
 class CudaEvent:
@@ -20,6 +21,17 @@ class CudaEvent:
 
     def wait(self) -> None:
         self.event.synchronize()
+
+
+class CudaDownload:
+    """A copy into pinned memory, and the event behind it."""
+
+    def __init__(self, tensor: torch.Tensor, event: torch.cuda.Event) -> None:
+        self._tensor, self._event = tensor, event
+
+    def wait(self) -> torch.Tensor:
+        self._event.synchronize()
+        return self._tensor
 
 
 class CudaDevice:
@@ -41,7 +53,7 @@ class CudaDevice:
         self.torch_device = torch.device(self.name)
         self._stream = torch.cuda.Stream(self.torch_device)
         self._registered: list[int] = []
-        self._uploaded = 0
+        self._uploaded = self._downloaded = 0
         self._lock = threading.Lock()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -75,6 +87,19 @@ class CudaDevice:
             self._uploaded += sum(source.numel() for _, source in pairs)
         return CudaEvent(event)
 
+    def download(self, tensor: torch.Tensor) -> Download:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)  # torch keeps such memory for the next
+        host.copy_(tensor, non_blocking=True)  # on the model's stream: behind what computed it
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.torch_device))
+        self._downloaded += tensor.numel() * tensor.element_size()
+        return CudaDownload(host, event)
+
+    def send(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
+        target.copy_(tensor, non_blocking=True)  # from pageable memory it waits until the driver has its own copy
+        with self._lock:
+            self._uploaded += tensor.numel() * tensor.element_size()
+
     def order_compute_after(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
         torch.cuda.current_stream(self.torch_device).wait_event(event.event)
@@ -89,7 +114,9 @@ class CudaDevice:
 
     def statistics(self) -> DeviceStatistics:
         used = torch.cuda.memory_allocated(self.torch_device)
-        return DeviceStatistics(self._uploaded, used, torch.cuda.max_memory_allocated(self.torch_device))
+        return DeviceStatistics(
+            self._uploaded, self._downloaded, used, torch.cuda.max_memory_allocated(self.torch_device)
+        )
 
     def close(self) -> None:
         self.synchronize()
@@ -97,3 +124,18 @@ class CudaDevice:
         for address in self._registered:
             runtime.cudaHostUnregister(address)
         self._registered.clear()
+
+
+def measure_link(device: torch.device, nbytes: int = 64 * MIB, rounds: int = 3) -> float:
+    """Bytes per second of uploads from pinned memory; the best of some rounds."""
+    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(host, device=device)
+    times = []
+    for _ in range(rounds + 1):  # the first one touches everything
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        target.copy_(host, non_blocking=True)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return nbytes / min(times[1:])

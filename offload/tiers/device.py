@@ -27,6 +27,13 @@ class Event(Protocol):
         """Blocks the calling thread until it has."""
 
 
+class Download(Protocol):
+    """A tensor on its way from the device to main memory."""
+
+    def wait(self) -> torch.Tensor:
+        """The tensor in main memory, when it is there."""
+
+
 class Happened:
     """An event of a device whose work is done when its call returns."""
 
@@ -36,9 +43,10 @@ class Happened:
 
 @dataclass(frozen=True, slots=True)
 class DeviceStatistics:
-    """Bytes uploaded so far, and bytes of device memory in use now and at most."""
+    """Bytes copied up and down so far, and bytes of device memory in use now and at most."""
 
     uploaded_bytes: int = 0
+    downloaded_bytes: int = 0
     used_bytes: int = 0
     peak_bytes: int = 0
 
@@ -69,6 +77,13 @@ class Device(Protocol):
 
     def upload(self, pairs: Pairs, after: Event | None) -> Event:
         """Copies (destination, source) pairs, not before `after`. Called from the upload lane only."""
+
+    def download(self, tensor: torch.Tensor) -> Download:
+        """Starts copying what the model computed to main memory. For small tensors, in the model's thread."""
+
+    def send(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies from main memory to the device, ordered with the model's work. In the model's thread; `tensor` must
+        not change afterwards."""
 
     def order_compute_after(self, event: Event) -> None:
         """Work that the model enqueues from now on starts after `event`, an upload."""

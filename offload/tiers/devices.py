@@ -6,7 +6,7 @@ import torch
 
 from offload.errors import UsageError
 from offload.io.buffers import Buffer
-from offload.tiers.device import Device, DeviceStatistics, Event, Happened, Pairs
+from offload.tiers.device import Device, DeviceStatistics, Download, Event, Happened, Pairs
 
 
 class CpuDevice:
@@ -31,6 +31,12 @@ class CpuDevice:
     def upload(self, pairs: Pairs, after: Event | None) -> Event:
         raise AssertionError("nothing is uploaded to the plain CPU")
 
+    def download(self, tensor: torch.Tensor) -> Download:
+        raise AssertionError("nothing is downloaded from the plain CPU")
+
+    def send(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
+        raise AssertionError("nothing is sent to the plain CPU")
+
     def order_compute_after(self, event: Event) -> None:
         return
 
@@ -52,6 +58,15 @@ def warm_up(name: str) -> None:
     if name.startswith("cuda") and torch.cuda.is_available():
         torch.zeros(1, device=name)
         torch.cuda.synchronize(name)
+
+
+def link_rate(name: str) -> float | None:
+    """Bytes per second that cross a device's link, measured; None for a link that has no limit of its own."""
+    if not name.startswith("cuda"):
+        return None
+    from offload.tiers.cuda import measure_link
+
+    return measure_link(torch.device(name))
 
 
 def create(name: str, *, memory_nbytes: int | None = None, link_bytes_per_s: float | None = None) -> Device:

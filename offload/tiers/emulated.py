@@ -1,7 +1,8 @@
 """An accelerator twin for machines without one: its own capped memory behind a link of a stated rate.
 
 The bytes are really copied and the model really computes (on the CPU), so results are those of the CPU; only time is
-made up. Copies are paced by absolute deadlines, which do not drift: chunk n is over at start + n * chunk / rate.
+made up. Copies are paced by absolute deadlines, which do not drift: a chunk is over chunk / rate after the one before
+it, whoever asked for that one. Each direction has a link of its own.
 """
 
 from __future__ import annotations
@@ -13,11 +14,42 @@ import torch
 
 from offload.errors import BudgetError
 from offload.io.buffers import Buffer
-from offload.tiers.device import DeviceStatistics, Event, Happened, Pairs
+from offload.tiers.device import DeviceStatistics, Download, Event, Happened, Pairs
 from offload.tiers.host import as_tensor
 from offload.units import MIB, format_bytes
 
 CHUNK = 4 * MIB
+
+
+class _Lane:
+    """One direction of the link: hands out times at which copies are over."""
+
+    def __init__(self, bytes_per_s: float | None) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._free_at = 0.0  # when what was asked for so far is over
+        self._lock = threading.Lock()
+        self.nbytes = 0
+
+    def carry(self, nbytes: int, began: float) -> None:
+        """Waits until so many bytes would have crossed, which were asked for at that time."""
+        with self._lock:
+            self.nbytes += nbytes
+            if self._bytes_per_s is None:
+                return
+            self._free_at = max(self._free_at, began) + nbytes / self._bytes_per_s
+            early = self._free_at - time.perf_counter()
+        if early > 0:
+            time.sleep(early)
+
+
+class _Downloaded:
+    """A copy that is there already."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def wait(self) -> torch.Tensor:
+        return self._tensor
 
 
 class EmulatedDevice:
@@ -31,8 +63,8 @@ class EmulatedDevice:
         self.torch_device = torch.device("cpu")
         self.memory_nbytes, self.link_bytes_per_s = memory_nbytes, link_bytes_per_s
         self._buffers: list[Buffer] = []
-        self._used = self._uploaded = 0
-        self._lock = threading.Lock()
+        self._used = 0
+        self._up, self._down = _Lane(link_bytes_per_s), _Lane(link_bytes_per_s)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         if self._used + nbytes > self.memory_nbytes:
@@ -52,19 +84,23 @@ class EmulatedDevice:
         return
 
     def upload(self, pairs: Pairs, after: Event | None) -> Event:
-        start = time.perf_counter()
-        done = 0
+        began = time.perf_counter()
         for target, source in pairs:
             for at in range(0, source.numel(), CHUNK):
                 target[at : at + CHUNK].copy_(source[at : at + CHUNK])
-                done += min(CHUNK, source.numel() - at)
-                if self.link_bytes_per_s is not None:
-                    early = start + done / self.link_bytes_per_s - time.perf_counter()
-                    if early > 0:
-                        time.sleep(early)
-        with self._lock:
-            self._uploaded += done
+                self._up.carry(min(CHUNK, source.numel() - at), began)
         return Happened()
+
+    def download(self, tensor: torch.Tensor) -> Download:
+        began = time.perf_counter()
+        host = tensor.clone()
+        self._down.carry(tensor.numel() * tensor.element_size(), began)
+        return _Downloaded(host)
+
+    def send(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
+        began = time.perf_counter()
+        target.copy_(tensor)
+        self._up.carry(tensor.numel() * tensor.element_size(), began)
 
     def order_compute_after(self, event: Event) -> None:
         event.wait()
@@ -76,7 +112,7 @@ class EmulatedDevice:
         return
 
     def statistics(self) -> DeviceStatistics:
-        return DeviceStatistics(self._uploaded, self._used, self._used)
+        return DeviceStatistics(self._up.nbytes, self._down.nbytes, self._used, self._used)
 
     def close(self) -> None:
         for buffer in self._buffers:

@@ -205,6 +205,10 @@ class Store:
             return self._resident[name]
         return None
 
+    def kept(self, name: str) -> torch.Tensor:
+        """A tensor that stays, on whichever tier."""
+        return self._resident[name]
+
     def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         """Rows of a two-dimensional tensor that is not where the model computes, unpacked; only they are read.
 

@@ -21,10 +21,11 @@ def line(job: str, step_s: float, **more: Any) -> dict[str, Any]:
 
 def test_every_batch_has_a_reference_both_places_prefetch_on_and_off_and_the_peer() -> None:
     jobs = gpu.decode_jobs(Path("model"), 1000, [1, 32], 4, 8)
-    assert len({(job.name, job.batch) for job in jobs}) == len(jobs) == 14
+    assert len({(job.name, job.batch) for job in jobs}) == len(jobs) == 18
     own = [job.command for job in jobs if job.name.startswith("offload")]
     assert all(command[command.index("--gpu-memory") + 1] == "1000" for command in own)
-    assert [command[-1] for command in own] == ["2", "1"] * 4
+    assert sum("--cpu-share" in command for command in own) == 10, "one of six lets rates decide"
+    assert [command[command.index("--slots") + 1] for command in own] == ["2", "2", "2", "1", "2", "1"] * 2
     assert sum("--resident" in command for command in own) == 4
 
 
@@ -81,9 +82,9 @@ def test_the_link_table_has_a_row_for_each_size_and_leaves_unknown_cells_empty()
 def test_the_emulated_bound_takes_computing_from_the_run_without_a_link() -> None:
     moved = {"upload_bytes_per_token": 2e9, "read_bytes_per_token": 0, "bound": {"compute_s": 9.0}, "exit": 0}
     lines = [
-        moved | {"link": None, "slots": 2, "decode_s_per_token_median": 0.1},
-        moved | {"link": "4GB/s", "slots": 2, "decode_s_per_token_median": 0.52},
-        moved | {"link": "40GB/s", "slots": 2, "decode_s_per_token_median": 0.12},
+        moved | {"link": None, "slots": 2, "share": "0", "decode_s_per_token_median": 0.1},
+        moved | {"link": "4GB/s", "slots": 2, "share": "0", "decode_s_per_token_median": 0.52},
+        moved | {"link": "40GB/s", "slots": 2, "share": "0", "decode_s_per_token_median": 0.12},
     ]
     slow, fast = emulated.summary(lines)
     assert (slow["slowest"], slow["over_bound"]) == ("link", pytest.approx(1.04))

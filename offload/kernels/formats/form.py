@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -60,6 +60,10 @@ class Form:
     def nbytes(self) -> int:
         """Of the whole run, padding included."""
         return max(_up(plane.at + plane.nbytes) for plane in self.planes())
+
+    def with_outputs(self, outputs: int) -> Form:
+        """Of so many of its rows, with room for as large a share of patches."""
+        return replace(self, outputs=outputs, patches=-(-self.patches * outputs // self.outputs))
 
     def planes(self) -> tuple[Plane, ...]:
         """Every array, in the order of bytes."""

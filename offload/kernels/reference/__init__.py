@@ -9,7 +9,7 @@ from offload.kernels.reference.block import rms_norm, rotary
 from offload.kernels.reference.checksum import checksum
 from offload.kernels.reference.gate_up_silu import gate_up_silu
 from offload.kernels.reference.gather import gather_pages
-from offload.kernels.reference.linear import linear, linear_int4, linear_int8, linear_lossless
+from offload.kernels.reference.linear import linear, linear_int4, linear_int8, linear_lossless, linears
 from offload.kernels.reference.square_sum import square_sum
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "linear_int4",
     "linear_int8",
     "linear_lossless",
+    "linears",
     "merge_attention",
     "pack_lossless",
     "quantize_int4",

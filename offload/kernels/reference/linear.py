@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional
 
@@ -30,3 +32,14 @@ def linear_int4(x: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None =
 def linear_lossless(x: torch.Tensor, weight: LosslessWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """As `linear` with the matrix unpacked."""
     return linear(x, unpack_lossless(weight), bias)
+
+
+Operand = tuple[torch.Tensor | Int8Weight | Int4Weight | LosslessWeight, torch.Tensor | None]
+"""A matrix in any format, and a bias."""
+
+_OF = {Int8Weight: linear_int8, Int4Weight: linear_int4, LosslessWeight: linear_lossless}
+
+
+def linears(x: torch.Tensor, operands: Sequence[Operand]) -> list[torch.Tensor]:
+    """One x by several matrices, which need not agree in format or in outputs."""
+    return [_OF.get(type(weight), linear)(x, weight, bias) for weight, bias in operands]  # type: ignore[arg-type]

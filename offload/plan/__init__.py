@@ -1,0 +1,26 @@
+"""Plans: what a run would take and why, for models and machines that need not be here."""
+
+from offload.plan.machine import budgets_of, machine, process_nbytes, with_disk_rate
+from offload.plan.planning import Ask, Plan, Variant, best_batch, make, tiers_of
+from offload.plan.running import beside, predict_run
+from offload.plan.saved import SavedPlan, adopt, digest, load_plan, save
+
+__all__ = [
+    "Ask",
+    "Plan",
+    "SavedPlan",
+    "Variant",
+    "adopt",
+    "beside",
+    "best_batch",
+    "budgets_of",
+    "digest",
+    "load_plan",
+    "machine",
+    "make",
+    "predict_run",
+    "process_nbytes",
+    "save",
+    "tiers_of",
+    "with_disk_rate",
+]

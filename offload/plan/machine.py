@@ -1,0 +1,73 @@
+"""The machine that a plan is for: this one, as measured or estimated, or another from a file or a preset."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from offload.budgets import GPU_MARGIN
+from offload.errors import UsageError
+from offload.hardware import cpu_info, host_memory, rss_bytes
+from offload.profile import CopyRate, Lane, Profile, preset
+from offload.profile import load as load_file
+from offload.specs import Budgets
+from offload.units import GIB, MIB
+
+KERNELS_NBYTES = 124 * MIB  # of numba and its kernels, in a process that has not loaded them yet
+
+
+def machine(name: str | os.PathLike[str] | None, model: Path | None = None) -> Profile:
+    """A profile: of a file, of a preset, or of this machine: as `offload probe` measured it, else an estimate.
+
+    Raises:
+        UsageError: there is no such file and no such preset.
+    """
+    if name is not None:
+        text = os.fspath(name)
+        return load_file(text) if text.endswith(".toml") or os.path.sep in text else preset(text)
+    return _estimate()
+
+
+def _estimate() -> Profile:
+    """This machine, from what is known without measuring: memory and cores, and a desktop's rates."""
+    memory, cpu = host_memory(), cpu_info()
+    base = preset("cpu-ddr5-nvme4")
+    tiers = tuple(replace(t, capacity_nbytes=memory.total) if t.name == "host" else t for t in base.tiers)
+    processors = {n: replace(p, cores=cpu.cores or p.cores) for n, p in base.processors.items()}
+    note = "this machine was not measured: run offload probe"
+    return replace(base, name="not measured", tiers=tiers, processors=processors, notes=(note,))
+
+
+def budgets_of(profile: Profile, cpu_memory: int | None, gpu_memory: int | None) -> Budgets:
+    """Budgets on a machine that is not here: as asked, else what its tiers hold, less what the system takes."""
+    host = profile.tier("host").capacity_nbytes
+    has_device = any(t.name == "device" for t in profile.tiers)
+    if gpu_memory is not None and not has_device:
+        raise UsageError(f"gpu_memory was given, but {profile.name} has no accelerator")
+    gpu = gpu_memory
+    if has_device and gpu is None:
+        gpu = max(0, profile.tier("device").capacity_nbytes - GPU_MARGIN)
+    return Budgets(
+        cpu_memory=cpu_memory if cpu_memory is not None else max(0, host - max(2 * GIB, host // 10)),
+        gpu_memory=gpu,
+        sources={"cpu_memory": "as asked" if cpu_memory is not None else f"the memory of {profile.name}, less a tenth"},
+    )
+
+
+def process_nbytes(exact: bool) -> int:
+    """What a process takes before any weight, seen from one that has imported the same libraries."""
+
+    return rss_bytes() + (0 if exact or "numba" in sys.modules else KERNELS_NBYTES)
+
+
+def with_disk_rate(profile: Profile, bytes_per_s: float | None) -> Profile:
+    """The same machine with the rate that its disk has just now: a disk's mood changes more than anything else."""
+    if not bytes_per_s or "read" not in profile.lanes:
+        return profile
+    lane = profile.lanes["read"]
+    factor = bytes_per_s / lane.bytes_per_s
+    rates = tuple(CopyRate(r.nbytes, r.threads, r.bytes_per_s * factor, r.spread) for r in lane.rates)
+    now = Lane(rates=rates, sustained_bytes_per_s=bytes_per_s, latency_s=lane.latency_s, shares=lane.shares)
+    return replace(profile, lanes={**profile.lanes, "read": now})

@@ -1,0 +1,275 @@
+"""Plans a run without making it: a model in outline, a machine in numbers, what is asked, and what follows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from offload.budgets import TRANSIT, Division, divide
+from offload.errors import BudgetError
+from offload.planner.placement import Placement, Tier
+from offload.planner.predict import Computer, Prediction, Pricer
+from offload.planner.processors import balanced_share
+from offload.planner.search import Found, Room, search
+from offload.planner.whatif import MEMORIES, RATES, Change, change_budgets, change_profile
+from offload.planner.workspace import LIBRARIES
+from offload.profile import Profile
+from offload.specs import Budgets, ModelSpec, Workload
+from offload.units import GIB
+
+BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What to plan.
+
+    Attributes:
+        spec: the model.
+        profile: the machine.
+        budgets: memory that may be used.
+        work: what is asked of the model.
+        exact: torch's own ops only.
+        link_bytes_per_s: pace of an emulated link.
+        slots: depth of the rings, when somebody forces it.
+        base_nbytes: what the process takes before any weight.
+        extra_nbytes: what unpacking takes beside the workspace.
+        weights: format of packed matrices.
+        basis: of the model's numbers: headers or config.
+    """
+
+    spec: ModelSpec
+    profile: Profile
+    budgets: Budgets
+    work: Workload
+    exact: bool = False
+    link_bytes_per_s: float | None = None
+    slots: int | None = None
+    base_nbytes: int = 0
+    extra_nbytes: int = 0
+    weights: str = "none"
+    basis: str = "headers"
+
+    @property
+    def computer(self) -> Computer:
+        """On an emulated device the CPU computes."""
+        on_device = self.budgets.gpu_memory is not None and self.link_bytes_per_s is None
+        return Computer(
+            profile=self.profile,
+            processor="device" if on_device else "cpu",
+            exact=self.exact,
+            link_bytes_per_s=self.link_bytes_per_s,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """The same with something changed: what it is, and seconds of a token then; None where it cannot run."""
+
+    label: str
+    decode_s_per_token: float | None
+    tokens_per_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be done, and what will come of it.
+
+    Attributes:
+        ask: what was asked.
+        division: where the memory goes.
+        placement: where every tensor lives.
+        prediction: what a run will show.
+        found: the search, with what it rejected.
+        asked: variants that the user named.
+        buys: what more of each memory or rate would buy.
+        planned_s: how long planning took.
+    """
+
+    ask: Ask
+    division: Division
+    placement: Placement
+    prediction: Prediction
+    found: Found
+    asked: tuple[Variant, ...] = ()
+    buys: tuple[Variant, ...] = ()
+    planned_s: float = field(default=0.0, compare=False)
+
+    def classes(self) -> dict[str, dict[str, int]]:
+        """Bytes by kind of tensor and tier."""
+        spec, home = self.ask.spec, self.placement.home
+        where = "device" if self.ask.budgets.gpu_memory is not None else "host"
+        kinds: dict[str, dict[str, int]] = {}
+        for tensor in (*spec.loose, *(t for u in spec.units for t in u.tensors)):
+            kind = "embedding" if tensor.is_table else "experts" if tensor.experts else "weights"
+            row = kinds.setdefault(kind, {})
+            tier = str(home[tensor.name])
+            row[tier] = row.get(tier, 0) + (tensor.read_nbytes if tier == "disk" else tensor.nbytes)
+        need = self.division.workspace
+        kinds["keys and values"] = {where: need.kv}
+        kinds["activations"] = {where: need.activations + need.logits}
+        rings = (("host", self.placement.host_ring), ("device", self.placement.device_ring))
+        kinds["buffers"] = {tier: ring.nbytes for tier, ring in rings if ring.slots}
+        kinds["process"] = {"host": self.division.base_nbytes + LIBRARIES}
+        return kinds
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        ask, found = self.ask, self.found
+        return {
+            "params": ask.spec.params,
+            "weights_bytes": ask.spec.nbytes,
+            "basis": ask.basis,
+            "weights": ask.weights,
+            "hardware": {
+                "name": ask.profile.name,
+                "source": ask.profile.source,
+                "fingerprint": ask.profile.fingerprint,
+            },
+            "budgets": {"cpu_memory": ask.budgets.cpu_memory, "gpu_memory": ask.budgets.gpu_memory},
+            "batch": ask.work.batch,
+            "prompt_tokens": ask.work.prompt_tokens,
+            "new_tokens": ask.work.total_tokens - ask.work.prompt_tokens,
+            "exact": ask.exact,
+            "fits": found.fits,
+            "plan": found.best.label,
+            "bytes": self.classes(),
+            "rings": {
+                "host": [self.placement.host_ring.slots, self.placement.host_ring.slot_nbytes],
+                "device": [self.placement.device_ring.slots, self.placement.device_ring.slot_nbytes],
+            },
+            "predicted": self.prediction.as_dict(),
+            "alternatives": [
+                {
+                    "plan": other.label,
+                    "decode_s_per_token": other.prediction.decode_s_per_token,
+                    "times_slower": other.prediction.decode_s_per_token / self.prediction.decode_s_per_token,
+                }
+                for other in found.rejected
+            ],
+            "what_if": [vars_of(v) for v in self.asked],
+            "buys": [vars_of(v) for v in self.buys],
+            "planned_s": self.planned_s,
+        }
+
+
+def vars_of(variant: Variant) -> dict[str, Any]:
+    return {
+        "change": variant.label,
+        "decode_s_per_token": variant.decode_s_per_token,
+        "tokens_per_s": variant.tokens_per_s,
+    }
+
+
+def make(ask: Ask, changes: Sequence[Change] = (), *, explores: bool = True) -> Plan:
+    """Searches, and says what else was looked at.
+
+    Args:
+        changes: variants to price beside the plan.
+        explores: also price what more of each memory or rate would buy.
+
+    Raises:
+        BudgetError: it cannot fit; says which budget would do.
+    """
+    began = time.perf_counter()
+    division, found = _solve(ask)
+    plan = Plan(
+        ask=ask, division=division, placement=found.best.placement, prediction=found.best.prediction, found=found
+    )
+    asked = tuple(_variant(ask, change) for change in changes)
+    buys = tuple(_variant(ask, change) for change in _steps(ask)) if explores else ()
+    return replace(plan, asked=asked, buys=buys, planned_s=time.perf_counter() - began)
+
+
+def best_batch(ask: Ask, batches: Sequence[int] = BATCHES) -> Ask:
+    """The same with the batch that makes the most tokens per second.
+
+    Raises:
+        BudgetError: not even one sequence fits.
+    """
+    best: tuple[float, Ask] | None = None
+    for batch in batches:
+        one = replace(ask, work=replace(ask.work, batch=batch))
+        try:
+            rate = _solve(one)[1].best.prediction.tokens_per_s
+        except BudgetError:
+            if best is None:
+                raise
+            break
+        if best is None or rate > best[0] * 1.02:  # a larger batch must be worth its latency
+            best = rate, one
+    assert best is not None
+    return best[1]
+
+
+def _solve(ask: Ask) -> tuple[Division, Found]:
+    spec, extra = ask.spec, ask.extra_nbytes
+    division = divide(
+        spec,
+        ask.budgets,
+        ask.work,
+        slots=ask.slots,
+        extra_nbytes=extra,
+        extra_device_nbytes=extra,
+        base_nbytes=ask.base_nbytes,
+    )
+    room = replace(room_of(spec, ask.budgets, division, ask.slots, extra), shares=_shares(ask))
+    return division, search(Pricer(spec, ask.work, ask.computer), room)
+
+
+def _shares(ask: Ask) -> tuple[float, ...]:
+    """What the CPU may multiply by of what would travel: around where it and the link finish together."""
+    has_link = ask.link_bytes_per_s is not None or "h2d" in ask.profile.lanes
+    if ask.exact or ask.budgets.gpu_memory is None or not has_link or "cpu" not in ask.profile.processors:
+        return (0.0,)
+    link = ask.link_bytes_per_s or ask.profile.lane("h2d").bytes_per_s
+    cpu = ask.profile.processors["cpu"]
+    balanced = balanced_share(cpu.bytes_per_s * cpu.efficiency, link)
+    return (0.0, *(round(balanced * part, 3) for part in (0.5, 0.75, 1.0)))
+
+
+def room_of(spec: ModelSpec, budgets: Budgets, division: Division, slots: int | None, extra_nbytes: int) -> Room:
+    """Memory as `divide` divides it."""
+    need, has_device = division.workspace.nbytes, budgets.gpu_memory is not None
+    target = budgets.resident
+    if isinstance(target, float):
+        target = int(target * spec.nbytes)
+    if target is not None and division.device_nbytes is not None:
+        target = max(0, target - division.device_nbytes)
+    beside = division.base_nbytes + LIBRARIES + extra_nbytes
+    return Room(
+        host_nbytes=division.host_nbytes,
+        device_nbytes=division.device_nbytes,
+        host_beside=beside + (TRANSIT if has_device else need),
+        device_beside=need + extra_nbytes if has_device else 0,
+        target=target,
+        slots=slots,
+    )
+
+
+def _variant(ask: Ask, change: Change) -> Variant:
+    other = replace(ask, budgets=change_budgets(ask.budgets, change), profile=change_profile(ask.profile, change))
+    if change.what == "link" and ask.link_bytes_per_s is not None:
+        other = replace(other, link_bytes_per_s=ask.link_bytes_per_s * change.factor)
+    try:
+        found = _solve(other)[1].best.prediction
+    except BudgetError:
+        return Variant(label=str(change), decode_s_per_token=None, tokens_per_s=None)
+    return Variant(label=str(change), decode_s_per_token=found.decode_s_per_token, tokens_per_s=found.tokens_per_s)
+
+
+def _steps(ask: Ask) -> list[Change]:
+    """One GiB more of each memory, and twice each rate."""
+    has_device = ask.budgets.gpu_memory is not None
+    memories = [Change(what, add_nbytes=GIB) for what in MEMORIES if has_device or what != "gpu-memory"]
+    used = {"disk", "cpu"} if not has_device else {"disk", "link", "gpu"}
+    if ask.link_bytes_per_s is not None:
+        used = {"disk", "link", "cpu"}
+    return memories + [Change(what, 2.0) for what in RATES if what in used]
+
+
+def tiers_of(kinds: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Tiers that hold something, fastest first."""
+    return [str(tier) for tier in Tier if any(str(tier) in row for row in kinds.values())]

@@ -1,0 +1,62 @@
+"""What a run will show, predicted from its own placement just before it generates; and measured figures beside that."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from offload.budgets import Division
+from offload.plan.machine import machine, with_disk_rate
+from offload.plan.planning import Ask, room_of
+from offload.planner.predict import Prediction, Pricer
+from offload.profile import Profile
+from offload.specs import Budgets, ModelSpec, Workload
+
+NO_LINK = 1e15  # bytes per second of an emulated link without a pace
+
+
+def predict_run(
+    spec: ModelSpec,
+    division: Division,
+    budgets: Budgets,
+    work: Workload,
+    *,
+    model: Path,
+    device: str,
+    exact: bool,
+    link_bytes_per_s: float | None,
+    disk_bytes_per_s: float | None,
+    extra_nbytes: int = 0,
+) -> tuple[Prediction, Profile] | None:
+    """A prediction and the machine it is for; None where nothing is known of the device.
+
+    Args:
+        division: where the memory goes, and every tensor.
+        model: the checkpoint's folder: a profile may have been measured for it.
+        device: cpu, emulated or cuda:N.
+        disk_bytes_per_s: the disk's rate as it was measured just now; None: the profile's.
+        extra_nbytes: what unpacking takes beside the workspace.
+    """
+    profile = with_disk_rate(machine(None, model), disk_bytes_per_s)
+    ask = Ask(spec=spec, profile=profile, budgets=budgets, work=work, exact=exact)
+    computer = ask.computer
+    if device == "emulated":
+        computer = replace(computer, processor="cpu", link_bytes_per_s=link_bytes_per_s or NO_LINK)
+    if computer.processor not in profile.processors:
+        return None
+    room = room_of(spec, budgets, division, None, extra_nbytes)
+    prediction = Pricer(spec, work, computer).predict(
+        division.placement, host_beside=room.host_beside, device_beside=room.device_beside
+    )
+    return prediction, profile
+
+
+def beside(prediction: Prediction, measured: dict[str, Any]) -> dict[str, float]:
+    """How far measured figures are from predicted ones, relative to what was measured, by name."""
+    found = {}
+    for name, value in prediction.as_dict().items():
+        other = measured.get(name)
+        if isinstance(value, int | float) and isinstance(other, int | float) and other:
+            found[name] = value / other - 1
+    return found

@@ -1,0 +1,137 @@
+"""`offload plan`: from headers, for machines that are not here, and what it says then."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from models import MODELS
+from test_outline import without_weights
+
+from offload.cli import main
+from offload.plan import load_plan
+from offload.planner.whatif import Change, parse_change
+from offload.units import GIB
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model without weights."""
+    folder = tmp_path_factory.mktemp("plan")
+    return without_weights(MODELS["llama"].save(folder / "whole"), folder / "bare")
+
+
+def plan(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["plan", *arguments])
+    return int(end.value.code or 0)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:  # type: ignore[type-arg]
+    assert plan(*arguments, "--prompt-tokens", "16", "--new-tokens", "8", "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+PREDICTED = {
+    "prefill_s", "decode_s_per_token", "tokens_per_s", "peak_rss_bytes", "read_bytes_per_token",
+    "upload_bytes_per_token", "bound_s_per_token",
+}  # fmt: skip
+
+
+def test_json(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, str(bare), "--resident", "0.25", "--cpu-memory", "4GiB", "--what-if", "disk=2x")
+    assert set(found["predicted"]) >= PREDICTED
+    assert found["predicted"]["read_bytes_per_token"] > 0
+    assert not found["fits"]
+    assert found["what_if"][0]["change"] == "disk 2x"
+    assert found["what_if"][0]["decode_s_per_token"] <= found["predicted"]["decode_s_per_token"]
+    assert found["alternatives"][0]["times_slower"] >= 1
+    assert (
+        sum(found["bytes"]["weights"].values()) + sum(found["bytes"].get("embedding", {}).values())
+        == (found["weights_bytes"])
+    )
+
+
+def test_it_may_decline(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, str(bare), "--cpu-memory", "4GiB")
+    assert found["fits"]
+    assert found["alternatives"] == []
+    assert found["predicted"]["read_bytes_per_token"] == 0
+    assert plan(str(bare), "--cpu-memory", "4GiB", "--prompt-tokens", "16", "--new-tokens", "8") == 0
+    assert "no offloading is needed" in capsys.readouterr().out
+
+
+def test_a_machine_that_is_not_here(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, str(bare), "--hardware", "rtx4060-gen4-nvme4")
+    assert found["budgets"]["gpu_memory"] == 8 * 10**9 - 256 * 2**20
+    assert found["hardware"]["source"] == "estimate"
+    assert found["predicted"]["origin"] == "estimate"
+    assert {"gpu-memory +1.00 GiB", "link 2x"} <= {v["change"] for v in found["buys"]}
+
+
+def test_the_largest_batch_that_pays(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = (str(bare), "--resident", "0", "--cpu-memory", "4GiB")
+    one, many = planned(capsys, *options), planned(capsys, *options, "--batch", "auto")
+    assert many["batch"] > 1
+    assert many["predicted"]["tokens_per_s"] > one["predicted"]["tokens_per_s"]
+
+
+def test_a_plan_is_kept(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.msgpack"
+    found = planned(capsys, str(bare), "--resident", "0.25", "--cpu-memory", "4GiB", "-o", str(file))
+    kept = load_plan(file)
+    assert kept.predicted == found["predicted"]
+    assert kept.options["cpu_memory"] == str(4 * GIB)
+    assert [kept.placement.host_ring.slots, kept.placement.host_ring.slot_nbytes] == found["rings"]["host"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--hardware", "rtx9999"), "no hardware preset 'rtx9999'"),
+        (("--hardware", "none.toml"), "cannot be read"),
+        (("--what-if", "dsk=2x"), "did you mean 'disk'"),
+        (("--what-if", "disk=+1GiB"), "say how many times"),
+        (("--what-if", "disk"), "write an amount"),
+        (("--what-if", "disk=0x"), "from 0.001"),
+        (("--batch", "many"), '"auto"'),
+        (("--cpu-memory", "100MiB"), "smallest cpu_memory"),
+        (("--prompt-tokens", "4000"), "context is 128"),
+        (("--hardware", "cpu-ddr5-nvme4", "--gpu-memory", "4GiB"), "no accelerator"),
+    ],
+)
+def test_bad_options(bare: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], says: str) -> None:
+    assert plan(
+        str(bare), "--new-tokens", "8", *(() if "--prompt-tokens" in options else ("--prompt-tokens", "16")), *options
+    ) in (1, 2)
+    assert says in capsys.readouterr().err
+
+
+def test_changes() -> None:
+    assert parse_change("cpu-memory=+32GiB").memory(GIB) == 33 * GIB
+    assert parse_change("cpu-memory=-2GiB").memory(GIB) == 0
+    assert parse_change("gpu-memory=16GiB").memory(GIB) == 16 * GIB
+    assert parse_change("cpu-memory=2x").memory(GIB) == 2 * GIB
+    assert parse_change("disk=1.5x") == Change("disk", 1.5)
+    assert [str(parse_change(t)) for t in ("disk=2x", "cpu-memory=+1GiB")] == ["disk 2x", "cpu-memory +1.00 GiB"]
+
+
+def test_a_run_follows_its_plan_and_says_what_was_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, file = MODELS["llama"].save(tmp_path / "model"), tmp_path / "plan.msgpack"
+    planned(capsys, str(checkpoint), "--resident", "0.25", "--cpu-memory", "4GiB", "--slots", "3", "-o", str(file))
+    with pytest.raises(SystemExit) as end:
+        main(["run", str(checkpoint), "--prompt-ids", "5,6,7", "--max-new-tokens", "4", "--plan", str(file), "--json"])
+    assert not end.value.code
+    result = json.loads(capsys.readouterr().out)
+    assert result["budgets"]["cpu_memory"] == 4 * GIB
+    assert set(result["predicted"]) >= PREDICTED
+    kept = load_plan(file)
+    assert result["streamed_bytes"] > 0
+    assert result["predicted"]["read_bytes_per_token"] == kept.predicted["read_bytes_per_token"]
+    assert set(result["prediction_error"]) >= {"prefill_s", "decode_s_per_token", "peak_rss_bytes"}
+    other = MODELS["qwen3"].save(tmp_path / "other")
+    with pytest.raises(SystemExit) as end:
+        main(["run", str(other), "--prompt-ids", "5,6,7", "--max-new-tokens", "4", "--plan", str(file)])
+    assert end.value.code == 2
+    assert "another model" in capsys.readouterr().err
