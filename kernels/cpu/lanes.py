@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from offload.kernels.cpu.vector import F32, I1, I32, I64, LANES, U32, call, number, order, unary
+from offload.kernels.cpu.vector import F32, I1, I32, I64, LANES, U16, U32, Vector, call, number, order, unary
 
 # Comparing. -----------------------------------------------------------------------------------------------------------
 
@@ -62,10 +62,16 @@ def first(typing_context: Any, value: Any) -> Any:
     return (types.float32 if value == F32 else types.uint32)(value), generate
 
 
-@intrinsic
-def lane_numbers(typing_context: Any) -> Any:
-    """0 to 15, a lane each."""
-    return U32(), lambda context, b, signature, args: ir.Constant(U32.llvm, list(range(LANES)))
+def _lane_numbers(vector: Vector) -> Any:
+    @intrinsic
+    def numbers(typing_context: Any) -> Any:
+        return vector(), lambda context, b, signature, args: ir.Constant(vector.llvm, list(range(vector.lanes)))
+
+    return numbers
+
+
+lane_numbers = _lane_numbers(U32)  # 0 to 15, a lane each
+lane_numbers_u16 = _lane_numbers(U16)  # 0 to 31
 
 
 def _shuffler(lanes: list[int]) -> Any:

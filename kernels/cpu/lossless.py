@@ -1,4 +1,8 @@
-"""One row of a bf16 matrix out of 12 bits a weight: 64 weights at a time, then the rare exponents as patches."""
+"""Rows of bf16 out of 12 bits a weight, 64 weights at a time, in registers: two vectors of 32 bf16.
+
+Rare exponents are patches, in the order of inputs. A row goes in runs of whole blocks without one, and single blocks in
+which lanes are replaced. Patches come from a file: a damaged one gives wrong numbers, and reaches no other memory.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +12,51 @@ from numba import int64, uint32
 
 from offload.kernels.cpu.ahead import ask
 from offload.kernels.cpu.helper import helper
-from offload.kernels.cpu.memory import get_i32, get_u8, get_u16, load_u16_low, put_u16, store_u16
+from offload.kernels.cpu.lanes import lane_numbers_u16, where_equal
+from offload.kernels.cpu.memory import get_i32, get_u8, load_u16_low
 from offload.kernels.cpu.vector import splat_u16
 
 
-@helper
+@helper(inline=True)
 def _join(low: Any, code: Any, largest: Any) -> Any:
-    """Sign and mantissa, exponent codes and the largest exponent to the bits of 32 bf16."""
-    exponent = (largest - code) << splat_u16(uint32(7))
-    sign = low << splat_u16(uint32(8)) & splat_u16(uint32(0x8000))
-    return sign | exponent | low & splat_u16(uint32(0x7F))
+    """Sign and mantissa, exponent codes where a bf16 has its exponent, and the largest one there, to 32 bf16."""
+    sign = low << splat_u16(uint32(8))
+    return (low | sign) & splat_u16(uint32(0x807F)) | (largest - code)
 
 
-@helper
-def unpack_row(  # type: ignore[no-untyped-def]
-    low: int, codes: int, largest: int, at: int, exponents: int, patches: int, first: int, last: int, out: int, n: int
-):  # fmt: skip
-    """Writes `n` bf16 to the address `out`.
+@helper(inline=True)
+def block_at(low: int, codes: int, largest: Any, k: int) -> Any:
+    """Weights k to k + 63 of a row, as if none had a patch.
 
     Args:
         low, codes: addresses of the row's two planes.
-        largest: the matrix's largest exponent.
-        at, exponents: addresses of all `patches`; the row's are `first` to `last`. These come from a file, and a
-            damaged one must not reach other memory.
+        largest: the matrix's largest exponent, where a bf16 has it, in every lane.
     """
-    top, four = splat_u16(uint32(largest)), splat_u16(uint32(4))
-    whole = n // 64 * 64
-    for start in range(0, whole, 64):
-        ask(low + start, 64)
-        ask(codes + (start >> 1), 64)
-        pair = load_u16_low(codes, start >> 1)
-        store_u16(out, start, _join(load_u16_low(low, start), pair & splat_u16(uint32(15)), top))
-        store_u16(out, start + 32, _join(load_u16_low(low, start + 32), pair >> four, top))
-    for k in range(whole, n):
-        byte = get_u8(codes, (whole >> 1) + (k - whole) % 32)
-        code = byte & uint32(15) if k - whole < 32 else byte >> uint32(4)
-        one = get_u8(low, k)
-        put_u16(out, k, (one & uint32(0x80)) << uint32(8) | (uint32(largest) - code) << uint32(7) | one & uint32(0x7F))
-    for p in range(max(first, int64(0)), min(last, patches)):
-        k = get_i32(at, p)
-        if k < 0 or k >= n:
-            continue
-        put_u16(out, k, get_u16(out, k) & uint32(0x807F) | get_u8(exponents, p) << uint32(7))
+    ask(low + k, 64)
+    if k & 64:
+        ask(codes + (k >> 1) - 32, 64)
+    mask, pair = splat_u16(uint32(0x780)), load_u16_low(codes, k >> 1)
+    one = _join(load_u16_low(low, k), pair << splat_u16(uint32(7)) & mask, largest)
+    return one, _join(load_u16_low(low, k + 32), pair << splat_u16(uint32(3)) & mask, largest)
+
+
+@helper(inline=True)
+def clean_until(at: int, patch: int, last: int, k: int, whole: int) -> int:
+    """Where the run of blocks from k on ends that are whole and have none of the patches `patch` to `last`."""
+    return whole if patch >= last else min(whole, max(int64(k), int64(get_i32(at, patch) // 64 * 64)))
+
+
+@helper
+def patched(one: Any, two: Any, at: int, exponents: int, patch: int, last: int, k: int) -> Any:
+    """Weights k to k + 63 with their patches, and which patch is next."""
+    lanes, kept = lane_numbers_u16(), splat_u16(uint32(0x807F))
+    while patch < last:
+        lane = int64(get_i32(at, patch)) - k
+        if lane >= 64:
+            break
+        exponent = splat_u16(uint32(get_u8(exponents, patch) << uint32(7)))
+        if lane >= 0:
+            one = where_equal(lanes, splat_u16(uint32(lane)), one & kept | exponent, one)
+            two = where_equal(lanes, splat_u16(uint32(lane + 65504)), two & kept | exponent, two)  # less 32
+        patch += 1
+    return one, two, patch

@@ -15,6 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from offload.kernels.cpu.convert import (
+    join_bytes,
     narrow_bf16,
     narrow_bf16_pair,
     narrow_f16,
@@ -25,7 +26,7 @@ from offload.kernels.cpu.convert import (
     widen_i8,
     zip_halves,
 )
-from offload.kernels.cpu.vector import F32, FLOAT, I8, I16, I32, I64, LANES, U16, U32, number
+from offload.kernels.cpu.vector import F32, FLOAT, I8, I16, I32, I64, LANES, U16, U32, Vector, number
 
 _NBYTES = {I8: 1, I16: 2, I32: 4, I64: 8, FLOAT: 4}
 
@@ -109,25 +110,32 @@ store_signed_codes = _storer(U32, I8, _inverted_bytes)
 """127 less each lane, where -128 stands for all smaller ones and 127 for all larger ones, in a byte."""
 
 
-def _stream(b: Any, line: Any, kind: Any, args: Any) -> None:
-    """Stores a whole line of memory past the caches: nothing is fetched first."""
-    made = b.store(line, b.bitcast(_place(b, kind, args), line.type.as_pointer()), align=64)
-    made.set_metadata("nontemporal", b.module.add_metadata([I32(1)]))
+def _streamer(value_types: tuple[Vector, ...], stored: Any, convert: Callable[..., Any]) -> Any:
+    """Stores a whole line of memory, which begins at a multiple of 64 bytes, past the caches: nothing is fetched first.
 
-
-@intrinsic
-def stream_bf16(typing_context: Any, address: Any, index: Any, low: Any, high: Any) -> Any:
-    """Stores 32 bf16, past the caches: a whole line of memory, which must begin at a multiple of 64 bytes.
-
-    Nothing is fetched first. Such stores become visible in any order, until the thread's next atomic operation.
+    Such stores become visible in any order, until the thread's next atomic operation.
     """
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        _stream(b, narrow_bf16_pair(b, *args[2:]), I16, args)
+        line = convert(b, *args[2:])
+        made = b.store(line, b.bitcast(_place(b, stored, args), line.type.as_pointer()), align=64)
+        made.set_metadata("nontemporal", b.module.add_metadata([I32(1)]))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, F32, F32), generate
+    @intrinsic
+    def stream(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
+        return types.void(types.int64, types.int64, *value_types), generate
 
+    @intrinsic
+    def stream_pair(typing_context: Any, address: Any, index: Any, low: Any, high: Any) -> Any:
+        return types.void(types.int64, types.int64, *value_types), generate
+
+    return stream if len(value_types) == 1 else stream_pair
+
+
+stream_bf16 = _streamer((F32, F32), I16, narrow_bf16_pair)  # of two vectors, 32 numbers
+stream_u16 = _streamer((U16,), I16, _same)
+stream_bytes = _streamer((U16, U16), I8, join_bytes)  # the low bytes of two vectors, 64 of them
 
 # Single numbers. ------------------------------------------------------------------------------------------------------
 
