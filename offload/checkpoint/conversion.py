@@ -66,11 +66,12 @@ def locate(model: nn.Module, entries: Mapping[str, Entry], dtype: torch.dtype) -
         else:
             converter, found = merged.setdefault(name, (by_pattern[pattern], []))
             found.append((pattern, entries[key]))
+    known: _Known = {}
     for name, (converter, found) in merged.items():
         if len(found) == 1 and found[0][1].shape == targets.shape(name) and _is_optional(converter):
             sources[name] = targets.plain(name, found[0][1])  # stored as it is used already
             continue
-        for source in _merge(model, name, converter, found, targets):
+        for source in _merge(model, name, converter, found, targets, known):
             sources[source.name] = source
     return sources
 
@@ -116,13 +117,54 @@ def stored_dtype(entry: Entry) -> torch.dtype:
     return DTYPES[entry.dtype]
 
 
+_Run = tuple[int, int, int, int]  # which stored tensor, its first row, first row of the model's tensor, rows
+_Known = dict[tuple[object, ...], dict[str, tuple[_Run, ...]]]
+"""Conversions that were run already: what they did to tensors of the same shapes under another layer's names."""
+
+
 def _merge(
-    model: nn.Module, name: str, converter: Any, found: list[tuple[str, Entry]], targets: _Targets
+    model: nn.Module,
+    name: str,
+    converter: Any,
+    found: list[tuple[str, Entry]],
+    targets: _Targets,
+    known: _Known,
 ) -> list[Source]:
     """The tensors that a conversion makes of several stored ones."""
+    shapes = tuple((pattern, _LAYER.sub("*", entry.name, count=1), entry.shape) for pattern, entry in found)
+    key = (id(converter), shapes, _LAYER.sub("*", name, count=1), targets.has(name) and targets.shape(name))
+    entries = [entry for _, entry in found]
+    made = known.get(key)
+    if made is None:
+        runs = _runs_after(model, name, converter, found, targets)
+        number = _LAYER.search(name)
+        if number is None or any(_LAYER.search(target) is None for target in runs):
+            made = runs
+        else:
+            made = known[key] = {_LAYER.sub("*", target, count=1): rows for target, rows in runs.items()}
+    number = _LAYER.search(name)
+    sources = []
+    for pattern, rows in made.items():
+        target = pattern.replace("*", number[0], 1) if number is not None else pattern
+        shape = targets.shape(target)
+        sources.append(targets.of(target, _pieces(rows, entries, shape[-1] if entries[0].shape[1:] else 1)))
+    return sources
+
+
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # the first number in a name
+
+
+def _runs_after(
+    model: nn.Module, name: str, converter: Any, found: list[tuple[str, Entry]], targets: _Targets
+) -> dict[str, tuple[_Run, ...]]:
+    """Target name -> runs of stored rows that it is made of.
+
+    Raises:
+        ModelError: what the conversion does is no permutation of rows.
+    """
     first = _rows_after(model, name, converter, found, 1)
     second = _rows_after(model, name, converter, found, 3)  # arithmetic on values would not commute with this
-    sources = []
+    runs = {}
     for target, rows in first.items():
         if not targets.has(target):
             continue
@@ -134,8 +176,8 @@ def _merge(
         fits = fits and not (is_rows and any(e.shape[-1] != width for _, e in found))
         if not fits or not ids.numel() or not torch.equal(second[target].reshape(-1), ids * 3):
             raise _unsupported(name, converter)
-        sources.append(targets.of(target, _pieces(ids, [e for _, e in found], width)))
-    return sources
+        runs[target] = _runs(ids)
+    return runs
 
 
 def _is_optional(converter: Any) -> bool:
@@ -161,18 +203,22 @@ def _rows_after(
     return {n: v[0] if isinstance(v, list) else v for n, v in out.items()}
 
 
-def _pieces(ids: torch.Tensor, found: list[Entry], width: int) -> tuple[Piece, ...]:
+def _runs(ids: torch.Tensor) -> tuple[_Run, ...]:
     """Runs of consecutive stored rows."""
     breaks = (ids[1:] != ids[:-1] + 1).nonzero().reshape(-1) + 1
     starts = [0, *breaks.tolist(), len(ids)]
+    return tuple((*divmod(int(ids[begin]), _STRIDE), begin, end - begin) for begin, end in pairwise(starts))
+
+
+def _pieces(runs: tuple[_Run, ...], found: list[Entry], width: int) -> tuple[Piece, ...]:
+    """Where those rows, of so many elements each, lie."""
     pieces = []
-    for begin, end in pairwise(starts):
-        k, row = divmod(int(ids[begin]), _STRIDE)
+    for k, row, begin, count in runs:
         entry = found[k]
         dtype = stored_dtype(entry)
         row_nbytes = width * dtype.itemsize
-        extent = Extent(entry.path, entry.offset + row * row_nbytes, (end - begin) * row_nbytes)
-        pieces.append(Piece(extent, dtype, begin * width, (end - begin) * width))
+        extent = Extent(entry.path, entry.offset + row * row_nbytes, count * row_nbytes)
+        pieces.append(Piece(extent, dtype, begin * width, count * width))
     return tuple(pieces)
 
 

@@ -210,7 +210,7 @@ def _compared(plan: Plan, rows: list[tuple[str, float | None, float | None]]) ->
     for name in ("instead", "a token", "times as fast"):
         table.add_column(name, justify="left" if name == "instead" else "right")
     others: list[tuple[str, float | None, Any]] = [
-        (f"plan: {c.label}", c.prediction.decode_s_per_token, None) for c in plan.found.rejected
+        (f"plan: {c.label}", c.decode.seconds, None) for c in plan.found.rejected
     ]
     for label, seconds, _ in [*others, *rows]:
         if seconds is None:

@@ -10,9 +10,9 @@ from typing import Any
 from offload.budgets import TRANSIT, Division, divide
 from offload.errors import BudgetError
 from offload.planner.placement import Placement, Tier
-from offload.planner.predict import Computer, Prediction, Pricer
+from offload.planner.predict import Computer, PassCost, Prediction, Pricer
 from offload.planner.processors import balanced_share
-from offload.planner.search import Found, Room, search
+from offload.planner.search import Found, Known, Room, search
 from offload.planner.whatif import MEMORIES, RATES, Change, change_budgets, change_profile
 from offload.planner.workspace import LIBRARIES
 from offload.profile import Profile
@@ -144,8 +144,8 @@ class Plan:
             "alternatives": [
                 {
                     "plan": other.label,
-                    "decode_s_per_token": other.prediction.decode_s_per_token,
-                    "times_slower": other.prediction.decode_s_per_token / self.prediction.decode_s_per_token,
+                    "decode_s_per_token": other.decode.seconds,
+                    "times_slower": other.decode.seconds / self.prediction.decode_s_per_token,
                 }
                 for other in found.rejected
             ],
@@ -174,12 +174,13 @@ def make(ask: Ask, changes: Sequence[Change] = (), *, explores: bool = True) -> 
         BudgetError: it cannot fit; says which budget would do.
     """
     began = time.perf_counter()
-    division, found = _solve(ask)
-    plan = Plan(
-        ask=ask, division=division, placement=found.best.placement, prediction=found.best.prediction, found=found
-    )
-    asked = tuple(_variant(ask, change) for change in changes)
-    buys = tuple(_variant(ask, change) for change in _steps(ask)) if explores else ()
+    known: Known = {}
+    division, found = _solve(ask, known)
+    best = found.best
+    prediction = predict(Pricer(ask.spec, ask.work, ask.computer), best.placement, division, ask, later=best.decode)
+    plan = Plan(ask=ask, division=division, placement=best.placement, prediction=prediction, found=found)
+    asked = tuple(_variant(ask, change, known) for change in changes)
+    buys = tuple(_variant(ask, change, known) for change in _steps(ask)) if explores else ()
     return replace(plan, asked=asked, buys=buys, planned_s=time.perf_counter() - began)
 
 
@@ -193,7 +194,7 @@ def best_batch(ask: Ask, batches: Sequence[int] = BATCHES) -> Ask:
     for batch in batches:
         one = replace(ask, work=replace(ask.work, batch=batch))
         try:
-            rate = _solve(one)[1].best.prediction.tokens_per_s
+            rate = batch / _solve(one, {})[1].best.decode.seconds
         except BudgetError:
             if best is None:
                 raise
@@ -204,7 +205,7 @@ def best_batch(ask: Ask, batches: Sequence[int] = BATCHES) -> Ask:
     return best[1]
 
 
-def _solve(ask: Ask) -> tuple[Division, Found]:
+def _solve(ask: Ask, known: Known) -> tuple[Division, Found]:
     spec, extra = ask.spec, ask.extra_nbytes
     division = divide(
         spec,
@@ -215,8 +216,8 @@ def _solve(ask: Ask) -> tuple[Division, Found]:
         extra_device_nbytes=extra,
         base_nbytes=ask.base_nbytes,
     )
-    room = replace(room_of(spec, ask.budgets, division, ask.slots, extra), shares=_shares(ask))
-    return division, search(Pricer(spec, ask.work, ask.computer), room)
+    room = replace(room_of(spec, ask.budgets, division, ask.slots), shares=_shares(ask))
+    return division, search(Pricer(spec, ask.work, ask.computer), room, known)
 
 
 def _shares(ask: Ask) -> tuple[float, ...]:
@@ -230,34 +231,39 @@ def _shares(ask: Ask) -> tuple[float, ...]:
     return (0.0, *(round(balanced * part, 3) for part in (0.5, 0.75, 1.0)))
 
 
-def room_of(spec: ModelSpec, budgets: Budgets, division: Division, slots: int | None, extra_nbytes: int) -> Room:
+def room_of(spec: ModelSpec, budgets: Budgets, division: Division, slots: int | None) -> Room:
     """Memory as `divide` divides it."""
-    need, has_device = division.workspace.nbytes, budgets.gpu_memory is not None
     target = budgets.resident
     if isinstance(target, float):
         target = int(target * spec.nbytes)
     if target is not None and division.device_nbytes is not None:
         target = max(0, target - division.device_nbytes)
-    beside = division.base_nbytes + LIBRARIES + extra_nbytes
-    return Room(
-        host_nbytes=division.host_nbytes,
-        device_nbytes=division.device_nbytes,
+    return Room(host_nbytes=division.host_nbytes, device_nbytes=division.device_nbytes, target=target, slots=slots)
+
+
+def predict(
+    pricer: Pricer, placement: Placement, division: Division, ask: Ask, later: PassCost | None = None
+) -> Prediction:
+    """Both phases, with the memory that the process, its libraries and the run take beside weights and rings."""
+    need, has_device = division.workspace.nbytes, ask.budgets.gpu_memory is not None
+    beside = division.base_nbytes + LIBRARIES + ask.extra_nbytes
+    return pricer.predict(
+        placement,
         host_beside=beside + (TRANSIT if has_device else need),
-        device_beside=need + extra_nbytes if has_device else 0,
-        target=target,
-        slots=slots,
+        device_beside=need + ask.extra_nbytes if has_device else 0,
+        later=later,
     )
 
 
-def _variant(ask: Ask, change: Change) -> Variant:
+def _variant(ask: Ask, change: Change, known: Known) -> Variant:
     other = replace(ask, budgets=change_budgets(ask.budgets, change), profile=change_profile(ask.profile, change))
     if change.what == "link" and ask.link_bytes_per_s is not None:
         other = replace(other, link_bytes_per_s=ask.link_bytes_per_s * change.factor)
     try:
-        found = _solve(other)[1].best.prediction
+        seconds = _solve(other, known)[1].best.decode.seconds
     except BudgetError:
         return Variant(label=str(change), decode_s_per_token=None, tokens_per_s=None)
-    return Variant(label=str(change), decode_s_per_token=found.decode_s_per_token, tokens_per_s=found.tokens_per_s)
+    return Variant(label=str(change), decode_s_per_token=seconds, tokens_per_s=ask.work.batch / seconds)
 
 
 def _steps(ask: Ask) -> list[Change]:

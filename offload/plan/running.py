@@ -8,7 +8,7 @@ from typing import Any
 
 from offload.budgets import Division
 from offload.plan.machine import machine, with_disk_rate
-from offload.plan.planning import Ask, room_of
+from offload.plan.planning import Ask, predict
 from offload.planner.predict import Prediction, Pricer
 from offload.profile import Profile
 from offload.specs import Budgets, ModelSpec, Workload
@@ -39,16 +39,13 @@ def predict_run(
         extra_nbytes: what unpacking takes beside the workspace.
     """
     profile = with_disk_rate(machine(None, model), disk_bytes_per_s)
-    ask = Ask(spec=spec, profile=profile, budgets=budgets, work=work, exact=exact)
+    ask = Ask(spec=spec, profile=profile, budgets=budgets, work=work, exact=exact, extra_nbytes=extra_nbytes)
     computer = ask.computer
     if device == "emulated":
         computer = replace(computer, processor="cpu", link_bytes_per_s=link_bytes_per_s or NO_LINK)
     if computer.processor not in profile.processors:
         return None
-    room = room_of(spec, budgets, division, None, extra_nbytes)
-    prediction = Pricer(spec, work, computer).predict(
-        division.placement, host_beside=room.host_beside, device_beside=room.device_beside
-    )
+    prediction = predict(Pricer(spec, work, computer), division.placement, division, ask)
     return prediction, profile
 
 

@@ -7,10 +7,12 @@ reads hide behind compute evenly and the slots of the ring stay small, which lea
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import accumulate
+from typing import NamedTuple
 
 from offload.errors import BudgetError
 from offload.planner.processors import cut, with_small_slots
@@ -206,11 +208,19 @@ def split(units: Sequence[UnitSpec], capacity: int, *, slots: int | None = None,
     return Split(resident=frozenset(resident), streamed=streamed, tables=frozenset(tables - resident), ring=ring)
 
 
-_Options = list[tuple[int, tuple[int, ...]]]
+class _Option(NamedTuple):
+    """A subset of a unit's tensors that may stream: bytes that move, which tensors, bytes of a slot."""
+
+    nbytes: int
+    chosen: tuple[int, ...]
+    slot: int
+
+
+_Options = list[_Option]  # ascending
 
 
 def _options(unit: UnitSpec, smallest: int) -> _Options:
-    """Subsets of a unit's tensors that may stream, as (slot bytes, indices), smallest first."""
+    """Subsets of a unit's tensors that may stream."""
     free = [i for i, t in enumerate(unit.tensors) if not t.is_table and t.nbytes >= smallest and t.nbytes > 0]
     found: dict[int, tuple[int, ...]] = {0: ()}
     if len(free) <= 10:
@@ -221,89 +231,83 @@ def _options(unit: UnitSpec, smallest: int) -> _Options:
     else:  # many tensors: prefixes are choice enough
         for n, size in enumerate(accumulate(unit.tensors[i].slot_nbytes for i in free), 1):
             found[size] = tuple(free[:n])
-    return sorted(found.items())
+    return sorted(_Option(sum(unit.tensors[i].nbytes for i in c), c, slot) for slot, c in found.items())
 
 
 def _smallest_stream(
     units: Sequence[UnitSpec], capacity: int, limit: int, slots: int | None, smallest: int
 ) -> tuple[dict[str, tuple[TensorSpec, ...]], Ring] | None:
     """The choice of streaming subsets that moves the fewest bytes, with its ring; None when nothing fits."""
-    shapes = {tuple((t.slot_nbytes, t.is_table) for t in u.tensors): _options(u, smallest) for u in units}
-    options = [shapes[tuple((t.slot_nbytes, t.is_table) for t in u.tensors)] for u in units]
+    kinds = [tuple((t.slot_nbytes, t.nbytes, t.is_table) for t in u.tensors) for u in units]
+    shapes = {kind: _options(u, smallest) for kind, u in zip(kinds, units, strict=True)}
     total = sum(t.nbytes for u in units for t in u.tensors if not t.is_table)
-    best: tuple[int, int, list[tuple[int, ...]]] | None = None
-    for slot in sorted({size for choice in shapes.values() for size, _ in choice}):
+    best: tuple[int, int, list[_Option]] | None = None
+    for slot in sorted({option.slot for choice in shapes.values() for option in choice}):
         keep = min(capacity - depth(slot, slots) * slot, limit)
         if keep < 0:
             continue
-        usable = [[o for o in choice if o[0] <= slot] for choice in options]
-        if total - sum(_stream_nbytes(u, o[-1][1]) for u, o in zip(units, usable, strict=True)) > keep:
+        usable = {kind: [o for o in choice if o.slot <= slot] for kind, choice in shapes.items()}
+        if total - sum(usable[kind][-1].nbytes for kind in kinds) > keep:
             continue
-        chosen = _spread(units, usable, total - keep)
-        moved = sum(_stream_nbytes(u, c) for u, c in zip(units, chosen, strict=True))
+        chosen = _spread([usable[kind] for kind in kinds], total - keep)
+        moved = sum(option.nbytes for option in chosen)
         if best is None or moved < best[0]:
             best = moved, slot, chosen
     if best is None:
         return None
-    streamed = {u.name: tuple(u.tensors[i] for i in c) for u, c in zip(units, best[2], strict=True) if c}
+    streamed = {u.name: tuple(u.tensors[i] for i in o.chosen) for u, o in zip(units, best[2], strict=True) if o.chosen}
     if not streamed:
         return streamed, NO_RING
     slot = max(sum(t.slot_nbytes for t in ts) for ts in streamed.values())
     return streamed, Ring(depth(best[1], slots), slot)  # no deeper than was counted, though its slots may be smaller
 
 
-def _stream_nbytes(unit: UnitSpec, chosen: tuple[int, ...]) -> int:
-    return sum(unit.tensors[i].nbytes for i in chosen)
+def _at_least(choice: _Options, nbytes: float) -> _Option | None:
+    """The smallest subset that moves so many bytes; None where all move fewer."""
+    k = bisect_left(choice, nbytes, key=lambda option: option.nbytes)
+    return choice[k] if k < len(choice) else None
 
 
-def _spread(units: Sequence[UnitSpec], options: list[_Options], need: int) -> list[tuple[int, ...]]:
+def _spread(options: Sequence[_Options], need: int) -> list[_Option]:
     """Picks a subset for each unit so that at least `need` bytes stream, evenly over the units, and few more.
 
     Walks the units once and keeps the running sum as close above an even share as the subsets allow (error diffusion,
     as a line is drawn on a grid), then gives back what was taken too much.
     """
-    ceiling = [_stream_nbytes(u, o[-1][1]) for u, o in zip(units, options, strict=True)]
-    total = sum(ceiling)
+    total = sum(choice[-1].nbytes for choice in options)
     if total == 0:
-        return [() for _ in units]
-    chosen: list[tuple[int, ...]] = []
+        return [choice[0] for choice in options]
+    chosen: list[_Option] = []
     moved = share = 0.0
-    for unit, choice, top in zip(units, options, ceiling, strict=True):
-        share += top * need / total
-        sizes = [(_stream_nbytes(unit, c), c) for _, c in choice]
-        enough = [s for s in sizes if moved + s[0] >= share]
-        size, pick = min(enough) if enough else max(sizes)
-        chosen.append(pick)
-        moved += size
-    for k, (unit, choice) in enumerate(zip(units, options, strict=True)):  # rounding up left something to give back
-        now = _stream_nbytes(unit, chosen[k])
-        lower = [(_stream_nbytes(unit, c), c) for _, c in choice]
-        lower = [s for s in lower if moved - now + s[0] >= need]
-        size, pick = min(lower, default=(now, chosen[k]))
-        if size < now:
-            chosen[k], moved = pick, moved - now + size
+    for choice in options:
+        share += choice[-1].nbytes * need / total
+        chosen.append(_at_least(choice, share - moved) or choice[-1])
+        moved += chosen[-1].nbytes
+    for k, choice in enumerate(options):  # rounding up left something to give back
+        now = chosen[k].nbytes
+        lower = _at_least(choice, need - moved + now)
+        if lower is not None and lower.nbytes < now:
+            chosen[k], moved = lower, moved - now + lower.nbytes
     missing = need - moved
-    for k, (unit, choice) in enumerate(zip(units, options, strict=True)):  # rounding down left something to take
+    for k, choice in enumerate(options):  # rounding down left something to take
         if missing <= 0:
             break
-        now = _stream_nbytes(unit, chosen[k])
-        higher = sorted((_stream_nbytes(unit, c), c) for _, c in choice)
-        size, pick = next((s for s in higher if s[0] - now >= missing), higher[-1])
-        if size > now:
-            chosen[k], missing = pick, missing - (size - now)
+        now = chosen[k].nbytes
+        higher = _at_least(choice, now + missing) or choice[-1]
+        if higher.nbytes > now:
+            chosen[k], missing = higher, missing - (higher.nbytes - now)
     return chosen
 
 
 def _smallest_capacity(units: Sequence[UnitSpec], slots: int | None) -> int:
     """Bytes that suffice when every tensor that can stream does, through the smallest slots."""
-    sizes = sorted({s for u in units for s, _ in _options(u, 0)})
+    options = [_options(u, 0) for u in units]
+    sizes = sorted({o.slot for choice in options for o in choice})
     best = sum(t.nbytes for u in units for t in u.tensors if not t.is_table)
     for slot in sizes:
         kept = sum(
-            u.nbytes
-            - sum(t.nbytes for t in u.tensors if t.is_table)
-            - max(_stream_nbytes(u, c) for s, c in _options(u, 0) if s <= slot)
-            for u in units
+            u.nbytes - sum(t.nbytes for t in u.tensors if t.is_table) - max(o.nbytes for o in choice if o.slot <= slot)
+            for u, choice in zip(units, options, strict=True)
         )
         best = min(best, kept + depth(slot, slots) * slot)
     return best

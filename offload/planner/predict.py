@@ -132,10 +132,13 @@ class Pricer:
         self._units: Mapping[str, UnitSpec] = {u.name: u for u in spec.units}
         self._order = order_of(spec)
         self._cache: dict[tuple[object, ...], Sum] = {}
+        self._last: tuple[Placement, Schedule] | None = None
 
     def schedule(self, placement: Placement) -> Schedule:
         """The tuple that the executor would run."""
-        return emit(self._order, placement)
+        if self._last is None or self._last[0] is not placement:
+            self._last = placement, emit(self._order, placement)
+        return self._last[1]
 
     def clock(self, placement: Placement, phase: Phase) -> tuple[Clock, Sum]:
         """The priced schedule of one phase, and the sum of its computing with its uncertainty."""
@@ -242,14 +245,21 @@ class Pricer:
             upload_bytes=upload_bytes,
         )
 
-    def predict(self, placement: Placement, *, host_beside: int = 0, device_beside: int = 0) -> Prediction:
+    def decode(self, placement: Placement) -> PassCost:
+        """A pass that makes a token, in the steady state."""
+        return self.pass_cost(placement, decode(self.work))
+
+    def predict(
+        self, placement: Placement, *, host_beside: int = 0, device_beside: int = 0, later: PassCost | None = None
+    ) -> Prediction:
         """Both phases.
 
         Args:
             host_beside, device_beside: bytes of memory that are in use beside weights and rings.
+            later: what `decode` gave, where it was asked already.
         """
         first = self.pass_cost(placement, prefill(self.work), is_first=True)
-        later = self.pass_cost(placement, decode(self.work))
+        later = later or self.decode(placement)
         profile = self.computer.profile
         sizes = resident(self.spec, placement)
         is_measured = profile.source == "measured" and max(first.estimated, later.estimated) < 0.2

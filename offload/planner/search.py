@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offload.errors import BudgetError
 from offload.planner.placement import MOST_SLOTS, Placement, place
-from offload.planner.predict import Prediction, Pricer
+from offload.planner.predict import PassCost, Pricer
 from offload.specs import ModelSpec
 
 DEPTHS = (2, 3, 4, 6, MOST_SLOTS)
@@ -21,7 +21,6 @@ class Room:
     Attributes:
         host_nbytes: of main memory.
         device_nbytes: of the accelerator, or None without one.
-        host_beside, device_beside: what the rest of the run takes there.
         target: bytes of weights that should stay in main memory, when somebody forces it.
         slots: depth of the rings, when somebody forces it.
         shares: of what travels to a device, that the CPU may multiply by instead: the candidates.
@@ -29,8 +28,6 @@ class Room:
 
     host_nbytes: int
     device_nbytes: int | None = None
-    host_beside: int = 0
-    device_beside: int = 0
     target: int | None = None
     slots: int | None = None
     shares: tuple[float, ...] = (0.0,)
@@ -38,11 +35,11 @@ class Room:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A placement, what it is called, and what it would do."""
+    """A placement, what it is called, and what a token would take."""
 
     label: str
     placement: Placement
-    prediction: Prediction
+    decode: PassCost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +60,51 @@ class Found:
         return not self.best.placement.bundles
 
 
-def placements(spec: ModelSpec, room: Room) -> Iterator[tuple[str, Placement]]:
-    """The first guess, then the same with rings of other depths; those that do not fit are left out.
+Known = dict[tuple[Room, int | None, float], Placement | None]
+"""Placements that were made already, by what they depend on; None: it does not fit."""
+
+
+def search(pricer: Pricer, room: Room, known: Known | None = None) -> Found:
+    """The placement whose steps the virtual clock finds shortest; among equals the one that moves least.
+
+    First what the CPU should multiply by, with rings as the first guess has them; then the depth of the rings.
+
+    Args:
+        pricer: the model, the workload and the machine.
+        room: what there is.
+        known: is asked before a placement is made, and told; other rates change no placement.
 
     Raises:
         BudgetError: not even the first guess fits.
     """
-    guess = _place(spec, room, room.slots, room.shares[0])
-    yield _label(guess), guess
+    known = {} if known is None else known
+    seen: dict[object, Candidate] = {}
+    guess = _place(pricer.spec, room, room.slots, room.shares[0])
+    known[room, room.slots, room.shares[0]] = guess
     if not guess.bundles and not guess.host_parts:
-        return
-    for share in room.shares:
-        for depth in DEPTHS if room.slots is None else (room.slots,):
-            try:
-                other = _place(spec, room, depth, share)
-            except BudgetError:
-                continue
-            yield _label(other), other
+        return Found(best=_judged(pricer, guess, seen))
+
+    def judge(slots: int | None, share: float, label: str | None = None) -> Candidate | None:
+        key = (room, slots, share)
+        if key not in known:
+            with contextlib.suppress(BudgetError):
+                known[key] = _place(pricer.spec, room, slots, share)
+        placement = known.setdefault(key, None)
+        return _judged(pricer, placement, seen, label) if placement is not None else None
+
+    by_share = {share: found for share in room.shares if (found := judge(room.slots, share)) is not None}
+    share = min(by_share, key=lambda s: _rank(by_share[s]))
+    if room.slots is None:
+        for depth in DEPTHS:
+            judge(depth, share)
+        judge(1, share, "no prefetching")  # for what overlapping is worth
+    ranked = sorted(seen.values(), key=_rank)
+    return Found(best=ranked[0], rejected=tuple(ranked[1:]))
+
+
+def _rank(candidate: Candidate) -> tuple[float, int]:
+    found = candidate.decode
+    return round(found.seconds, 6), found.read_bytes + found.upload_bytes
 
 
 def _place(spec: ModelSpec, room: Room, slots: int | None, share: float) -> Placement:
@@ -93,37 +118,12 @@ def _place(spec: ModelSpec, room: Room, slots: int | None, share: float) -> Plac
     )
 
 
-def search(pricer: Pricer, room: Room, *, serial: bool = True) -> Found:
-    """The placement whose steps the virtual clock finds shortest; among equals the one that reads least.
-
-    Args:
-        pricer: the model, the workload and the machine.
-        room: what there is.
-        serial: look at a run without prefetching, too, for what overlapping is worth.
-
-    Raises:
-        BudgetError: nothing fits.
-    """
-    seen: dict[object, Candidate] = {}
-    for label, placement in placements(pricer.spec, room):
-        _judge(pricer, room, label, placement, seen)
-    if serial and room.slots is None and next(iter(seen.values())).placement.bundles:
-        with contextlib.suppress(BudgetError):
-            _judge(pricer, room, "no prefetching", _place(pricer.spec, room, 1, room.shares[0]), seen)
-    ranked = sorted(seen.values(), key=lambda c: (round(c.prediction.decode_s_per_token, 6), _moved(c)))
-    return Found(best=ranked[0], rejected=tuple(ranked[1:]))
-
-
-def _judge(pricer: Pricer, room: Room, label: str, placement: Placement, seen: dict[object, Candidate]) -> None:
+def _judged(pricer: Pricer, placement: Placement, seen: dict[object, Candidate], label: str | None = None) -> Candidate:
     cuts = tuple(sorted(placement.first_rows.items()))
     key = (tuple(sorted(placement.home.items())), placement.host_ring, placement.device_ring, cuts)
     if key not in seen:
-        prediction = pricer.predict(placement, host_beside=room.host_beside, device_beside=room.device_beside)
-        seen[key] = Candidate(label=label, placement=placement, prediction=prediction)
-
-
-def _moved(candidate: Candidate) -> int:
-    return candidate.prediction.read_bytes_per_token + candidate.prediction.upload_bytes_per_token
+        seen[key] = Candidate(label=label or _label(placement), placement=placement, decode=pricer.decode(placement))
+    return seen[key]
 
 
 def _label(placement: Placement) -> str:

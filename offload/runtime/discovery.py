@@ -143,12 +143,12 @@ def _parts(module: nn.Module, name: str, total: int) -> Iterator[tuple[str, nn.M
 def _holds_list(module: nn.Module) -> bool:
     """Whether most of a module's bytes lie in lists of at least two items with parameters."""
     held = 0
-    counted: list[nn.Module] = []
+    counted: set[int] = set()  # modules below lists that were counted
     for child in module.modules():
-        if any(child is m for c in counted for m in c.modules()):
+        if id(child) in counted:
             continue
         items = [c for c in child.children() if any(True for _ in c.parameters())]
         if isinstance(child, _LISTS) and len(items) >= 2:
             held += _nbytes(child)
-            counted.append(child)
+            counted.update(map(id, child.modules()))
     return held * 2 > _nbytes(module)
