@@ -148,7 +148,9 @@ def load(
             division = adopt(saved, spec, division)
         where = create(device, memory_nbytes=division.arena_nbytes, link_bytes_per_s=rate)
         parts = opened.model, opened.anatomy, opened.sources
-        session = Session(*parts, division.placement, engine, where, kernels=kernels, host_kernels=on_host)
+        session = Session(
+            *parts, division.placement, engine, where, kernels=kernels, host_kernels=on_host, planned_tokens=total
+        )
     except BaseException:
         engine.close()
         raise

@@ -19,7 +19,7 @@ from offload.kernels.chosen import Kernels
 from offload.planner.placement import Placement
 from offload.planner.processors import host_part
 from offload.planner.schedule import Schedule, emit
-from offload.runtime import linears
+from offload.runtime import faster
 from offload.runtime.apart import Apart, Crossing
 from offload.runtime.binding import Binder
 from offload.runtime.discovery import Anatomy, Unit
@@ -72,6 +72,7 @@ class Session:
         files: files that are open already, by path.
         kernels: what computes, packs and unpacks.
         host_kernels: the CPU's, for what it multiplies beside an accelerator.
+        planned_tokens: of a sequence, for its keys and values; 0 when unknown.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Session:
         *,
         kernels: Kernels,
         host_kernels: Kernels | None = None,
+        planned_tokens: int = 0,
     ) -> None:
         self.root, self.anatomy, self.placement = root, anatomy, placement
         self.engine, self.device = engine, device
@@ -108,6 +110,7 @@ class Session:
         self._active: list[tuple[int, str | None]] = []  # (thread, unit) of running forwards, outermost first
         self._uninstall: Callable[[], None] = lambda: None
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
+        self._planned_tokens = planned_tokens
         self._is_closed = False
 
     def start(self) -> None:
@@ -125,7 +128,9 @@ class Session:
             self._hook(unit)
         has_faces = bool(cut) or any(s.form is not None for s in self.store.sources.values())
         if self.device.torch_device.type == "cpu" or has_faces:
-            self._uninstall = linears.install(self.root, self.kernels, has_faces=has_faces)
+            self._uninstall = faster.install(
+                self.root, self.kernels, has_faces=has_faces, planned_tokens=self._planned_tokens
+            )
         if self._executor is not None and all(u.module is not self.root for u in hooked):
             self._handles += [
                 self.root.register_forward_pre_hook(lambda *_: self._begin_pass(), prepend=True),

@@ -1,0 +1,35 @@
+"""Everything that computes part of a model faster than the model's own ops, put in place together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from torch import nn
+
+from offload.kernels.chosen import Kernels
+from offload.runtime import attention, linears, norms, rotaries
+
+
+def install(root: nn.Module, kernels: Kernels, *, has_faces: bool, planned_tokens: int) -> Callable[[], None]:
+    """Lets kernels compute for `root`; returns what leaves the model as it was.
+
+    Args:
+        kernels: what computes; with exact ones only products change, and keep their bits.
+        has_faces: whether any weight is packed or lies apart.
+        planned_tokens: of a sequence, for its keys and values; 0 when unknown.
+    """
+    removers = [linears.install(root, kernels, has_faces=has_faces)]
+    if not kernels.exact and kernels.device == "cpu":
+        removers += [install_one(root, kernels) for install_one in (norms.install, rotaries.install, attention.install)]
+        if "transformers" in sys.modules:
+            from offload.runtime.cache import adopter
+
+            hook = root.register_forward_pre_hook(adopter(planned_tokens), with_kwargs=True, prepend=True)
+            removers.append(hook.remove)
+
+    def remove() -> None:
+        for undo in reversed(removers):
+            undo()
+
+    return remove

@@ -1,0 +1,160 @@
+"""Kernels inside of whole models: who they take over from, who they leave alone, and that they go away again."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from models import MODELS
+from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama import modeling_llama
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+import offload
+from offload.kernels.chosen import Kernels
+from offload.runtime import faster, norms, rotaries
+
+KERNELS = Kernels("cpu", exact=False)
+
+
+def random_weights(module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(1 + torch.randn_like(parameter) / 4)
+    return module.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("make", "is_taken"),
+    [
+        (lambda: modeling_llama.LlamaRMSNorm(64), True),
+        (lambda: Olmo2RMSNorm(64), True),  # rounds once less: within the rounding of one number
+        (lambda: nn.RMSNorm(64, eps=1e-6), True),
+        (lambda: GemmaRMSNorm(64), False),  # by 1 + weight
+        (lambda: nn.LayerNorm(64, bias=False), False),  # subtracts the mean
+        (lambda: nn.RMSNorm(8, eps=1e-6), False),  # too narrow for the kernel
+    ],
+)
+def test_norms_are_known_by_what_they_compute(make: Callable[[], nn.Module], is_taken: bool) -> None:
+    torch.manual_seed(0)
+    module = random_weights(make()).bfloat16()
+    given = module.weight
+    x = torch.randn(2, 3, given.shape[0]).bfloat16()
+    expected = module(x)
+    remove = norms.install(module, KERNELS)
+    assert ("forward" in module.__dict__) == is_taken
+    assert module.weight is given
+    torch.testing.assert_close(module(x), expected, rtol=2.0**-6, atol=0)
+    remove()
+    assert "forward" not in module.__dict__
+    assert torch.equal(module(x), expected)
+
+
+def test_gradients_go_through_the_models_own_ops() -> None:
+    norm = random_weights(modeling_llama.LlamaRMSNorm(64))
+    remove = norms.install(norm, KERNELS)
+    x = torch.randn(2, 64, requires_grad=True)
+    norm(x).sum().backward()
+    assert x.grad is not None
+    remove()
+
+
+def test_rotary_is_bound_until_the_last_session_ends() -> None:
+    own = modeling_llama.apply_rotary_pos_emb
+    module = modeling_llama.LlamaRMSNorm(64)
+    first, second = rotaries.install(module, KERNELS), rotaries.install(module, KERNELS)
+    assert modeling_llama.apply_rotary_pos_emb is not own
+    first()
+    assert modeling_llama.apply_rotary_pos_emb is not own
+    second()
+    assert modeling_llama.apply_rotary_pos_emb is own
+
+
+def generated(model: Any, **options: Any) -> Any:
+    ids = torch.tensor([[0, 0, 0, 47, 48, 49, 300, 51], [5, 9, 200, 31, 7, 44, 3, 8]])
+    return model.generate(
+        ids, attention_mask=(ids != 0).long(), max_new_tokens=12, min_new_tokens=12, pad_token_id=0,
+        return_dict_in_generate=True, output_logits=True, **{"do_sample": False} | options,
+    )  # fmt: skip
+
+
+ARCHITECTURES = [
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "falcon",
+    "starcoder2", "cohere", "olmo2", "mixtral", "qwen3_moe",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_padded_batches_are_near_transformers(name: str, tmp_path: Path) -> None:
+    """A prompt with padding and eleven steps: logits stay near as long as the tokens agree, beyond any window."""
+    checkpoint = MODELS[name].save(tmp_path / name)
+    expected = generated(transformers.AutoModelForCausalLM.from_pretrained(checkpoint))
+    with offload.load(checkpoint, context=32, batch=2) as model:
+        found = generated(model)
+    assert torch.equal(found.sequences, expected.sequences)
+    for got, want in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2}], ids=str)
+def test_other_ways_to_generate(options: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = MODELS["llama"].save(tmp_path / "llama")
+    ids = torch.tensor([[5, 9, 200, 31, 9, 200, 31, 8]])
+    how = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, **options}
+    expected = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).generate(ids, **how)
+    with offload.load(checkpoint, context=32, batch=3) as model:
+        assert torch.equal(model.generate(ids, **how), expected)
+
+
+def test_who_computed_is_told_and_all_is_removed(tmp_path: Path) -> None:
+    checkpoint = MODELS["qwen3"].save(tmp_path / "qwen3")
+    before = (
+        set(transformers.AttentionInterface._global_mapping),
+        set(transformers.AttentionMaskInterface._global_mapping),
+    )
+    with (handle := offload.load(checkpoint, context=32, batch=2)) as model:
+        generated(model)
+        told = handle.session.kernels.report()
+        assert {op for op, how in told.items() if how.startswith("cpu")} >= {
+            "linear", "linears", "rms_norm", "rotary", "decode_attention",
+        }  # fmt: skip
+        assert model.config._attn_implementation != "sdpa"
+    assert model.config._attn_implementation == "sdpa"
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    after = (
+        set(transformers.AttentionInterface._global_mapping),
+        set(transformers.AttentionMaskInterface._global_mapping),
+    )
+    assert after == before
+    file = inspect.getmodule(type(model))
+    assert file is not None
+    assert file.apply_rotary_pos_emb.__module__ == file.__name__
+    assert not hasattr(file.apply_rotary_pos_emb, "__wrapped__")
+
+
+def test_exact_kernels_change_products_only() -> None:
+    module = nn.Sequential(nn.Linear(32, 32, bias=False), nn.RMSNorm(32, eps=1e-6))
+    remove = faster.install(module, Kernels("cpu", exact=True), has_faces=False, planned_tokens=0)
+    assert "forward" not in module[1].__dict__
+    assert not module._forward_pre_hooks
+    remove()
+
+
+def test_attention_masks_with_holes_are_left_to_the_model(tmp_path: Path) -> None:
+    checkpoint = MODELS["llama"].save(tmp_path / "llama")
+    ids = torch.tensor([[5, 9, 200, 31, 7]])
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1]])
+    plain = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+
+    def step(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            cache = model(ids, attention_mask=mask[:, :5]).past_key_values
+            return model(torch.tensor([[8]]), attention_mask=mask, past_key_values=cache).logits
+
+    with (handle := offload.load(checkpoint, context=32)) as model:
+        torch.testing.assert_close(step(model), step(plain), rtol=1e-4, atol=1e-4)
+        assert "a mask with holes" in handle.session.kernels.report()["decode_attention"]
