@@ -74,13 +74,7 @@ def cases(deepspeed: Path | None) -> list[Case]:
     other = as_tensor(Buffer(AREA).view).fill_(1)
     outputs, inputs = SHAPE
 
-    def fill(value: torch.Tensor) -> list[torch.Tensor]:
-        """As many copies of a matrix as there is room for, side by side."""
-        room = value.nbytes
-        copies = [area[at : at + room].view(value.dtype).view(value.shape) for at in range(0, AREA - room + 1, room)]
-        for one in copies:
-            one.copy_(value)
-        return copies
+    lent = Lent(area)
 
     found = [
         Case("read", "bandwidth.py", AREA, lambda: bandwidth.read(area)),
@@ -91,20 +85,18 @@ def cases(deepspeed: Path | None) -> list[Case]:
     def linears(dtype: torch.dtype, rows: int) -> Case:
         function = choose("linear", "cpu", forced="cpu").function()
         x = torch.randn(rows, inputs).to(dtype)
-        weights: list[torch.Tensor] = []
+        stored = plain.to(dtype)
+        count = AREA // stored.nbytes
 
         def over(op: Callable[..., Any]) -> Callable[[], None]:
             def run() -> None:
-                if not weights or weights[0][0, :8].ne(plain[0, :8].to(dtype)).any():
-                    weights[:] = fill(plain.to(dtype))
-                for weight in weights:
+                for weight in lent.to(dtype, lambda place: [place(stored) for _ in range(count)]):
                     op(x, weight)
 
             return run
 
-        nbytes = AREA // (outputs * inputs * dtype.itemsize) * outputs * inputs * dtype.itemsize
         name = f"linear, {str(dtype)[6:]}, {rows} row{'s' * (rows > 1)}"
-        return Case(name, "linear.py", nbytes, over(function), over(functional.linear))
+        return Case(name, "linear.py", count * stored.nbytes, over(function), over(functional.linear))
 
     found += [linears(torch.bfloat16, rows) for rows in (1, 2, 4, 8, 16)]
     found += [linears(torch.float16, 1), linears(torch.float32, 1)]
@@ -113,9 +105,13 @@ def cases(deepspeed: Path | None) -> list[Case]:
 
     def packed(name: str, op: str, weight: Any, total: int) -> Case:
         """Products with enough copies of a packed matrix to fill `total` bytes."""
-        function = choose(op, "cpu", forced="cpu").function()
-        copies = [in_huge_pages(weight) for _ in range(total // weight.nbytes)]
-        return Case(name, f"{op}.py", len(copies) * weight.nbytes, lambda: [function(x, one) for one in copies])
+        function, count = choose(op, "cpu", forced="cpu").function(), total // weight.nbytes
+
+        def run() -> None:
+            for one in lent.to(name, lambda place: [placed(weight, place) for _ in range(count)]):
+                function(x, one)
+
+        return Case(name, f"{op}.py", count * weight.nbytes, run)
 
     found.append(packed("linear, int8, 1 row", "linear_int8", quantize_int8(plain), AREA // 2))
     for group, symmetric in ((32, False), (32, True), (64, True), (128, True)):
@@ -126,10 +122,37 @@ def cases(deepspeed: Path | None) -> list[Case]:
     found.append(packed("linear, lossless, 1 row", "linear_lossless", twelve, AREA))
     unpack = choose("unpack_lossless", "cpu", forced="cpu").function()
     out = other[: plain.numel() * 2].view(torch.bfloat16).view(SHAPE)
-    found.append(Case("unpack lossless to bf16", "unpack_lossless.py", twelve.nbytes, lambda: unpack(twelve, out)))
+    name, count = "unpack lossless to bf16, read and written", AREA // twelve.nbytes
+
+    def unpack_all() -> None:
+        for one in lent.to(name, lambda place: [placed(twelve, place) for _ in range(count)]):
+            unpack(one, out)
+
+    found.append(Case(name, "unpack_lossless.py", count * (twelve.nbytes + out.nbytes), unpack_all))
     found += packers()
-    found += attention()
+    found += attention(lent)
     return found + adamw(deepspeed)
+
+
+class Lent:
+    """One area of memory that cases use in turn: all meet the same pages, of which some may be slower than others."""
+
+    def __init__(self, area: Any) -> None:
+        self._area, self._of, self._what = area, None, None
+
+    def to(self, whom: Any, make: Callable[[Callable[[Any], Any]], Any]) -> Any:
+        """What `make` puts there for `whom`; it gets a function that copies a tensor to the next free place."""
+        if self._of != whom:
+            used = 0
+
+            def place(tensor: Any) -> Any:
+                nonlocal used
+                start = -(-used // 4096) * 4096
+                used = start + tensor.nbytes
+                return self._area[start:used].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+            self._of, self._what = whom, make(place)
+        return self._what
 
 
 def huge(tensor: Any) -> Any:
@@ -140,12 +163,12 @@ def huge(tensor: Any) -> Any:
     return as_tensor(Buffer(tensor.nbytes).view).view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def in_huge_pages(weight: Any) -> Any:
-    """A packed weight, all parts of it copied."""
+def placed(weight: Any, place: Callable[[Any], Any] = huge) -> Any:
+    """A packed weight, all parts of it copied, to huge pages or elsewhere."""
     import torch
 
     parts = {field.name: getattr(weight, field.name) for field in fields(weight)}
-    return replace(weight, **{k: huge(v) for k, v in parts.items() if isinstance(v, torch.Tensor)})
+    return replace(weight, **{k: place(v) for k, v in parts.items() if isinstance(v, torch.Tensor) and v.numel()})
 
 
 def packers() -> list[Case]:
@@ -173,8 +196,8 @@ def packers() -> list[Case]:
     return found
 
 
-def attention() -> list[Case]:
-    """One new token of each sequence over a cache of Llama 3's shape: 32 heads, 8 key heads, 128 wide."""
+def attention(lent: Lent) -> list[Case]:
+    """One new token of each sequence over a cache: query heads, key heads, and their width, first those of Llama 3."""
     import torch
     from torch.nn import functional
 
@@ -182,13 +205,25 @@ def attention() -> list[Case]:
 
     decode = choose("decode_attention", "cpu", forced="cpu").function()
     found = []
-    for dtype, batch, tokens in ((torch.bfloat16, 1, 32768), (torch.bfloat16, 8, 4096), (torch.float32, 1, 16384)):
-        q = torch.randn(batch, 32, 1, 128).to(dtype)
-        k, v = (huge(torch.randn(batch, 8, tokens, 128).to(dtype)) for _ in range(2))
-        run = functools.partial(decode, q, k, v, scale=128**-0.5)
-        peer = functools.partial(functional.scaled_dot_product_attention, q, k, v, enable_gqa=True)
-        name = f"decode_attention, {str(dtype)[6:]}, {batch} of {tokens} tokens"
-        found.append(Case(name, "decode_attention.py", 2 * k.nbytes, run, peer))
+    for dtype, batch, tokens, heads, kv_heads, dim in (
+        (torch.bfloat16, 1, 32768, 32, 8, 128),
+        (torch.bfloat16, 8, 4096, 32, 8, 128),
+        (torch.float32, 1, 16384, 32, 8, 128),
+        (torch.bfloat16, 1, 32768, 64, 8, 128),
+        (torch.bfloat16, 1, 32768, 32, 8, 64),
+        (torch.bfloat16, 1, 32768, 32, 8, 80),
+    ):
+        q = torch.randn(batch, heads, 1, dim).to(dtype)
+        cache = torch.randn(2, batch, kv_heads, tokens, dim).to(dtype)
+        shape = f"{str(dtype)[6:]}, {heads} by {kv_heads} heads of {dim}"
+        name = f"decode_attention, {shape}, {batch} of {tokens} tokens"
+
+        def over(op: Callable[..., Any], q: Any = q, cache: Any = cache, name: str = name) -> Callable[[], Any]:
+            return lambda: op(q, *lent.to(name, lambda place: place(cache)))
+
+        run = over(functools.partial(decode, scale=dim**-0.5))
+        peer = over(functools.partial(functional.scaled_dot_product_attention, enable_gqa=True))
+        found.append(Case(name, "decode_attention.py", cache.nbytes, run, peer))
     return found
 
 
@@ -202,7 +237,7 @@ def adamw(deepspeed: Path | None) -> list[Case]:
 
     count = 32 << 20
     master, mean, square = huge(torch.randn(count)), huge(torch.zeros(count)), huge(torch.zeros(count))
-    small = [in_huge_pages(zeros_dynamic8(count, signed=signed)) for signed in (True, False)]
+    small = [placed(zeros_dynamic8(count, signed=signed)) for signed in (True, False)]
     grad, weight = huge(torch.randn(count).bfloat16()), huge(torch.empty(count, dtype=torch.bfloat16))
     parameter = torch.nn.Parameter(huge(master))
     parameter.grad = huge(grad.float())
