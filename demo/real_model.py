@@ -70,3 +70,7 @@ def _dequantize(name: str) -> dict[str, Any]:
     except ImportError:
         return {}
     return {"quantization_config": GgufConfig(gguf_file=name, dequantize=True)}
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from offload import api
 from offload.checkpoint import find, read_config
+from offload.checkpoint.outline import outline
 from offload.commands.bar import bar
 from offload.commands.training import Progress, announce, note, say, summarise
 from offload.errors import UsageError
@@ -23,10 +24,14 @@ from offload.finetune import finish, reading
 from offload.finetune.config import Config
 from offload.finetune.journal import Journal, check_journal, read_journal
 from offload.finetune.loop import Run, Stop, finishing_steps, run
+from offload.finetune.outlook import Outlook
 from offload.finetune.prepare import Prepared, excerpt, prepare
 from offload.finetune.protocol import Trainer
 from offload.generate import tokenizer_of
 from offload.hardware import peak_rss_bytes, versions
+from offload.io.safetensors import read_checkpoint
+from offload.kernels.chosen import Kernels
+from offload.optim import make
 
 STATE = "state"  # folder in output_dir, where budgets.offload_dir names none
 
@@ -54,15 +59,17 @@ def execute(request: Request) -> int:
     with bar(console) as progress:
         prepared = prepare(config, tokenizer, read_config(directory), progress=progress)
         total = 0 if request.resume else prepared.feed.count(config.train, _records(progress))
-    announce(config, prepared, total, console)
+    outlook = _outlook(config, directory, total)
+    announce(config, prepared, total, outlook, console)
     if request.dry_run:
-        return _rehearse(request, config, prepared, total, tokenizer, console)
+        return _rehearse(request, config, prepared, outlook, tokenizer, console)
     output = Path(config.train.output_dir)
     check_journal(output, report_to=config.train.report_to, resume=request.resume)
     with finishing_steps() as stop, _open(request, config, directory) as trainer:
         if not total:
             total = _total(trainer, config, prepared)
         report = _train(request, config, prepared, total, trainer, stop, console, tokenizer, directory)
+        report["plan"] = outlook.as_dict()
     if request.json:
         print(json.dumps(report))
     else:
@@ -91,6 +98,13 @@ def engine_arguments(config: Config, *, resume: bool) -> dict[str, Any]:
     if missing := [name for name in arguments if name not in known]:  # what is left over would go to transformers
         raise UsageError(f"budgets.{missing[0]} was given, but training does not know it yet; leave it out")
     return arguments
+
+
+def _outlook(config: Config, directory: Path, total: int) -> Outlook:
+    """What it takes, from the checkpoint's headers."""
+    spec = outline(directory, read_checkpoint(directory)).spec
+    state = make(config.train.optim, Kernels("cpu", exact=False)).state_bytes_per_param
+    return Outlook(params=spec.params, weight_nbytes=spec.nbytes, state_nbytes=int(state * spec.params), steps=total)
 
 
 def _records(progress: Any) -> Any:
@@ -153,12 +167,13 @@ def _train(
 
 
 def _rehearse(
-    request: Request, config: Config, prepared: Prepared, total: int, tokenizer: Any, console: Console
+    request: Request, config: Config, prepared: Prepared, outlook: Outlook, tokenizer: Any, console: Console
 ) -> int:
     """Shows what would be learnt, and trains nothing."""
     text = excerpt(prepared.feed, tokenizer)
     if request.json:
-        print(json.dumps({"model": config.model, "total_steps": total, "data": _data(prepared), "excerpt": text}))
+        facts = {"model": config.model, "total_steps": outlook.steps, "plan": outlook.as_dict()}
+        print(json.dumps(facts | {"data": _data(prepared), "excerpt": text}))
     else:
         say(console, "the first row; what is learnt stands between ⟦ and ⟧:")
         print(text)

@@ -10,12 +10,14 @@ from rich import progress as rich_progress
 from rich.console import Console
 
 from offload.finetune.config import Config
+from offload.finetune.outlook import DRIVE_BYTES, Outlook
 from offload.finetune.prepare import Prepared
 from offload.units import format_bytes, format_seconds
 
 
-def announce(config: Config, prepared: Prepared, total: int, console: Console) -> None:
-    """Says what will be learnt from what. `total` is 0 while nobody has counted."""
+def announce(config: Config, prepared: Prepared, total: int, outlook: Outlook, console: Console) -> None:
+    """Says what it will take, and what will be learnt from what. `total` is 0 while nobody has counted."""
+    say(console, _plan(outlook))
     rows, train = prepared.feed.rows, config.train
     formats = ", ".join(sorted({file.format for file in prepared.records.files}))
     text = f"{len(prepared.records):,} records ({formats}; chat template: {prepared.template})"
@@ -35,6 +37,20 @@ def announce(config: Config, prepared: Prepared, total: int, console: Console) -
         note(console, f"{counts.cut_tokens:,} tokens are cut off, because they go past data.max_length")
     if counts.empty:
         note(console, f"{counts.empty:,} records are left out, because nothing to learn is left of them")
+
+
+def _plan(outlook: Outlook) -> str:
+    """Bytes per tier, and what they mean for the drive."""
+    wear = (
+        f"a step writes at most {format_bytes(outlook.write_bytes_per_step)}; a drive rated for "
+        f"{DRIVE_BYTES / 1e12:.0f} TB lasts {outlook.drive_steps:,} such steps"
+    )
+    if outlook.steps:
+        wear += f", and this run takes {min(1.0, outlook.steps / outlook.drive_steps):.2%} of it"
+    return (
+        f"{outlook.params / 1e6:,.1f} M parameters: weights of {format_bytes(outlook.weight_nbytes)} in memory, "
+        f"optimizer state of {format_bytes(outlook.state_nbytes)} on disk, twice; {wear}"
+    )
 
 
 class Progress:
@@ -85,7 +101,7 @@ def summarise(report: Mapping[str, Any], output: Path, console: Console) -> None
             text += f", held out {report['eval_loss_first']:.4f} to {report['eval_loss_last']:.4f}"
         text += f"; median step {format_seconds(report['step_s'])}, {report['tokens_per_s']:,.0f} tokens/s"
         if report["read_bytes"] or report["write_bytes"]:
-            text += f"; {format_bytes(report['read_bytes'])} read, {format_bytes(report['write_bytes'])} written"
+            text += f"; {format_bytes(report['read_bytes'])} read, {format_bytes(report['write_bytes'])} written in all"
         say(console, text + f"; peak memory {format_bytes(report['peak_rss_bytes'])}")
     if report["is_complete"]:
         say(console, f"the model is in {output}")

@@ -246,6 +246,15 @@ def test_dry_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     report = json.loads(capsys.readouterr().out)
     assert report["excerpt"] == "<s>User: Which is number 0?\nAssistant: ⟦It is 0.</s>⟧\n"
     assert report["total_steps"] == 12
+    params = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(report["model"]).parameters())
+    assert report["plan"] == {
+        "params": params,
+        "weight_bytes": 4 * params,
+        "state_bytes": 12 * params,
+        "disk_bytes": 24 * params,
+        "write_bytes_per_step_at_most": 12 * params,
+        "drive_steps_at_least": 600 * 10**12 // (12 * params),
+    }
     assert not (tmp_path / "out").exists()
 
 
