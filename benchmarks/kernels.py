@@ -325,7 +325,8 @@ def main() -> None:
         f"{machine_line(facts)}; {torch.get_num_threads()} threads; {date.today()}. Matrices of {SHAPE[0]} x "
         f"{SHAPE[1]}; medians of {a.rounds} rounds; compiling took {team.compiled_s:.1f} s.\n\n"
         + table(["op", "file", "GB/s", "torch, GB/s", "times torch", "of the bound"], rows)
-        + "\nThe bound is the rate of pure reading; for AdamW that of copying, counted at 2 bytes a byte.\n"
+        + "\nThe bound is the rate of pure reading; for AdamW that of copying, counted at 2 bytes a byte. "
+        "A kernel that asks memory ahead can pass it.\n"
         + (f"\nParameters a second, in 10^9: {', '.join(optimizers)}.\n" if optimizers else "")
     )
     page = f"# CPU kernels, {date.today()}\n\n{body}"
