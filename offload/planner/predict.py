@@ -8,7 +8,7 @@ from math import inf, sqrt
 from typing import Any
 
 from offload.planner.bound import Bound
-from offload.planner.ops import OpCosts, Phase, Sum, decode, prefill
+from offload.planner.ops import FEW, OpCosts, Phase, Sum, decode, prefill
 from offload.planner.placement import Placement, Tier
 from offload.planner.schedule import Compute, Read, Schedule, Step, Upload, emit
 from offload.planner.virtual import Clock, Run, Sharing
@@ -16,6 +16,7 @@ from offload.profile import Profile
 from offload.specs import ModelSpec, UnitSpec, Workload
 
 STEADY = 12  # passes within which a schedule settles, or nearly
+IN_FLIGHT = 32 << 20  # bytes of blocks that the I/O engine keeps at the disk
 ROW_BLOCK = 4096  # bytes read for a row of a table, at least
 
 
@@ -163,7 +164,7 @@ class Pricer:
             schedule,
             seconds,
             slots={"host": placement.host_ring.slots, "device": placement.device_ring.slots},
-            sharing=self._sharing(schedule, costs),
+            sharing=self._sharing(schedule, costs, phase),
             between_s=self.between_s(placement, phase),
         )
         return clock, sum((costs[s.unit] for s in schedule if isinstance(s, Compute)), Sum())
@@ -183,19 +184,28 @@ class Pricer:
         profile = self.computer.profile
         processor = profile.processors[self.computer.processor]
         logits = 4.0 * phase.sequences * self.spec.logits_nbytes / processor.bytes_per_s
-        rows = phase.rows if placement.tables else 0
-        lane = profile.lane(self.computer.read)
-        return profile.cost("step") + logits + (lane.seconds(ROW_BLOCK * rows) if rows else 0.0)
+        seconds = profile.cost("step") + logits
+        if placement.tables:
+            lane = profile.lane(self.computer.read)
+            seconds += lane.seconds(ROW_BLOCK * phase.rows)
+            if placement.host_ring.slots:  # rows go first, but behind the blocks that the disk works on already
+                seconds += min(IN_FLIGHT, placement.host_ring.slot_nbytes) / lane.bytes_per_s
+        return seconds
 
     def _upload_s(self, nbytes: float) -> float:
         if self.computer.link_bytes_per_s is not None:
             return nbytes / self.computer.link_bytes_per_s
         return self.computer.profile.lane(self.computer.upload).seconds(nbytes)
 
-    def _sharing(self, schedule: Schedule, costs: Mapping[str, Sum]) -> Sharing:
-        """What was measured of pairs; the shared memory's capacity only where no pair was."""
+    def _sharing(self, schedule: Schedule, costs: Mapping[str, Sum], phase: Phase) -> Sharing:
+        """What was measured of pairs; the shared memory's capacity only where no pair was.
+
+        Products of many rows compute more than they read: a profile may hold them apart (cpu.gemm).
+        """
         profile, computer = self.computer.profile, self.computer
         names = {"read": computer.read, "upload": computer.upload, "compute": computer.processor}
+        if phase.rows > FEW and f"{computer.processor}.gemm" in profile.interference:
+            names["compute"] = f"{computer.processor}.gemm"
         keeps = {a: {b: min(1.0, profile.kept(names[a], names[b])) for b in names if b != a} for a in names}
         measured = any(names["compute"] in profile.interference.get(names[a], {}) for a in ("read", "upload"))
         capacity = profile.shared.get("dram", inf)
