@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from offload.api import finetuning, load, pack, wrap
+    from offload.api import finetuning, load, pack, probe, wrap
     from offload.errors import (
         BudgetError,
         CheckpointError,
@@ -51,10 +51,11 @@ __all__ = [
     "finetuning",
     "load",
     "pack",
+    "probe",
     "wrap",
 ]
 
-_API = ("finetuning", "load", "pack", "wrap")  # the rest of __all__ is errors
+_API = ("finetuning", "load", "pack", "probe", "wrap")  # the rest of __all__ is errors
 
 
 def __getattr__(name: str) -> object:

@@ -27,6 +27,7 @@ from offload.kernels.formats.weights import parse_weights
 from offload.optim import make as make_optimizer
 from offload.plan.saved import adopt, load_plan
 from offload.planner.placement import Tier
+from offload.probes.probe import probe
 from offload.processors import choose_share
 from offload.runtime.apart import passing_nbytes
 from offload.runtime.discovery import Anatomy, dissect
@@ -39,6 +40,8 @@ from offload.tiers.layout import Piece, Source
 from offload.tiers.swap import swap_out
 from offload.tiers.transit import bring_into
 from offload.units import parse_bytes, parse_rate
+
+__all__ = ["finetuning", "load", "pack", "probe", "wrap"]
 
 IGNORED = frozenset({"low_cpu_mem_usage", "offload_state_dict", "use_safetensors", "_fast_init"})  # always so here
 

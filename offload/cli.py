@@ -128,6 +128,30 @@ def finetune(
 
 
 @app.command()
+def probe(
+    model: Annotated[
+        str | None, typer.Argument(help="measure this model's shapes and files; default: common ones")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="measure anew, in under a minute")] = False,
+    full: Annotated[bool, typer.Option("--full", help="measure anew, in five minutes, all weight formats too")] = False,
+    offload_dir: Annotated[str | None, typer.Option(help="folder on the disk whose writing is measured")] = None,
+    weights: Annotated[str | None, typer.Option(help="a weight format to measure as well, such as int4")] = None,
+    out: Annotated[
+        str | None, typer.Option("-o", "--output", help="write the profile (TOML) to this file, too")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+) -> None:
+    """Measure this machine once: what plans rest on. Shows what was measured before unless told to measure anew."""
+    from offload.commands.probe import execute
+    from offload.errors import UsageError
+
+    if quick and full:
+        raise UsageError("--quick and --full were both given; give one of them")
+    effort = "quick" if quick else "full" if full else None
+    raise typer.Exit(execute(model, effort, offload_dir, weights, out, as_json=json))
+
+
+@app.command()
 def doctor(
     offload_dir: Annotated[str | None, typer.Option(help="a folder to examine besides the current one")] = None,
     warm: Annotated[bool, typer.Option("--warm", help="compile all kernels now instead of at their first use")] = False,

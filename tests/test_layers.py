@@ -14,7 +14,7 @@ FLOORS = {
     **dict.fromkeys(("tiers",), 2),
     "runtime": 3,
     **dict.fromkeys(("kv", "experts", "optim", "activations", "budgets", "processors"), 4),
-    **dict.fromkeys(("generate", "finetune", "checkpoint", "handle", "doctor", "plan", "report"), 5),
+    **dict.fromkeys(("generate", "finetune", "checkpoint", "handle", "doctor", "plan", "probes", "report"), 5),
     "api": 6,
     **dict.fromkeys(("commands", "cli"), 7),
     "__main__": 8,
@@ -26,9 +26,11 @@ NEIGHBOURS = {
     ("hardware", "errors"),
     ("hardware", "units"),
     ("profile", "errors"),
+    ("profile", "hardware"),
     ("profile", "units"),
     ("specs", "errors"),
     ("specs", "units"),
+    ("probes", "checkpoint"),
     ("cli", "commands"),
 }
 
@@ -77,7 +79,7 @@ def part(name: str) -> str | None:
     pieces = name.split(".")
     if pieces[0] != "offload" or len(pieces) < 2 or pieces[1] == "__version__":
         return None
-    return {"finetuning": "api", "load": "api", "pack": "api", "wrap": "api"}.get(pieces[1], pieces[1])
+    return {"finetuning": "api", "load": "api", "pack": "api", "probe": "api", "wrap": "api"}.get(pieces[1], pieces[1])
 
 
 PARTS = sorted(module for module in SOURCES if module != "offload")  # the package's lazy names may lead anywhere

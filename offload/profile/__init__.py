@@ -6,6 +6,7 @@ profile.lane("read").seconds(64 * MIB, total=2 << 30)     # a copy
 profile.op_seconds("linear", processor="cpu", format="bfloat16", shape=(8192, 3072), amount=1)
 """
 
+from offload.profile.cache import load_profile, own_profile, save_profile
 from offload.profile.curve import Anchor, Curve
 from offload.profile.machine import FORMAT_BITS, OpCost, OpTable, Processor, Profile, Tier
 from offload.profile.presets import preset, presets
@@ -26,7 +27,10 @@ __all__ = [
     "Tier",
     "dump",
     "load",
+    "load_profile",
+    "own_profile",
     "parse",
     "preset",
     "presets",
+    "save_profile",
 ]

@@ -127,11 +127,13 @@ class Profile:
         processors: by name: cpu, device.
         ops: measured ops.
         costs: what software takes, in seconds, by name; see `cost`.
-        interference: lane or processor -> the other -> the part of its own speed that it keeps while the other runs.
+        interference: lane or processor -> the other -> the part of its own speed that it keeps while the other runs. A
+            processor alone stands for products of few rows; cpu.gemm and cpu.adamw for other work of it.
         shared: capacities that several use at once, in bytes per second, by name (`dram`).
         calibration: op family -> factor learned from runs.
         drift: relative change of repeated key figures from the beginning to the end of measuring.
         noise: relative spread of repeated key figures.
+        neighbours: the part of the processors' time that other processes took while it was measured.
         fingerprint: of the hardware, see `offload.hardware`.
         date: when it was measured, ISO.
         versions: of what measured.
@@ -150,6 +152,7 @@ class Profile:
     calibration: Mapping[str, float] = field(default_factory=dict)
     drift: float = 0.0
     noise: float = 0.0
+    neighbours: float = 0.0
     fingerprint: str = ""
     date: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -171,7 +174,7 @@ class Profile:
         known = {*self.lanes, *self.processors}
         for who, others in self.interference.items():
             for name in (who, *others):
-                if name not in known:
+                if name.partition(".")[0] not in known:
                     raise UsageError(f"interference names {name!r}; there are {', '.join(sorted(known))}")
 
     def tier(self, name: str) -> Tier:

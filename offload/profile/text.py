@@ -66,6 +66,7 @@ def parse(text: str) -> Profile:
         date=top.text("date", ""),
         drift=top.number("drift", 0.0, 0, 10),
         noise=top.number("noise", 0.0, 0, 10),
+        neighbours=top.number("neighbours", 0.0, 0, 1),
         notes=top.texts("notes"),
         versions={k: _text(v, f"versions.{k}") for k, v in top.table("versions").items()},
         costs=top.numbers("costs", lambda v, at: number(v, at, 0, LONGEST)),
@@ -184,6 +185,7 @@ def dump(profile: Profile) -> str:
         f"date = {_string(profile.date)}",
         f"drift = {_number(profile.drift)}",
         f"noise = {_number(profile.noise)}",
+        f"neighbours = {_number(profile.neighbours)}",
         f"notes = [{', '.join(map(_string, profile.notes))}]",
     ]
     for tier in profile.tiers:

@@ -51,7 +51,7 @@ def swap_out(
         places[name] = end
         end += tensor.numel() * tensor.element_size()
     size = -(-end // ALIGNMENT) * ALIGNMENT
-    path, fd = _create(Path(directory), size)
+    path, fd = unlinked_file(Path(directory), size)
     file = engine.open(path, writable=True, fd=fd)
     pool = BufferPool(2, CHUNK)
     pending: list[tuple[Lease, Future[int]]] = []
@@ -77,8 +77,12 @@ def swap_out(
     return sources, file
 
 
-def _create(directory: Path, size: int) -> tuple[str, int]:
-    """A file of `size` reserved bytes that has no name any more, and the name it had."""
+def unlinked_file(directory: Path, size: int) -> tuple[str, int]:
+    """A file of `size` reserved bytes that has no name any more: (the name it had, its descriptor).
+
+    Raises:
+        StorageError: the folder is not writable or the disk is full. Nothing is left behind.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="offload-", dir=directory))  # mode 0700
@@ -99,7 +103,7 @@ def _create(directory: Path, size: int) -> tuple[str, int]:
         os.close(fd)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StorageError(
-                f"offload_dir has no room for {format_bytes(size)} of weights; free some space or name another folder",
+                f"offload_dir has no room for {format_bytes(size)}; free some space or name another folder",
                 path=str(directory),
                 errno=error.errno,
             ) from error

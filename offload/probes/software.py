@@ -1,0 +1,105 @@
+"""What software takes beside moving and computing: calls, hand-offs between threads, entering a unit."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from offload.io.buffers import Buffer
+from offload.io.engine import Engine
+from offload.kernels.chosen import Kernels
+from offload.probes.linears import product
+from offload.probes.resident import resident
+from offload.probes.sampling import Meter
+
+UNITS = 64
+TURNS = 200
+
+
+def launch_s(meter: Meter) -> float:
+    """A product that is too small to take any time of its own."""
+    with torch.no_grad():
+        runs = product([torch.ones(64, 64, dtype=torch.bfloat16)], 1, Kernels("cpu", exact=False))
+        return meter.time(*runs).seconds
+
+
+def handoff_s(meter: Meter) -> float:
+    """From one thread to another that waits on a condition."""
+    ball = _Ball()
+    other = threading.Thread(target=ball.play, args=(1,), daemon=True)
+    other.start()
+    began = meter.now()
+    ball.play(0)
+    other.join()
+    return max(1e-9, (meter.now() - began) / (2 * TURNS))
+
+
+class _Ball:
+    """Goes to and fro between two threads."""
+
+    def __init__(self) -> None:
+        self._changed, self._turn = threading.Condition(), 0
+
+    def play(self, mine: int) -> None:
+        for _ in range(TURNS):
+            with self._changed:
+                while self._turn % 2 != mine:
+                    self._changed.wait()
+                self._turn += 1
+                self._changed.notify_all()
+
+
+def read_submit_s(path: Path, fd: int | None, meter: Meter) -> float:
+    """Handing a read to the engine, as the calling thread sees it."""
+    buffer = Buffer(4096)
+    with Engine(threads=8) as engine:
+        file = engine.open(path, fd=None if fd is None else os.dup(fd))
+        seconds = []
+        for _ in range(50):
+            began = meter.now()
+            future = engine.read(file, 0, buffer.view, need=min(4096, file.nbytes))
+            seconds.append(meter.now() - began)
+            future.result()
+    buffer.close()
+    return max(1e-9, median(seconds))
+
+
+class _Nothing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(16), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class _Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Nothing() for _ in range(UNITS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def unit_s(meter: Meter) -> float:
+    """Entering and leaving a unit whose weights are there: what offload adds to a block."""
+    model, x = _Blocks(), torch.zeros(1)
+    with torch.no_grad():
+        plain = meter.time(*_times(model, x)).seconds
+        with resident(model):
+            hooked = meter.time(*_times(model, x)).seconds
+    return max(1e-9, (hooked - plain) / UNITS)
+
+
+def _times(model: nn.Module, x: torch.Tensor) -> Sequence[functools.partial[torch.Tensor]]:
+    return [functools.partial(model, x)]
