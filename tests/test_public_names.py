@@ -44,9 +44,5 @@ def test_errors_are_one_tree() -> None:
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-<<<<<<< HEAD
-    with pytest.raises(AttributeError, match=r"no attribute 'lode'.*finetuning, load, pack, wrap"):
-=======
-    with pytest.raises(AttributeError, match=r"no attribute 'lode'.*load, pack, probe, wrap"):
->>>>>>> 233f6ae (Probes: memory, disk, products by format, other ops, blocks, links and interference, into a profile that is kept)
+    with pytest.raises(AttributeError, match=r"no attribute 'lode'.*finetuning, load, pack, probe, wrap"):
         _ = offload.lode

@@ -147,9 +147,10 @@ def sustained(
     with stream(path, best.nbytes, best.threads, fd=fd, now=now) as one:
         ends = one.run(seconds)
     began = ends[0][0]
-    first = [end for end in ends if end[0] - began <= 1.0]
-    later = [end for end in ends if end[0] - began >= (ends[-1][0] - began) / 2]
-    return Sustained(rate_of(first), rate_of(later), _spread(later))
+    first = sum(end[0] - began <= 1.0 for end in ends)
+    middle = sum(end[0] - began < (ends[-1][0] - began) / 2 for end in ends)
+    later = ends[min(middle, len(ends) - 2) :]
+    return Sustained(rate_of(ends[: max(2, first)]), rate_of(later), _spread(later))
 
 
 def rate_of(ends: Sequence[tuple[float, int]]) -> float:
