@@ -10,7 +10,7 @@ from pathlib import Path
 from offload.budgets import GPU_MARGIN
 from offload.errors import UsageError
 from offload.hardware import cpu_info, host_memory, rss_bytes
-from offload.profile import CopyRate, Lane, Profile, preset
+from offload.profile import CopyRate, Lane, Profile, load_profile, preset
 from offload.profile import load as load_file
 from offload.specs import Budgets
 from offload.units import GIB, MIB
@@ -27,7 +27,7 @@ def machine(name: str | os.PathLike[str] | None, model: Path | None = None) -> P
     if name is not None:
         text = os.fspath(name)
         return load_file(text) if text.endswith(".toml") or os.path.sep in text else preset(text)
-    return _estimate()
+    return load_profile(model) or _estimate()
 
 
 def _estimate() -> Profile:

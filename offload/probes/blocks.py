@@ -1,6 +1,7 @@
 """What a transformers block takes beside its matrices, and what its attention does, measured in a model of few blocks.
 
-The model is built from the checkpoint's own configuration, at its own width, with fewer blocks and a small vocabulary.
+The model runs as offload runs it: with kernels for norms, rotary embedding and attention of new tokens, or exactly, with
+torch's own ops. It is built from the checkpoint's own configuration, at its own width, with fewer blocks and a small vocabulary.
 Its matrices answer at once with memory that lies there, so what is left is norms, rotary embedding, activation,
 residuals, keys and values, and Python. Models of fewer and of more blocks differ by blocks alone; the same with an
 attention that answers at once, and with torch's, differ by attention.
@@ -25,6 +26,7 @@ from offload.probes.subject import Subject
 from offload.profile import Curve, OpTable
 
 VOCABULARY = 512
+LEAST_PART = 0.02  # of a block: less is not seen as the difference of two models
 PAST = 16  # tokens before the one whose step is timed, where keys and values shall not matter
 NOTHING = "offload_probe_nothing"  # the name of an attention that answers at once
 
@@ -34,7 +36,7 @@ class BlockFigures:
     """Seconds of the model around its matrices.
 
     Attributes:
-        tables: block (over rows), attention (over the tokens of a prompt), decode_attention (over bytes); by torch.
+        tables: block (over rows), attention (over the tokens of a prompt), decode_attention (over bytes).
         step_s: what generating a token takes beside the blocks.
     """
 
@@ -49,10 +51,13 @@ class Blocks:
         subject: with a configuration.
         layers: fewer and more.
         unit_s: what entering and leaving a unit takes, which is no part of a block.
+        exact: with torch's own ops only.
     """
 
-    def __init__(self, subject: Subject, layers: tuple[int, int], unit_s: float, meter: Meter) -> None:
-        self._subject, self._layers, self._unit_s, self._meter = subject, layers, unit_s, meter
+    def __init__(
+        self, subject: Subject, layers: tuple[int, int], unit_s: float, meter: Meter, *, exact: bool = False
+    ) -> None:
+        self._subject, self._layers, self._unit_s, self._meter, self._exact = subject, layers, unit_s, meter, exact
 
     def figures(self, rows: Sequence[int], tokens: Sequence[int], kv_tokens: Sequence[int]) -> BlockFigures:
         """Rows up to 64 are sequences of one token, more of them the tokens of one prompt."""
@@ -81,7 +86,7 @@ class Blocks:
     @contextmanager
     def _models(self, attention: str) -> Iterator[tuple[nn.Module, nn.Module]]:
         few, more = (small_model(self._subject, n, attention) for n in self._layers)
-        with resident(few), resident(more):
+        with resident(few, exact=self._exact), resident(more, exact=self._exact):
             yield few, more
 
     def _step(self, models: tuple[Any, Any], sequences: int, past: int = PAST) -> tuple[float, float]:
@@ -96,10 +101,10 @@ class Blocks:
     def _slope(self, runs: Sequence[Callable[[], Any]]) -> tuple[float, float]:
         low, high = (self._meter.time(run) for run in runs)
         per_block = Sample((high.seconds - low.seconds) / (self._layers[1] - self._layers[0]), high.spread, high.count)
-        return max(LEAST_S, per_block.seconds - self._unit_s), per_block.spread
+        return max(LEAST_PART * per_block.seconds, LEAST_S, per_block.seconds - self._unit_s), per_block.spread
 
     def _beyond(self, whole: tuple[float, float], part: tuple[float, float]) -> tuple[float, float]:
-        return max(LEAST_S, whole[0] - part[0]), whole[1]
+        return max(LEAST_PART * part[0], whole[0] - part[0]), whole[1]
 
     def _at(self, points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
         return points[0][1], points[0][2]
@@ -129,7 +134,7 @@ class Blocks:
     def _table(self, op: str, shape: tuple[int, ...], over: Any, points: Any) -> OpTable:
         return OpTable(
             op=op,
-            implementation="torch",
+            implementation="torch" if self._exact else "cpu",
             processor="cpu",
             format=self._subject.dtype_name,
             shape=shape,

@@ -80,7 +80,7 @@ def product(weights: Sequence[torch.Tensor], rows: int, kernels: Kernels) -> tup
     """Calls of `x W^T`, one for each weight, through modules of a model; for use within `no_grad`."""
     shape, dtype = tuple(weights[0].shape), weights[0].dtype
     root = nn.ModuleList(_module(shape, weight) for weight in weights)  # type: ignore[arg-type]
-    linears.install(root, kernels, has_packed=type(weights[0]) is Packed)
+    linears.install(root, kernels, has_faces=type(weights[0]) is Packed)
     x = torch.full((rows, shape[1]), 0.5, dtype=dtype, device=weights[0].device)
     return tuple(partial(module, x) for module in root)
 
