@@ -1,12 +1,14 @@
-"""What every test runs under: no network, no warnings about forked tokenizers, Triton's kernels interpreted.
+"""What every test runs under: no network, no warnings about forked tokenizers, no measured profile, Triton's kernels interpreted.
 
 torch's threads are left as they are.
 """
 
 import os
+import tempfile
 
 from triton_switch import import_triton
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OFFLOAD_CACHE"] = os.path.join(tempfile.gettempdir(), f"offload-tests-{os.getpid()}")  # nothing is in it
 import_triton()

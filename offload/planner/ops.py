@@ -205,9 +205,11 @@ class OpCosts:
         nbytes: float,
         dtype: str,
     ) -> Sum:
-        found: OpCost | None = self.profile.op_seconds(
-            op, processor=self.processor, format=format, shape=shape, amount=amount, implementation=implementation
-        )
+        found: OpCost | None = None
+        for wanted in dict.fromkeys((implementation or ("torch" if self.exact else None), implementation)):
+            found = found or self.profile.op_seconds(
+                op, processor=self.processor, format=format, shape=shape, amount=amount, implementation=wanted
+            )
         if found is None:
             found = self.profile.roofline(processor=self.processor, flops=flops, nbytes=nbytes, dtype=dtype)
         seconds = found.seconds * self.profile.calibration.get(op, 1.0)
