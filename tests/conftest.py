@@ -1,4 +1,4 @@
-"""What every test runs under: no network, no warnings about forked tokenizers, no measured profile, Triton's kernels interpreted.
+"""What every test runs under: no network, no tokenizer warnings, no measured profile, interpreted Triton kernels.
 
 torch's threads are left as they are.
 """

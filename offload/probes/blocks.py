@@ -1,8 +1,8 @@
 """What a transformers block takes beside its matrices, and what its attention does, measured in a model of few blocks.
 
 The model runs as offload runs it: with kernels for norms, rotary embedding and attention of new tokens, or exactly,
-with torch's own ops. It is built from the checkpoint's own configuration, at its own width, with fewer blocks and a small
-vocabulary. Its matrices answer at once with memory that lies there, so what is left is norms, rotary embedding,
+with torch's own ops. It is built from the checkpoint's own configuration, at its own width, with fewer blocks and a
+small vocabulary. Its matrices answer at once with memory that lies there, so what is left is norms, rotary embedding,
 activation, residuals, keys and values, and Python. Models of fewer and of more blocks differ by blocks alone; the same
 with an attention that answers at once, and with a real one, differ by attention.
 """
