@@ -18,6 +18,7 @@ from offload.checkpoint.pack import PackReport, pack_checkpoint
 from offload.errors import ModelError, UsageError
 from offload.finetune.assemble import assemble
 from offload.finetune.export import export_checkpoint, export_module
+from offload.finetune.memory import Wishes
 from offload.finetune.trainer import Trainer
 from offload.handle import Offloaded, Progress, start
 from offload.io.engine import Engine
@@ -321,6 +322,8 @@ def finetuning(
     device: str | None = None,
     dtype: str | torch.dtype = "auto",
     seed: int = 0,
+    resident: Size = None,
+    activations: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
     io: str = "threads",
@@ -344,6 +347,9 @@ def finetuning(
         device: cpu.
         dtype: of the model's weights: "auto" is the checkpoint's.
         seed: of dropout.
+        resident: how much of the optimizer's state stays in memory: "auto", a fraction such as 0.25, or bytes.
+        activations: "auto" keeps those that fit in memory, the others are computed again in the backward pass; "keep",
+            "recompute".
         resume: go on from the last commit in offload_dir, if there is one.
         overwrite: replace a state that is there.
         io: I/O backend: threads, uring or aiofiles.
@@ -361,7 +367,7 @@ def finetuning(
         raise UsageError("name a folder on a fast disk for the optimizer's state: offload_dir=")
     kernels = Kernels("cpu", exact=False)
     rule = make_optimizer(optimizer, kernels, weight_decay=weight_decay, betas=betas, eps=eps)
-    budgets = resolve(cpu_memory=cpu_memory)
+    budgets = resolve(cpu_memory=cpu_memory, resident=resident)
     engine = Engine(io, strict=strict)
     given: dict[str, nn.Parameter] = {}
     try:
@@ -397,7 +403,8 @@ def finetuning(
         return assemble(
             root, anatomy, parameters, rule, engine, kernels, fill=fill, save=save,
             put_back=put_back if given else None, learning_rate=learning_rate, max_grad_norm=max_grad_norm,
-            cpu_memory=budgets.cpu_memory, offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
+            cpu_memory=budgets.cpu_memory, wishes=Wishes(budgets.resident, activations), offload_dir=Path(offload_dir),
+            seed=seed, resume=resume, overwrite=overwrite,
         )  # fmt: skip
     except BaseException:
         engine.close()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from offload.errors import BudgetError, ModelError, UsageError
+from offload.finetune.memory import ACTIVATIONS, Wishes
 from offload.finetune.trainer import Trainer
 from offload.hardware import rss_bytes
 from offload.io.engine import Engine
@@ -41,6 +42,7 @@ def assemble(
     learning_rate: float,
     max_grad_norm: float | None,
     cpu_memory: int,
+    wishes: Wishes,
     offload_dir: Path,
     seed: int,
     resume: bool,
@@ -68,12 +70,14 @@ def assemble(
         raise ModelError("the model has no parameters, so there is nothing to train")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise UsageError(f"max_grad_norm={max_grad_norm}: give a positive number, or None for no clipping")
+    if wishes.activations not in ACTIVATIONS:
+        raise UsageError(f"activations={wishes.activations!r} is not known; there are {', '.join(ACTIVATIONS)}")
     groups = {u.name: u.tensors for u in anatomy.units} | ({LOOSE: anatomy.loose} if anatomy.loose else {})
     layouts = [lay_out_cell(u, {n: parameters[n] for n in names}, shard_count) for u, names in groups.items()]
     shards = {shard.name: _page(optimizer.state_nbytes(shard.count)) for cell in layouts for shard in cell.shards}
     identity = {
         "parameters": sum(prod(shape) for _, shape in parameters.values()),
-        "dtypes": sorted({str(dtype) for dtype, _ in parameters.values()}),
+        "dtype": sorted({str(dtype) for dtype, _ in parameters.values()}),
         "optimizer": optimizer.name,
         "shard": shard_count,
     }
@@ -117,7 +121,7 @@ def assemble(
 
     return Trainer(
         root, made, optimizer, engine,
-        learning_rate=learning_rate, cpu_memory=cpu_memory,
+        learning_rate=learning_rate, cpu_memory=cpu_memory, wishes=wishes,
         save=lambda folder: save(cells.views, folder), finish=finish,
     )  # fmt: skip
 

@@ -9,6 +9,8 @@ from offload.units import MIB
 
 MARGIN = 0.02  # of the budget: allocators do not repeat themselves to the byte
 SLACK = 64 * MIB
+UNLIMITED = 1 << 62
+ACTIVATIONS = ("auto", "keep", "recompute")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,20 @@ class Spare:
     state_nbytes: int
 
 
-def plan_memory(training: Training, budget: int, peak: int) -> Spare:
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a user insists on.
+
+    Attributes:
+        state: bytes, or a share of all, of optimizer state that stays in memory; None: as much as fits.
+        activations: "keep" or "recompute", or "auto": keep what fits.
+    """
+
+    state: float | int | None = None
+    activations: str = "auto"
+
+
+def plan_memory(training: Training, budget: int, peak: int, wishes: Wishes) -> Spare:
     """Divides what is left of the budget, and tells the engine.
 
     A byte of a graph saves more time than a byte of state: 40 MiB of a block's activations save a forward pass of it,
@@ -37,5 +52,10 @@ def plan_memory(training: Training, budget: int, peak: int) -> Spare:
         peak: its largest resident set in a step that kept nothing.
     """
     free = max(0, int(budget * (1 - MARGIN)) - SLACK - peak)
-    graphs = training.keep_graphs(free)
-    return Spare(peak, graphs, training.keep_state(free - graphs))
+    graphs = training.keep_graphs({"auto": free, "keep": UNLIMITED, "recompute": 0}[wishes.activations])
+    left = max(0, free - graphs)
+    if isinstance(wishes.state, float):
+        left = int(wishes.state * training.state_nbytes)
+    elif wishes.state is not None:
+        left = wishes.state
+    return Spare(peak, graphs, training.keep_state(left))

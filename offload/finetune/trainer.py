@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from offload.errors import ClosedError, ModelError, UsageError
-from offload.finetune.memory import Spare, plan_memory
+from offload.finetune.memory import Spare, Wishes, plan_memory
 from offload.hardware import peak_rss_bytes, reset_peak_rss
 from offload.io.engine import Engine
 from offload.optim.base import Numbers, Optimizer
@@ -61,12 +61,13 @@ class Trainer:
         *,
         learning_rate: float,
         cpu_memory: int,
+        wishes: Wishes,
         save: Callable[[Path], None],
         finish: Callable[[], None],
     ) -> None:
         self.training, self.optimizer, self.learning_rate = training, optimizer, learning_rate
         self._root, self._engine, self._save, self._finish = root, engine, save, finish
-        self._cpu_memory = cpu_memory
+        self._cpu_memory, self._wishes = cpu_memory, wishes
         self.extra: dict[str, Any] = dict(training.state.extra)
         self._step = training.state.step
         self._broken: str | None = None
@@ -77,6 +78,21 @@ class Trainer:
     def step_number(self) -> int:
         """Steps done since the model was fresh; after a resume, that of the commit which was found."""
         return self._step
+
+    @property
+    def spare(self) -> Spare | None:
+        """What became of the memory that the first step left; None before it."""
+        return self._spare
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained. After `flush` its parameters are the present weights."""
+        return self._root
+
+    def flush(self) -> None:
+        """Applies the updates that are due, so that the model's parameters are the present weights."""
+        self._check()
+        self.training.flush()
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -104,8 +120,10 @@ class Trainer:
             raise UsageError("no micro-batch of this step has a label to learn; check labels and what is masked")
         rate = self.learning_rate if learning_rate is None else learning_rate
         step = self._step + 1
-        is_measured = self._spare is None and reset_peak_rss()
-        self.training.backprop.measures = is_measured
+        is_first = self._spare is None
+        if is_first:
+            reset_peak_rss()  # where that cannot be done, the peak is that of the process, and less is kept
+        self.training.backprop.measures = is_first
         self._root.train()
         try:
             found = self.training.run(
@@ -118,9 +136,9 @@ class Trainer:
             self._broken = f"step {step} failed: {error}"
             raise
         self._step = step
-        if is_measured:
+        if is_first:
             self.training.backprop.measures = False
-            self._spare = plan_memory(self.training, self._cpu_memory, peak_rss_bytes())
+            self._spare = plan_memory(self.training, self._cpu_memory, peak_rss_bytes(), self._wishes)
         after = self._engine.statistics()
         return StepResult(
             loss=sum(loss * n for loss, (_, n) in zip(found.losses, learnt, strict=True)) / total,

@@ -94,7 +94,7 @@ class Training:
         self.backprop = Backprop(root, units, self, seed)
         self._loose = set(anatomy.loose)
         self._shards = {shard.name: shard for cell in cells.layouts.values() for shard in cell.shards}
-        self._nbytes = {name: rule.state_nbytes(shard.count) for name, shard in self._shards.items()}
+        self._nbytes = {name: state.nbytes(name) for name in self._shards}
         self._lane = self._make_lane(list(cells.layouts))
         self._order: list[str] = []  # cells in the order of their updates; empty before the first pass
         self._due: set[str] = set()  # cells that hold a gradient
@@ -109,12 +109,17 @@ class Training:
 
     def create(self) -> None:
         """Makes the state of step 0 out of the weights in the cells and commits it."""
-        self._lane.fill(lambda name, view: self._rule.start(as_tensor(view), self._cell(name)), 0)
+
+        def make(name: str, view: memoryview) -> None:
+            as_tensor(view)[self._rule.state_nbytes(self._shards[name].count) :].zero_()
+            self._rule.start(self._state_of(name, view), self._cell(name))
+
+        self._lane.fill(make, 0)
         self.state.commit(0, {})
 
     def restore(self) -> None:
         """Reads the committed state, checks all of it, and puts its weights into the cells."""
-        self._lane.look(lambda name, view: self._rule.weights(as_tensor(view), self._cell(name)))
+        self._lane.look(lambda name, view: self._rule.weights(self._state_of(name, view), self._cell(name)))
         self._generation = self.state.step
 
     def close(self) -> None:
@@ -194,10 +199,15 @@ class Training:
         taken = wanted = 0.0
         for name in names:
             wanted += self._nbytes[name] * share
-            if taken + self._nbytes[name] <= wanted:
+            if taken + self._nbytes[name] / 2 <= wanted and taken + self._nbytes[name] <= nbytes:
                 self._lane.keep(name)
                 taken += self._nbytes[name]
         return int(taken)
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of the optimizer's state, master weights included."""
+        return sum(self._nbytes.values())
 
     @property
     def kept_nbytes(self) -> int:
@@ -287,7 +297,8 @@ class Training:
         for shard in self.cells.layouts[unit].shards:
             held = self._lane.take(shard.name)
             start = now()
-            self._rule.step(as_tensor(held.view), self.cells.shard(shard), self._numbers, decays=shard.decays)
+            state = self._state_of(shard.name, held.view)
+            self._rule.step(state, self.cells.shard(shard), self._numbers, decays=shard.decays)
             self.timeline.add("update", shard.name, start, now(), len(held.view))
             self._lane.give(held, self._generation)
         self._due.discard(unit)
@@ -316,6 +327,10 @@ class Training:
     def _make_lane(self, cells: Sequence[str]) -> ShardLane:
         names = [shard.name for cell in cells for shard in self.cells.layouts[cell].shards]
         return ShardLane(self.state, names, self._nbytes, min(self._slots, len(names)), self.timeline)
+
+    def _state_of(self, name: str, view: memoryview) -> torch.Tensor:
+        """A shard's state without what fills its last page."""
+        return as_tensor(view)[: self._rule.state_nbytes(self._shards[name].count)]
 
     def _cell(self, name: str) -> torch.Tensor:
         shard: Shard = self._shards[name]

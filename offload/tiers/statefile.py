@@ -93,6 +93,10 @@ class StateFile:
         if commit is not None:
             self._take(commit)
 
+    def nbytes(self, name: str) -> int:
+        """Of a shard."""
+        return self._shards[name].nbytes
+
     def read(self, name: str, view: memoryview) -> Future[int]:
         """Starts reading the newest bytes of a shard. Waits for the write that brings them, if it is under way."""
         shard = self._shards[name]
@@ -127,6 +131,7 @@ class StateFile:
         if shard.pending is not None:
             shard.pending.result()
         data = view[: shard.nbytes]
+        assert len(data) == shard.nbytes, (name, len(data), shard.nbytes)
         checksum = self._checksum(as_tensor(data))
         slot = 0 if shard.committed is None else 1 - shard.committed
         shard.slot, shard.generation, shard.checksum = slot, generation, checksum

@@ -47,8 +47,8 @@ def check(trainer: Trainer, loop: ReferenceLoop, micro_batches: int, steps: int 
         loop.step(given, rate(step))
         assert result.loss == loop.losses[-1], step
         assert result.grad_norm == loop.norms[-1], step
-    trainer.training.flush()
-    mine = {n: p.detach() for n, p in trainer._root.named_parameters()}
+    trainer.flush()
+    mine = {n: p.detach() for n, p in trainer.model.named_parameters()}
     for name, parameter in loop.model.named_parameters():
         assert torch.equal(mine[name], parameter.detach()), name
 
@@ -71,6 +71,29 @@ def test_offloaded_equals_in_memory(
     MODELS[kind].save(tmp_path / "model", dtype)
     loop = ReferenceLoop(plain(tmp_path / "model", dtype), max_grad_norm=clip, seed=5, **NUMBERS)
     with offload.finetuning(
-        tmp_path / "model", max_grad_norm=clip, offload_dir=tmp_path / "state", seed=5, dtype=dtype, **NUMBERS
-    ) as trainer:
+        tmp_path / "model", max_grad_norm=clip, offload_dir=tmp_path / "state", seed=5, dtype=dtype, resident=0,
+        activations="recompute", **NUMBERS
+    ) as trainer:  # fmt: skip
         check(trainer, loop, micro_batches)
+
+
+@pytest.mark.parametrize("clip", [0.5, None], ids=["clip", "no clip"])
+@pytest.mark.parametrize("resident", [0, 0.5, 1.0])
+@pytest.mark.parametrize("activations", ["keep", "auto"])
+def test_memory_changes_nothing(clip: float | None, resident: float, activations: str, tmp_path: Path) -> None:
+    """Shards that stay and graphs that are kept, with a commit and a resume on the way."""
+    MODELS["llama-tied"].save(tmp_path / "model", B)
+    loop = ReferenceLoop(plain(tmp_path / "model", B), max_grad_norm=clip, **NUMBERS)
+    options = {"max_grad_norm": clip, "offload_dir": tmp_path / "state", "resident": resident, **NUMBERS}
+    with offload.finetuning(tmp_path / "model", activations=activations, **options) as trainer:
+        check(trainer, loop, 2)
+        assert trainer.spare is not None
+        assert trainer.spare.graphs_nbytes > 0
+        total = trainer.training.state_nbytes
+        assert resident * total * 0.5 <= trainer.spare.state_nbytes <= resident * total
+        trainer.extra = {"at": 3}
+        trainer.commit()
+        trainer.step(batches(9, 2))
+    with offload.finetuning(tmp_path / "model", resume=True, **options) as trainer:
+        assert (trainer.step_number, trainer.extra) == (STEPS, {"at": 3})
+        check(trainer, loop, 1)

@@ -1,0 +1,131 @@
+"""Trains a tiny model in forked children that kill themselves at a chosen system call, over and over until one ends.
+
+    crash_child.py FOLDER SEED KILLS
+
+Every child goes on from the last commit. Each is killed (SIGKILL) at its k-th call of those that touch files, k drawn
+at random, until KILLS of them have been; the last runs to its end. Prints one JSON line: a digest of all weights and
+state, and the losses and norms that were seen of each step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import offload
+from offload.tiers.commit import MANIFEST
+
+STEPS = 6
+CALLS = ("open", "write", "fsync", "rename", "pwritev", "preadv", "close")
+
+
+def batch(step: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 320, (2, 16), generator=torch.Generator().manual_seed(step))
+    return {"input_ids": ids, "labels": ids}
+
+
+def arm(k: int) -> None:
+    """Makes this process kill itself at its k-th call from now."""
+    left = k
+    for name in CALLS:
+        true = getattr(os, name)
+
+        def call(*args: Any, true: Any = true, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return true(*args, **kwargs)
+
+        setattr(os, name, call)
+
+
+def load_libraries() -> None:
+    """What every child needs, imported once."""
+    import transformers.models.llama.modeling_llama
+    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+
+    import offload.kernels.cpu.adamw_step
+    import offload.kernels.cpu.checksum
+    import offload.kernels.cpu.square_sum
+
+    assert offload.finetuning is not None
+
+
+def train(folder: Path, k: int | None) -> None:
+    """Trains to the end, with a commit after each step, and writes what it saw."""
+    if k is not None:
+        arm(k)
+    clip = None if folder.name.endswith("noclip") else 0.5
+    with offload.finetuning(
+        folder / "model",
+        offload_dir=folder / "state",
+        max_grad_norm=clip,
+        learning_rate=1e-2,
+        resident=0.3,
+        resume=True,
+    ) as trainer:  # fmt: skip
+        while trainer.step_number < STEPS:
+            step = trainer.step_number
+            if trainer.extra.get("position", 0) != step:
+                raise AssertionError(f"step {step} was resumed with {trainer.extra}")
+            result = trainer.step([batch(2 * step), batch(2 * step + 1)])
+            with open(folder / "losses.jsonl", "a") as file:
+                file.write(json.dumps([step, result.loss, result.grad_norm]) + "\n")
+            trainer.extra = {"position": trainer.step_number}
+            trainer.commit()
+        digest = hashlib.sha256()
+        for name, parameter in sorted(trainer.model.named_parameters()):
+            digest.update(name.encode() + parameter.detach().view(torch.int16).numpy().tobytes())
+    state = json.loads((folder / "state" / MANIFEST).read_bytes().partition(b"\n")[2])
+    for name, (_, checksum) in sorted(state["shards"].items()):
+        digest.update(f"{name} {checksum}".encode())
+    (folder / "digest").write_text(digest.hexdigest())
+
+
+def main() -> None:
+    folder, seed, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    rng = random.Random(seed)
+    killed = 0
+    torch.set_num_threads(1)  # no thread may have been started when a process forks
+    load_libraries()
+    while True:
+        k = rng.randrange(1, 300) if killed < kills else None
+        child = os.fork()
+        if child == 0:
+            try:
+                train(folder, k)
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            killed += 1
+            continue
+        if status:
+            sys.exit("a child failed")
+        if killed >= kills:
+            break
+        for path in (folder / "state").iterdir():  # it came to its end: start again
+            path.unlink()
+    seen: dict[int, list[Any]] = {}
+    for line in (folder / "losses.jsonl").read_text().splitlines():
+        step, *numbers = json.loads(line)
+        if numbers not in seen.setdefault(step, []):
+            seen[step].append(numbers)
+    print(json.dumps({"killed": killed, "digest": (folder / "digest").read_text(), "seen": seen}))
+
+
+if __name__ == "__main__":
+    main()
