@@ -175,7 +175,7 @@ def make(ask: Ask, changes: Sequence[Change] = (), *, explores: bool = True) -> 
     """
     began = time.perf_counter()
     known: Known = {}
-    division, found = _solve(ask, known)
+    division, found = _solve(ask, known, refines=True)
     best = found.best
     prediction = predict(Pricer(ask.spec, ask.work, ask.computer), best.placement, division, ask, later=best.decode)
     plan = Plan(ask=ask, division=division, placement=best.placement, prediction=prediction, found=found)
@@ -205,7 +205,7 @@ def best_batch(ask: Ask, batches: Sequence[int] = BATCHES) -> Ask:
     return best[1]
 
 
-def _solve(ask: Ask, known: Known) -> tuple[Division, Found]:
+def _solve(ask: Ask, known: Known, *, refines: bool = False) -> tuple[Division, Found]:
     spec, extra = ask.spec, ask.extra_nbytes
     division = divide(
         spec,
@@ -217,7 +217,7 @@ def _solve(ask: Ask, known: Known) -> tuple[Division, Found]:
         base_nbytes=ask.base_nbytes,
     )
     room = replace(room_of(spec, ask.budgets, division, ask.slots), shares=_shares(ask))
-    return division, search(Pricer(spec, ask.work, ask.computer), room, known)
+    return division, search(Pricer(spec, ask.work, ask.computer), room, known, refines=refines)
 
 
 def _shares(ask: Ask) -> tuple[float, ...]:

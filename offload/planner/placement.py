@@ -8,7 +8,7 @@ reads hide behind compute evenly and the slots of the ring stay small, which lea
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import accumulate
@@ -85,6 +85,13 @@ class Placement:
         return frozenset(name for name, home in self.home.items() if home is tier)
 
 
+Streams = tuple[dict[str, tuple[TensorSpec, ...]], Ring]
+"""Unit name -> the tensors of it that stream, and the ring they pass through."""
+
+Solve = Callable[[Sequence[UnitSpec], int, int, int | None, int], Streams | None]
+"""Chooses what streams, from (units, capacity, most bytes of weights, slots, smallest tensor that streams)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """Which tensors of a list of units stay on a tier and which come from below it."""
@@ -103,6 +110,7 @@ def place(
     slots: int | None = None,
     host_target: int | None = None,
     cpu_share: float = 0.0,
+    solve: Solve | None = None,
 ) -> Placement:
     """Chooses a home for every tensor.
 
@@ -115,6 +123,7 @@ def place(
         host_target: bytes of weights that should stay in main memory, when somebody forces it.
         cpu_share: of the rows of matrices that live in main memory: what the CPU multiplies by, where there is an
             accelerator. Less where they do not fit there.
+        solve: chooses what streams; default: `smallest_stream`.
 
     Raises:
         BudgetError: not even the smallest ring fits.
@@ -122,23 +131,29 @@ def place(
     if device_nbytes is not None:
         for share in dict.fromkeys((cpu_share, cpu_share * 3 / 4, cpu_share / 2, cpu_share / 4)):
             try:
-                return _place_on_two(spec, host_nbytes, device_nbytes, slots, host_target, share)
+                return _place_on_two(spec, host_nbytes, device_nbytes, slots, host_target, share, solve)
             except TooSmall as error:
                 if error.is_device:
                     raise
-        return _place_on_two(spec, host_nbytes, device_nbytes, slots, host_target, 0.0)
-    host = split(spec.units, host_nbytes - spec.loose_nbytes, slots=slots, target=host_target)
+        return _place_on_two(spec, host_nbytes, device_nbytes, slots, host_target, 0.0, solve)
+    host = split(spec.units, host_nbytes - spec.loose_nbytes, slots=slots, target=host_target, solve=solve)
     home = {t.name: Tier.DISK for u in spec.units for t in u.tensors}
     home |= {t.name: Tier.HOST for t in spec.loose} | dict.fromkeys(host.resident, Tier.HOST)
     return Placement(home=home, tables=host.tables, host_ring=host.ring, device_ring=NO_RING, bundles=host.streamed)
 
 
 def _place_on_two(
-    spec: ModelSpec, host_nbytes: int, device_nbytes: int, slots: int | None, host_target: int | None, share: float
+    spec: ModelSpec,
+    host_nbytes: int,
+    device_nbytes: int,
+    slots: int | None,
+    host_target: int | None,
+    share: float,
+    solve: Solve | None,
 ) -> Placement:
     """A placement with an accelerator, of whose travelling rows the CPU multiplies by a share."""
     try:
-        device = split(with_small_slots(spec.units, share), device_nbytes - spec.loose_nbytes, slots=slots)
+        device = split(with_small_slots(spec.units, share), device_nbytes - spec.loose_nbytes, slots=slots, solve=solve)
     except TooSmall as error:
         raise TooSmall(error.missing, str(error), is_device=True) from None
     whole = {t.name: t for u in spec.units for t in u.tensors}
@@ -149,7 +164,7 @@ def _place_on_two(
     left = None if host_target is None else host_target - below.host_nbytes
     if below.host_parts and min(host_nbytes - below.host_nbytes, 0 if left is None else left) < 0:
         raise TooSmall(below.host_nbytes - host_nbytes, "main memory cannot hold the rows that the CPU would have")
-    host = split(travelling, host_nbytes - below.host_nbytes, slots=slots, target=left)
+    host = split(travelling, host_nbytes - below.host_nbytes, slots=slots, target=left, solve=solve)
     home = dict.fromkeys(whole, Tier.DISK) | {t.name: Tier.DEVICE for t in spec.loose}
     home |= dict.fromkeys(host.resident, Tier.HOST) | dict.fromkeys(device.resident, Tier.DEVICE)
     home |= {name: Tier.HOST for name, first in below.first_rows.items() if first == 0}
@@ -165,7 +180,14 @@ def _place_on_two(
     )
 
 
-def split(units: Sequence[UnitSpec], capacity: int, *, slots: int | None = None, target: int | None = None) -> Split:
+def split(
+    units: Sequence[UnitSpec],
+    capacity: int,
+    *,
+    slots: int | None = None,
+    target: int | None = None,
+    solve: Solve | None = None,
+) -> Split:
     """Keeps as much as `capacity` bytes allow, ring included; with a `target`, no more than so many bytes of weights.
 
     Tables that are not kept cost no slot. Tensors much smaller than the others stay whenever they can: they would
@@ -185,7 +207,7 @@ def split(units: Sequence[UnitSpec], capacity: int, *, slots: int | None = None,
     best = None
     pinned = int(mean / 64)
     for deep, smallest in ((slots, pinned), (slots or 2, pinned), (slots or 2, 0)):  # as wished for, then as it works
-        best = _smallest_stream(units, capacity, limit, deep, smallest)
+        best = (solve or smallest_stream)(units, capacity, limit, deep, smallest)
         if best is not None:
             slots = deep
             break
@@ -208,7 +230,7 @@ def split(units: Sequence[UnitSpec], capacity: int, *, slots: int | None = None,
     return Split(resident=frozenset(resident), streamed=streamed, tables=frozenset(tables - resident), ring=ring)
 
 
-class _Option(NamedTuple):
+class Option(NamedTuple):
     """A subset of a unit's tensors that may stream: bytes that move, which tensors, bytes of a slot."""
 
     nbytes: int
@@ -216,10 +238,10 @@ class _Option(NamedTuple):
     slot: int
 
 
-_Options = list[_Option]  # ascending
+Options = list[Option]  # ascending
 
 
-def _options(unit: UnitSpec, smallest: int) -> _Options:
+def options_of(unit: UnitSpec, smallest: int) -> Options:
     """Subsets of a unit's tensors that may stream."""
     free = [i for i, t in enumerate(unit.tensors) if not t.is_table and t.nbytes >= smallest and t.nbytes > 0]
     found: dict[int, tuple[int, ...]] = {0: ()}
@@ -231,17 +253,17 @@ def _options(unit: UnitSpec, smallest: int) -> _Options:
     else:  # many tensors: prefixes are choice enough
         for n, size in enumerate(accumulate(unit.tensors[i].slot_nbytes for i in free), 1):
             found[size] = tuple(free[:n])
-    return sorted(_Option(sum(unit.tensors[i].nbytes for i in c), c, slot) for slot, c in found.items())
+    return sorted(Option(sum(unit.tensors[i].nbytes for i in c), c, slot) for slot, c in found.items())
 
 
-def _smallest_stream(
+def smallest_stream(
     units: Sequence[UnitSpec], capacity: int, limit: int, slots: int | None, smallest: int
-) -> tuple[dict[str, tuple[TensorSpec, ...]], Ring] | None:
+) -> Streams | None:
     """The choice of streaming subsets that moves the fewest bytes, with its ring; None when nothing fits."""
     kinds = [tuple((t.slot_nbytes, t.nbytes, t.is_table) for t in u.tensors) for u in units]
-    shapes = {kind: _options(u, smallest) for kind, u in zip(kinds, units, strict=True)}
+    shapes = {kind: options_of(u, smallest) for kind, u in zip(kinds, units, strict=True)}
     total = sum(t.nbytes for u in units for t in u.tensors if not t.is_table)
-    best: tuple[int, int, list[_Option]] | None = None
+    best: tuple[int, int, list[Option]] | None = None
     for slot in sorted({option.slot for choice in shapes.values() for option in choice}):
         keep = min(capacity - depth(slot, slots) * slot, limit)
         if keep < 0:
@@ -262,13 +284,13 @@ def _smallest_stream(
     return streamed, Ring(depth(best[1], slots), slot)  # no deeper than was counted, though its slots may be smaller
 
 
-def _at_least(choice: _Options, nbytes: float) -> _Option | None:
+def _at_least(choice: Options, nbytes: float) -> Option | None:
     """The smallest subset that moves so many bytes; None where all move fewer."""
     k = bisect_left(choice, nbytes, key=lambda option: option.nbytes)
     return choice[k] if k < len(choice) else None
 
 
-def _spread(options: Sequence[_Options], need: int) -> list[_Option]:
+def _spread(options: Sequence[Options], need: int) -> list[Option]:
     """Picks a subset for each unit so that at least `need` bytes stream, evenly over the units, and few more.
 
     Walks the units once and keeps the running sum as close above an even share as the subsets allow (error diffusion,
@@ -277,7 +299,7 @@ def _spread(options: Sequence[_Options], need: int) -> list[_Option]:
     total = sum(choice[-1].nbytes for choice in options)
     if total == 0:
         return [choice[0] for choice in options]
-    chosen: list[_Option] = []
+    chosen: list[Option] = []
     moved = share = 0.0
     for choice in options:
         share += choice[-1].nbytes * need / total
@@ -301,7 +323,7 @@ def _spread(options: Sequence[_Options], need: int) -> list[_Option]:
 
 def _smallest_capacity(units: Sequence[UnitSpec], slots: int | None) -> int:
     """Bytes that suffice when every tensor that can stream does, through the smallest slots."""
-    options = [_options(u, 0) for u in units]
+    options = [options_of(u, 0) for u in units]
     sizes = sorted({o.slot for choice in options for o in choice})
     best = sum(t.nbytes for u in units for t in u.tensors if not t.is_table)
     for slot in sizes:

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offload.errors import BudgetError
-from offload.planner.placement import MOST_SLOTS, Placement, place
+from offload.planner.exact import fewest_bytes
+from offload.planner.moves import improve
+from offload.planner.placement import MOST_SLOTS, Placement, Solve, place
 from offload.planner.predict import PassCost, Pricer
 from offload.specs import ModelSpec
 
 DEPTHS = (2, 3, 4, 6, MOST_SLOTS)
+STARTS = 3  # of moves
+FEW_TENSORS = 80  # of a model that moves may help: with more, what streams can be chosen finely without them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +68,17 @@ Known = dict[tuple[Room, int | None, float], Placement | None]
 """Placements that were made already, by what they depend on; None: it does not fit."""
 
 
-def search(pricer: Pricer, room: Room, known: Known | None = None) -> Found:
+def search(pricer: Pricer, room: Room, known: Known | None = None, *, refines: bool = True) -> Found:
     """The placement whose steps the virtual clock finds shortest; among equals the one that moves least.
 
-    First what the CPU should multiply by, with rings as the first guess has them; then the depth of the rings.
+    First what the CPU should multiply by, with rings as the first guess has them; then the depth of the rings; then,
+    without an accelerator, the fewest bytes that must stream, exactly, and small moves from the best so far.
 
     Args:
         pricer: the model, the workload and the machine.
         room: what there is.
         known: is asked before a placement is made, and told; other rates change no placement.
+        refines: take the last two steps, which need a second or so.
 
     Raises:
         BudgetError: not even the first guess fits.
@@ -98,8 +104,29 @@ def search(pricer: Pricer, room: Room, known: Known | None = None) -> Found:
         for depth in DEPTHS:
             judge(depth, share)
         judge(1, share, "no prefetching")  # for what overlapping is worth
+    if refines:
+        _refine(pricer, room, min(seen.values(), key=_rank), seen)
     ranked = sorted(seen.values(), key=_rank)
     return Found(best=ranked[0], rejected=tuple(ranked[1:]))
+
+
+def _refine(pricer: Pricer, room: Room, best: Candidate, seen: dict[object, Candidate]) -> None:
+    """Adds what an exact solver and small moves find."""
+    if room.device_nbytes is not None or room.target is not None:
+        return
+    depths = sorted({best.placement.host_ring.slots, 1, 2, 3} if room.slots is None else {room.slots})
+    for depth in depths:
+        with contextlib.suppress(BudgetError):
+            exact = _place(pricer.spec, room, depth, 0.0, fewest_bytes)
+            _judged(pricer, exact, seen, f"{_label(exact)}, fewest bytes")
+    if sum(len(u.tensors) for u in pricer.spec.units) > FEW_TENSORS:
+        return
+    starts: dict[int, Candidate] = {}  # moves rarely cross from one depth to another, so each has a start
+    for candidate in sorted(seen.values(), key=_rank):
+        starts.setdefault(candidate.placement.host_ring.slots, candidate)
+    for candidate in list(starts.values())[:STARTS]:
+        moved = improve(pricer.spec, candidate.placement, room.host_nbytes, lambda p: pricer.decode(p).seconds)
+        _judged(pricer, moved, seen, f"{_label(moved)}, moved")
 
 
 def _rank(candidate: Candidate) -> tuple[float, int]:
@@ -107,7 +134,7 @@ def _rank(candidate: Candidate) -> tuple[float, int]:
     return round(found.seconds, 6), found.read_bytes + found.upload_bytes
 
 
-def _place(spec: ModelSpec, room: Room, slots: int | None, share: float) -> Placement:
+def _place(spec: ModelSpec, room: Room, slots: int | None, share: float, solve: Solve | None = None) -> Placement:
     return place(
         spec,
         host_nbytes=room.host_nbytes,
@@ -115,6 +142,7 @@ def _place(spec: ModelSpec, room: Room, slots: int | None, share: float) -> Plac
         slots=slots,
         host_target=room.target,
         cpu_share=share if room.device_nbytes is not None else 0.0,
+        solve=solve,
     )
 
 
