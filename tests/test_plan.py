@@ -46,7 +46,7 @@ def test_json(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not found["fits"]
     assert found["what_if"][0]["change"] == "disk 2x"
     assert found["what_if"][0]["decode_s_per_token"] <= found["predicted"]["decode_s_per_token"]
-    assert found["alternatives"][0]["times_slower"] >= 1
+    assert found["alternatives"][0]["times_slower"] > 0.999
     assert (
         sum(found["bytes"]["weights"].values()) + sum(found["bytes"].get("embedding", {}).values())
         == (found["weights_bytes"])
