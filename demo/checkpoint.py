@@ -53,6 +53,7 @@ class Shape:
 
 SIZES = {
     "tiny": Shape(hidden=256, intermediate=704, layers=10, heads=8, kv_heads=4, head_dim=32, vocab=4096),
+    "0.7b": Shape(hidden=2048, intermediate=5632, layers=12, heads=16, kv_heads=4, head_dim=128),
     "1b": Shape(hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, head_dim=64),
     "3b": Shape(hidden=3072, intermediate=8192, layers=28, heads=24, kv_heads=8, head_dim=128),
     "8b": Shape(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, head_dim=128, vocab=128256),

@@ -338,7 +338,7 @@ def finetuning(
         model: a folder with config.json and safetensors, a hub id, or a module on the CPU, which has the trained
             weights when the trainer is closed.
         method: full.
-        optimizer: adamw.
+        optimizer: adamw, adamw_8bit (moments in 8 bits, half the bytes to move), or sgd (with momentum 0.9).
         learning_rate: of steps that are not told one.
         max_grad_norm: gradients whose global norm is larger are scaled down to it; None: no clipping.
         weight_decay, betas, eps: of the optimizer; None: its own default. Norms and biases do not decay.

@@ -8,9 +8,11 @@ from typing import Any
 from offload.errors import UsageError
 from offload.kernels.chosen import Kernels
 from offload.optim.adamw import AdamW
+from offload.optim.adamw_8bit import AdamW8bit
 from offload.optim.base import Optimizer
+from offload.optim.sgd import SGD
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": AdamW}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": AdamW, "adamw_8bit": AdamW8bit, "sgd": SGD}
 
 
 def make(name: str, kernels: Kernels, **options: Any) -> Optimizer:

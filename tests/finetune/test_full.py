@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from finetune.reference_loop import ReferenceLoop
 from models import MODELS
+from reference_loop import ReferenceLoop
 
 import offload
 from offload.finetune.trainer import Trainer

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from finetune.reference_loop import ReferenceLoop
-from finetune.test_full import B, batches, check, plain
 from models import MODELS
+from reference_loop import ReferenceLoop
+from test_full import B, batches, check, plain
 
 import offload
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, cpu_memory="300MiB")
     with pytest.raises(offload.UsageError, match="method='half'"):
         trainer(tmp_path, method="half")
-    with pytest.raises(offload.UsageError, match=r"optimizer='adam' is not known; there are adamw"):
+    with pytest.raises(offload.UsageError, match=r"optimizer='adam' is not known; there are adamw, adamw_8bit, sgd"):
         trainer(tmp_path, optimizer="adam")
     with pytest.raises(offload.UsageError, match="max_grad_norm"):
         trainer(tmp_path, max_grad_norm=-1.0)
