@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from models import MODELS
 from test_outline import without_weights
 
 from offload.cli import main
-from offload.plan import load_plan
+from offload.plan import load_plan, with_disk_rate
 from offload.planner.whatif import Change, parse_change
+from offload.profile import preset
 from offload.units import GIB
 
 
@@ -135,3 +137,12 @@ def test_a_run_follows_its_plan_and_says_what_was_predicted(tmp_path: Path, caps
         main(["run", str(other), "--prompt-ids", "5,6,7", "--max-new-tokens", "4", "--plan", str(file)])
     assert end.value.code == 2
     assert "another model" in capsys.readouterr().err
+
+
+def test_a_disk_that_moved_widens_the_interval() -> None:
+    profile = replace(preset("cpu-ddr5-nvme4"), source="measured")
+    rate = profile.lane("read").bytes_per_s
+    now = with_disk_rate(profile, rate * 0.8).lane("read")
+    assert now.bytes_per_s == pytest.approx(rate * 0.8)
+    assert now.spread(1 << 30) == pytest.approx(0.1)
+    assert with_disk_rate(profile, None) is profile

@@ -34,6 +34,8 @@ from offload.runtime.linears import unpack_nbytes
 from offload.specs import Workload
 from offload.units import format_bytes, format_rate, format_seconds, parse_bytes, parse_rate
 
+SHOWN = 6  # rejected plans, best first; --json has them all
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
@@ -210,7 +212,7 @@ def _compared(plan: Plan, rows: list[tuple[str, float | None, float | None]]) ->
     for name in ("instead", "a token", "times as fast"):
         table.add_column(name, justify="left" if name == "instead" else "right")
     others: list[tuple[str, float | None, Any]] = [
-        (f"plan: {c.label}", c.decode.seconds, None) for c in plan.found.rejected
+        (f"plan: {c.label}", c.decode.seconds, None) for c in plan.found.rejected[:SHOWN]
     ]
     for label, seconds, _ in [*others, *rows]:
         if seconds is None:

@@ -63,11 +63,15 @@ def process_nbytes(exact: bool) -> int:
 
 
 def with_disk_rate(profile: Profile, bytes_per_s: float | None) -> Profile:
-    """The same machine with the rate that its disk has just now: a disk's mood changes more than anything else."""
+    """The same machine with the rate that its disk has just now: a disk's mood changes more than anything else.
+
+    How far that is from what it was says how far it may change until the run.
+    """
     if not bytes_per_s or "read" not in profile.lanes:
         return profile
     lane = profile.lanes["read"]
     factor = bytes_per_s / lane.bytes_per_s
-    rates = tuple(CopyRate(r.nbytes, r.threads, r.bytes_per_s * factor, r.spread) for r in lane.rates)
+    moved = min(1.0, abs(factor - 1) / 2) if profile.source == "measured" else 0.0
+    rates = tuple(CopyRate(r.nbytes, r.threads, r.bytes_per_s * factor, max(r.spread, moved)) for r in lane.rates)
     now = Lane(rates=rates, sustained_bytes_per_s=bytes_per_s, latency_s=lane.latency_s, shares=lane.shares)
     return replace(profile, lanes={**profile.lanes, "read": now})
