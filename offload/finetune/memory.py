@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
+from offload.hardware import rss_bytes
 from offload.runtime.training import Training
 from offload.units import MIB
 
 MARGIN = 0.02  # of the budget: allocators do not repeat themselves to the byte
 SLACK = 64 * MIB
+NEAR = 0.75  # of the budget
 UNLIMITED = 1 << 62
 ACTIVATIONS = ("auto", "keep", "recompute")
 
@@ -39,6 +42,18 @@ class Wishes:
 
     state: float | int | None = None
     activations: str = "auto"
+
+
+def give_back(budget: int) -> None:
+    """Gives freed memory back to the system once the process comes near its budget.
+
+    Rows of other lengths leave holes in the allocator that the next step does not fit into: with SmolLM2 and rows of 60
+    to 130 tokens, 1.6 GiB more after five steps. Far from the budget nothing is done, since to touch memory anew costs.
+    """
+    if rss_bytes() > NEAR * budget:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+        if trim is not None:
+            trim(0)
 
 
 def plan_memory(training: Training, budget: int, peak: int, wishes: Wishes) -> Spare:

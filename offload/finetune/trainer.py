@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from offload.errors import ClosedError, ModelError, UsageError
-from offload.finetune.memory import Spare, Wishes, plan_memory
+from offload.finetune.memory import Spare, Wishes, give_back, plan_memory
 from offload.hardware import peak_rss_bytes, reset_peak_rss
 from offload.io.engine import Engine
 from offload.optim.base import Numbers, Optimizer
@@ -139,6 +139,7 @@ class Trainer:
         if is_first:
             self.training.backprop.measures = False
             self._spare = plan_memory(self.training, self._cpu_memory, peak_rss_bytes(), self._wishes)
+        give_back(self._cpu_memory)
         after = self._engine.statistics()
         return StepResult(
             loss=sum(loss * n for loss, (_, n) in zip(found.losses, learnt, strict=True)) / total,
