@@ -14,7 +14,7 @@ from offload.planner.predict import Computer, PassCost, Prediction, Pricer
 from offload.planner.processors import balanced_share
 from offload.planner.search import Found, Known, Room, search
 from offload.planner.whatif import MEMORIES, RATES, Change, change_budgets, change_profile
-from offload.planner.workspace import LIBRARIES
+from offload.planner.workspace import LIBRARIES, MARGIN
 from offload.profile import Profile
 from offload.specs import Budgets, ModelSpec, Workload
 from offload.units import GIB
@@ -244,9 +244,12 @@ def room_of(spec: ModelSpec, budgets: Budgets, division: Division, slots: int | 
 def predict(
     pricer: Pricer, placement: Placement, division: Division, ask: Ask, later: PassCost | None = None
 ) -> Prediction:
-    """Both phases, with the memory that the process, its libraries and the run take beside weights and rings."""
+    """Both phases, with the memory that the process, its libraries and the run take beside weights and rings.
+
+    The margin that a run sets aside counts as taken: the peak is never to be more than was said.
+    """
     need, has_device = division.workspace.nbytes, ask.budgets.gpu_memory is not None
-    beside = division.base_nbytes + LIBRARIES + ask.extra_nbytes
+    beside = division.base_nbytes + LIBRARIES + int(MARGIN * ask.budgets.cpu_memory) + ask.extra_nbytes
     return pricer.predict(
         placement,
         host_beside=beside + (TRANSIT if has_device else need),
