@@ -122,7 +122,9 @@ def largest_exponent(weight: torch.Tensor) -> int:
     return int(found.max())
 
 
-def refuses(weight: torch.Tensor, largest: int | None = None) -> str | None:
+def refuses(
+    weight: torch.Tensor, largest: int | None = None, planes: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> str | None:
     """Why `pack_lossless` would not take these; None when it does."""
     if weight.device.type != "cpu":
         return f"on {weight.device}"
@@ -133,13 +135,20 @@ def refuses(weight: torch.Tensor, largest: int | None = None) -> str | None:
     return None if weight.stride(1) == 1 else "rows that do not lie in one piece"
 
 
-def pack_lossless(weight: torch.Tensor, largest: int | None = None) -> LosslessWeight:
+def pack_lossless(
+    weight: torch.Tensor, largest: int | None = None, planes: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> LosslessWeight:
     """See offload.kernels.reference.pack_lossless; the same bits. Beside the result, 8 bytes an output."""
     outputs, inputs = weight.shape
     largest = largest_exponent(weight) if largest is None else largest
     padded = -(-inputs // LOSSLESS_BLOCK) * LOSSLESS_BLOCK
-    low = torch.empty(outputs, padded, dtype=torch.uint8)
-    codes = torch.empty(outputs, padded // 2, dtype=torch.uint8)
+    low, codes = planes or (
+        torch.empty(outputs, padded, dtype=torch.uint8),
+        torch.empty(outputs, padded // 2, dtype=torch.uint8),
+    )
+    assert low.is_contiguous(), "planes are written as one piece"
+    assert codes.is_contiguous(), "planes are written as one piece"
+    assert (low.shape, codes.shape) == ((outputs, padded), (outputs, padded // 2)), (low.shape, codes.shape)
     start = torch.zeros(outputs + 1, dtype=torch.int32)
     last = torch.full((torch.get_num_threads(), LOSSLESS_BLOCK), largest << 7, dtype=torch.int16)
     step, stride = step_of(2 * inputs), 2 * weight.stride(0)

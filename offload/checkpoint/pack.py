@@ -23,14 +23,14 @@ from offload.errors import StorageError, UsageError
 from offload.io.engine import Engine
 from offload.io.extents import ALIGNMENT
 from offload.kernels.chosen import Kernels
-from offload.kernels.formats.form import Form, Weight, form_of
+from offload.kernels.formats.form import Form, form_of
 from offload.kernels.formats.weights import WeightFormat
 from offload.tiers import transit
-from offload.tiers.host import Scratch
 from offload.tiers.layout import Source
-from offload.tiers.packing import error_of, pack
+from offload.tiers.packing import error_of, pack_into
 from offload.tiers.sink import Sink
 from offload.tiers.transit import Put
+from offload.tiers.wholes import bring_wholes
 from offload.units import MIB, format_bytes
 
 WORTH = 0.9  # of a matrix's plain bytes: one that does not get smaller than this stays as it is
@@ -110,7 +110,6 @@ class _Writer:
 
     def __init__(self, sources: dict[str, Source], names: list[str], format: WeightFormat, kernels: Kernels) -> None:
         self._sources, self._names, self._format, self._kernels = sources, names, format, kernels
-        self._scratch = Scratch()
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt", "weights": str(format)}}
         self.manifest = Manifest(version=VERSION, weights=str(format), tensors={})
 
@@ -130,9 +129,9 @@ class _Writer:
         head_nbytes = self._head_nbytes(buffers)
         try:
             room = _expected_nbytes(self._sources, self._names, self._format)
-            with Sink(out / "model.safetensors", engine, head_nbytes, room) as sink:
-                jobs = [(self._sources[n], self._packs(n, sink, report)) for n in self._names]
-                transit.bring(jobs, engine, pool, count)
+            longest = max((_room_nbytes(self._sources[n], self._format) for n in self._names), default=0)
+            with Sink(out / "model.safetensors", engine, head_nbytes, room, longest) as sink:
+                bring_wholes([(self._sources[n], self._packs(n, sink, report)) for n in self._names], engine, count)
                 rest = [n for n in self._sources if n not in self._names] + report.kept
                 rest.sort(key=lambda n: -self._sources[n].dtype.itemsize)
                 transit.bring([(self._sources[n], self._keeps(n, sink)) for n in rest], engine, pool, count)
@@ -143,14 +142,14 @@ class _Writer:
                 sink.finish(self._head(head_nbytes))
         finally:
             pool.close()
-            self._scratch.close()
         return report
 
-    def _packs(self, name: str, sink: Sink, report: PackReport) -> Put:
+    def _packs(self, name: str, sink: Sink, report: PackReport) -> Callable[[torch.Tensor], None]:
         source, plan = self._sources[name], self._format.form(self._sources[name].shape)
 
         def put(matrix: torch.Tensor) -> None:
-            weight = pack(matrix, plan, self._kernels)
+            room = sink.room(_room_nbytes(source, self._format))
+            weight = pack_into(room, matrix, plan, self._kernels)
             form = form_of(weight)
             if form.nbytes > WORTH * matrix.nbytes:
                 report.kept.append(name)
@@ -158,9 +157,10 @@ class _Writer:
             report.packed[name] = error_of(matrix, weight, self._kernels) if self._format.is_approximate else 0.0
             self._place(name, torch.uint8, (form.nbytes,), sink)
             self.manifest.tensors[name] = _described(form, source.dtype)
-            _append(sink, form, weight)
+            form.write(weight, room)
+            sink.grow(form.nbytes)
 
-        return transit.gather(source, self._scratch, put)
+        return put
 
     def _keeps(self, name: str, sink: Sink) -> Put:
         source = self._sources[name]
@@ -197,13 +197,9 @@ def _described(form: Form, dtype: torch.dtype) -> PackedTensor:
     )  # fmt: skip
 
 
-def _append(sink: Sink, form: Form, weight: Weight) -> None:
-    """The planes of a matrix, with zeros between them."""
-    start = sink.nbytes
-    for plane in form.planes():
-        sink.append(torch.zeros(start + plane.at - sink.nbytes, dtype=torch.uint8))
-        sink.append(getattr(weight, plane.field).reshape(-1)[: prod(plane.shape)].contiguous())
-    sink.append(torch.zeros(start + form.nbytes - sink.nbytes, dtype=torch.uint8))
+def _room_nbytes(source: Source, format: WeightFormat) -> int:
+    """What a matrix takes that is worth packing: patches come last, and nobody knows how many before."""
+    return max(format.form(source.shape).nbytes, int(WORTH * source.nbytes))
 
 
 def _expected_nbytes(sources: dict[str, Source], names: list[str], format: WeightFormat) -> int:

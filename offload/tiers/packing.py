@@ -27,6 +27,14 @@ def pack(matrix: torch.Tensor, form: Form, kernels: Kernels) -> Weight:
     return kernels.run("quantize_int4", matrix, form.group, form.symmetric)  # type: ignore[no-any-return]
 
 
+def pack_into(room: torch.Tensor, matrix: torch.Tensor, form: Form, kernels: Kernels) -> Weight:
+    """The same, with what is large of a lossless one where `form` has it in `room` (uint8) already."""
+    if form.kind != "lossless":
+        return pack(matrix, form, kernels)
+    low, codes = (room[p.at : p.at + p.nbytes].view(p.shape) for p in form.planes()[:2])
+    return kernels.run("pack_lossless", matrix, None, (low, codes))  # type: ignore[no-any-return]
+
+
 def error_of(matrix: torch.Tensor, weight: Weight, kernels: Kernels) -> float:
     """The Frobenius norm of what packing changed, over the matrix's own; block by block, in little memory."""
     wrong = whole = 0.0

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 from offload.errors import StorageError
-from offload.io.buffers import BufferPool, Lease
 from offload.io.engine import Engine
 from offload.io.extents import ALIGNMENT
 from offload.tiers.host import as_tensor
+from offload.tiers.ring import Ring
 from offload.units import MIB, format_bytes
 
-CHUNK = 8 * MIB
-BUFFERS = 4
+CHUNK = 8 * MIB  # what is written at least, but for the end
+AHEAD = 32 * MIB  # what may wait for the disk beside the longest room
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
 
 
@@ -33,14 +33,15 @@ class Sink:
         path: what the file shall be called.
         engine: writes it.
         head_nbytes: bytes at its beginning that come last; a multiple of 4096.
-        room_nbytes: what will be appended, about. The room is taken at once: a full disk is met before anything is
-            written, and writes need not wait for each other, as those that make a file longer do.
+        room_nbytes: what will be appended, about. It is taken from the disk at once: a full one is met before anything
+            is written, and writes need not wait for each other, as those that make a file longer do.
+        longest: bytes that `room` will be asked for at most.
 
     Raises:
         StorageError: the folder cannot be written to, or has no room.
     """
 
-    def __init__(self, path: Path, engine: Engine, head_nbytes: int, room_nbytes: int) -> None:
+    def __init__(self, path: Path, engine: Engine, head_nbytes: int, room_nbytes: int, longest: int = 0) -> None:
         assert head_nbytes % ALIGNMENT == 0, head_nbytes
         self.path, self._engine, self._head = path, engine, head_nbytes
         self._partial = path.with_name(f".{path.name}.partial")
@@ -55,16 +56,17 @@ class Sink:
                 f"no room for {format_bytes(room_nbytes)}: {error.strerror}", path=str(path), errno=error.errno
             ) from error
         self._file = engine.open(path, writable=True, fd=fd)
-        self._pool = BufferPool(BUFFERS, CHUNK)
-        self._pending: deque[tuple[Lease, Future[int]]] = deque()
-        self._lease: Lease | None = None
-        self._filled = 0  # of the current buffer
+        self._ring = Ring(max(longest + 2 * ALIGNMENT, CHUNK) + AHEAD)
+        self._pending: deque[Future[int]] = deque()  # one for each run of the ring, but for the current one
+        self._run: torch.Tensor | None = None  # current; it begins with the file's byte `_flushed`
+        self._filled = 0  # of the current run
+        self._rest = torch.empty(0, dtype=torch.uint8)  # bytes after the last whole page, while there is no run
         self._flushed = head_nbytes  # of the file
 
     @property
     def nbytes(self) -> int:
         """What has been appended."""
-        return self._flushed - self._head + self._filled
+        return self._flushed - self._head + self._filled + len(self._rest)
 
     def append(self, data: torch.Tensor) -> None:
         """Copies the bytes of a contiguous tensor to the end.
@@ -72,19 +74,30 @@ class Sink:
         Raises:
             StorageError: the disk is full, or failed.
         """
-        data = data.detach().reshape(-1).view(torch.uint8)
-        at = 0
-        while at < len(data):
-            if self._lease is None:
-                if len(self._pending) == BUFFERS:
-                    self._land()
-                self._lease = self._pool.lease()
-            count = min(CHUNK - self._filled, len(data) - at)
-            as_tensor(self._lease.view)[self._filled : self._filled + count] = data[at : at + count]
-            self._filled += count
-            at += count
-            if self._filled == CHUNK:
-                self._flush(CHUNK)
+        for part in data.detach().reshape(-1).view(torch.uint8).split(CHUNK):
+            self.room(len(part)).copy_(part)
+            self.grow(len(part))
+
+    def room(self, nbytes: int) -> torch.Tensor:
+        """The next bytes of the file (uint8, of any content), to be filled in place and taken in with `grow`.
+
+        Their address has the remainder of their place in the file, modulo a page.
+
+        Raises:
+            StorageError: the disk is full, or failed.
+        """
+        if self._run is None or self._filled + nbytes > len(self._run):
+            self._flush()
+            rest = self._rest
+            self._run, self._filled = self._take(max(len(rest) + nbytes, CHUNK)), len(rest)
+            self._run[: len(rest)], self._rest = rest, rest[:0]
+        return self._run[self._filled : self._filled + nbytes]
+
+    def grow(self, nbytes: int) -> None:
+        """The file goes on behind the first `nbytes` of the last `room`."""
+        self._filled += nbytes
+        if self._filled >= CHUNK:
+            self._flush()
 
     def finish(self, head: bytes) -> None:
         """Writes the beginning, makes everything durable and gives the file its name.
@@ -94,14 +107,15 @@ class Sink:
         """
         assert len(head) == self._head
         nbytes = self._head + self.nbytes
-        if self._filled:
-            self._flush(-(-self._filled // ALIGNMENT) * ALIGNMENT)
+        self.room(-nbytes % ALIGNMENT).zero_()
+        self.grow(-nbytes % ALIGNMENT)
+        self._flush()
         while self._pending:
             self._land()
         for start in range(0, len(head), CHUNK):
-            lease, part = self._pool.lease(), head[start : start + CHUNK]
-            lease.view[: len(part)] = part
-            self._pending.append((lease, self._engine.write(self._file, start, lease.view[: len(part)])))
+            part = torch.frombuffer(bytearray(head[start : start + CHUNK]), dtype=torch.uint8)
+            self._write(start, self._take(len(part)).copy_(part))
+        while self._pending:
             self._land()
         fd, _ = self._file.descriptor()
         try:
@@ -117,14 +131,11 @@ class Sink:
 
     def close(self) -> None:
         """Gives buffers and the descriptor back; an unfinished file is gone."""
-        for lease, future in self._pending:
-            future.exception()  # a buffer may go only when nothing is written from it any more
-            lease.release()
+        for future in self._pending:
+            future.exception()  # memory may go only when nothing is written from it any more
         self._pending.clear()
-        if self._lease is not None:
-            self._lease.release()
-            self._lease = None
-        self._pool.close()
+        self._run = None
+        self._ring.close()
         self._file.close()
         self._forget()
 
@@ -163,16 +174,23 @@ class Sink:
                 f"a file cannot be made here: {error.strerror}", path=str(self.path.parent), errno=error.errno
             ) from error
 
-    def _flush(self, nbytes: int) -> None:
-        """Starts writing the current buffer."""
-        assert self._lease is not None
-        lease, self._lease = self._lease, None
-        self._pending.append((lease, self._engine.write(self._file, self._flushed, lease.view[:nbytes])))
-        self._flushed += self._filled
-        self._filled = 0
+    def _flush(self) -> None:
+        """Starts writing what the current run holds, but for what is behind the last whole page."""
+        if self._run is None:
+            return
+        run, whole = self._run[: self._filled], self._filled // ALIGNMENT * ALIGNMENT
+        self._run, self._filled, self._rest = None, 0, run[whole:].clone()
+        self._write(self._flushed, run[:whole])
+        self._flushed += whole
+
+    def _write(self, offset: int, data: torch.Tensor) -> None:
+        self._pending.append(self._engine.write(self._file, offset, memoryview(data.numpy())))
+
+    def _take(self, nbytes: int) -> torch.Tensor:
+        while (run := self._ring.take(nbytes)) is None:
+            self._land()
+        return as_tensor(run)
 
     def _land(self) -> None:
-        lease, future = self._pending[0]
-        future.result()
-        self._pending.popleft()
-        lease.release()
+        self._pending.popleft().result()
+        self._ring.give_back()

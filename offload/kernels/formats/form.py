@@ -106,11 +106,19 @@ class Form:
         return LosslessWeight(**fields, largest=self.largest, inputs=self.inputs)
 
     def write(self, weight: Weight, run: torch.Tensor) -> None:
-        """Puts the arrays of a packed matrix to their places in `run`; shorter lists of patches leave a gap."""
+        """Puts the arrays of a packed matrix that are not there yet to their places in `run`, with zeros between them.
+
+        Shorter lists of patches leave a gap of any content.
+        """
+        end = 0
         for plane in self.planes():
             source = getattr(weight, plane.field).reshape(-1)
             target = run[plane.at : plane.at + plane.nbytes].view(plane.dtype)
-            target[: len(source)] = source
+            if source.data_ptr() != target.data_ptr():
+                target[: len(source)] = source[: len(target)]
+            run[end : plane.at] = 0
+            end = plane.at + plane.nbytes
+        run[end : self.nbytes] = 0
 
 
 def form_of(weight: Weight) -> Form:

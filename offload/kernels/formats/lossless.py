@@ -42,11 +42,14 @@ class LosslessWeight:
         return sum(part.nbytes for part in parts)
 
 
-def pack_lossless(weight: torch.Tensor, largest: int | None = None) -> LosslessWeight:
+def pack_lossless(
+    weight: torch.Tensor, largest: int | None = None, planes: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> LosslessWeight:
     """bfloat16 [outputs, inputs] in fewer bits.
 
     Args:
         largest: the largest exponent of the matrix, where `weight` is only some of its rows; default: that of `weight`.
+        planes: where `low` and `codes` of the result shall lie, contiguous; default: new memory.
     """
     outputs, inputs = weight.shape
     bits = functional.pad(weight.view(torch.int16), (0, -inputs % LOSSLESS_BLOCK)).to(torch.int32) & 0xFFFF
@@ -58,9 +61,13 @@ def pack_lossless(weight: torch.Tensor, largest: int | None = None) -> LosslessW
     output, at = (code == 15).nonzero(as_tuple=True)
     start = torch.zeros(outputs + 1, dtype=torch.int32)
     start[1:] = torch.bincount(output, minlength=outputs).cumsum(0)
+    low = (bits >> 8 & 0x80 | bits & 0x7F).to(torch.uint8)
+    codes = (halves[:, :, 0] | halves[:, :, 1] << 4).view(outputs, -1)
+    if planes is not None:
+        low, codes = planes[0].copy_(low), planes[1].copy_(codes)
     return LosslessWeight(
-        low=(bits >> 8 & 0x80 | bits & 0x7F).to(torch.uint8),
-        codes=(halves[:, :, 0] | halves[:, :, 1] << 4).view(outputs, -1),
+        low=low,
+        codes=codes,
         largest=largest,
         patch_start=start,
         patch_input=at.to(torch.int32),
