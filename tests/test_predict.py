@@ -93,6 +93,21 @@ def test_shared_memory_counts_only_where_no_pair_was_measured() -> None:
     assert Pricer(spec, work, Computer(profile=known)).predict(placement).decode_s_per_token < 0.25
 
 
+def test_a_fourth_tier_needs_no_change() -> None:
+    """A quarter of what streams fits in memory behind a switch, at 8 GB/s; the rest comes from disk through it."""
+    spec, work = model(), Workload(batch=1, prompt_tokens=1, total_tokens=2)
+    placement = place(spec, host_nbytes=600 * MB, slots=2)
+    base = machine()
+    host, disk = base.tiers
+    switch = Memory(name="switch", capacity_nbytes=100 * MB, load="read")
+    lanes = {**base.lanes, "switch": Lane((CopyRate(1, 1, 8.0 * GB),))}
+    four = replace(base, tiers=(replace(host, load="switch"), switch, disk), lanes=lanes)
+    found = Pricer(spec, work, Computer(profile=four)).predict(placement)
+    assert found.bound_s_per_token == pytest.approx(0.1 / 8 + 0.3 / 2)
+    roomy = replace(four, tiers=(four.tiers[0], replace(switch, capacity_nbytes=GB), disk))
+    assert Pricer(spec, work, Computer(profile=roomy)).predict(placement).bound_s_per_token == pytest.approx(0.4 / 8)
+
+
 def test_an_upload_needs_a_link() -> None:
     spec, work = model(), Workload(batch=1, prompt_tokens=1, total_tokens=2)
     placement = place(spec, host_nbytes=10 * GB, device_nbytes=600 * MB, slots=2)

@@ -149,14 +149,16 @@ class Pricer:
         costs: dict[str, Sum] = {}
         for unit, _ in self._order:
             costs[unit] = self.compute(unit, phase, on_disk, placement.first_rows)
-        submit = profile.cost("read_submit")
+        submit, sources = profile.cost("read_submit"), self._sources(placement)
         upload_submit = profile.cost("handoff")
 
         def seconds(step: Step) -> float:
             if isinstance(step, Compute):
                 return costs[step.unit].seconds
             if isinstance(step, Read):
-                return submit + profile.lane(self.computer.read).seconds(step.nbytes)
+                return submit + sum(
+                    max(profile.lane(lane).seconds(step.nbytes * share) for lane in lanes) for share, lanes in sources
+                )
             assert isinstance(step, Upload)
             return upload_submit + self._upload_s(step.nbytes)
 
@@ -191,6 +193,26 @@ class Pricer:
             if placement.host_ring.slots:  # rows go first, but behind the blocks that the disk works on already
                 seconds += min(IN_FLIGHT, placement.host_ring.slot_nbytes) / lane.bytes_per_s
         return seconds
+
+    def _sources(self, placement: Placement) -> list[tuple[float, tuple[str, ...]]]:
+        """What streams to main memory, as (part of it, lanes on its way): from the tiers below, each filled in turn.
+
+        The last tier holds all the rest, whatever its capacity: that the model is there is known.
+        """
+        tiers = self.computer.profile.tiers
+        host = next((k for k, tier in enumerate(tiers) if tier.name == "host"), len(tiers))
+        total = left = sum(
+            t.read_nbytes for ts in placement.bundles.values() for t in ts if placement.home[t.name] is Tier.DISK
+        )
+        found: list[tuple[float, tuple[str, ...]]] = []
+        lanes: tuple[str, ...] = ()
+        for k in range(host + 1, len(tiers)):
+            lanes = (*lanes, tiers[k - 1].load or self.computer.read)
+            held = left if k == len(tiers) - 1 else min(left, tiers[k].capacity_nbytes)
+            if held:
+                found.append((held / total, lanes))
+                left -= held
+        return found or [(1.0, (self.computer.read,))]
 
     def _upload_s(self, nbytes: float) -> float:
         if self.computer.link_bytes_per_s is not None:
