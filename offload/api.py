@@ -13,19 +13,22 @@ import torch
 from torch import nn
 
 from offload.budgets import Size, divide, from_max_memory, resolve
-from offload.checkpoint import describe, find, open_checkpoint
+from offload.checkpoint import Opened, describe, find, open_checkpoint
 from offload.checkpoint.pack import PackReport, pack_checkpoint
-from offload.errors import ModelError, UsageError
+from offload.errors import BudgetError, ModelError, UsageError
 from offload.finetune.assemble import assemble
 from offload.finetune.export import export_checkpoint, export_module
+from offload.finetune.lora import A, B, Lora, adapt, begin, save_adapters
 from offload.finetune.memory import Wishes
 from offload.finetune.trainer import Trainer
 from offload.handle import Offloaded, Progress, start
+from offload.hardware import rss_bytes
 from offload.io.engine import Engine
 from offload.io.extents import Extent
 from offload.kernels.chosen import Kernels
 from offload.kernels.formats.weights import parse_weights
 from offload.optim import make as make_optimizer
+from offload.optim.base import Optimizer
 from offload.plan.saved import adopt, load_plan
 from offload.planner.placement import Tier
 from offload.probes.probe import probe
@@ -36,11 +39,12 @@ from offload.runtime.linears import unpack_nbytes
 from offload.runtime.session import Session, token_check
 from offload.runtime.warmup import compile_kernels
 from offload.specs import Budgets, ModelSpec, Workload
+from offload.tiers.cells import Cells, lay_out_cell
 from offload.tiers.devices import create, warm_up
 from offload.tiers.layout import Piece, Source
 from offload.tiers.swap import swap_out
 from offload.tiers.transit import bring_into
-from offload.units import parse_bytes, parse_rate
+from offload.units import format_bytes, parse_bytes, parse_rate
 
 __all__ = ["finetuning", "load", "pack", "probe", "wrap"]
 
@@ -311,6 +315,7 @@ def finetuning(
     model: str | os.PathLike[str] | nn.Module,
     *,
     method: str = "full",
+    lora: Mapping[str, Any] | None = None,
     optimizer: str = "adamw",
     learning_rate: float = 1e-5,
     max_grad_norm: float | None = 1.0,
@@ -337,7 +342,8 @@ def finetuning(
     Args:
         model: a folder with config.json and safetensors, a hub id, or a module on the CPU, which has the trained
             weights when the trainer is closed.
-        method: full.
+        method: full, or lora: low-rank adapters beside frozen weights, which stay in memory.
+        lora: r, lora_alpha, lora_dropout and target_modules of the adapters, as PEFT names them.
         optimizer: adamw, adamw_8bit (moments in 8 bits, half the bytes to move), or sgd (with momentum 0.9).
         learning_rate: of steps that are not told one.
         max_grad_norm: gradients whose global norm is larger are scaled down to it; None: no clipping.
@@ -359,8 +365,10 @@ def finetuning(
     Raises:
         BudgetError, CheckpointError, ModelError, StorageError, UsageError: see offload.errors.
     """
-    if method != "full":
-        raise UsageError(f"method={method!r} is not known; there is full")
+    if method not in ("full", "lora"):
+        raise UsageError(f"method={method!r} is not known; there are full and lora")
+    if lora is not None and method != "lora":
+        raise UsageError(f'lora= was given, but method={method!r}; say method="lora"')
     if device not in (None, "cpu"):
         raise UsageError(f"device={device!r}: training runs on the cpu for now")
     if offload_dir is None:
@@ -371,6 +379,20 @@ def finetuning(
     engine = Engine(io, strict=strict)
     given: dict[str, nn.Parameter] = {}
     try:
+        if method == "lora":
+            if isinstance(model, nn.Module):
+                raise UsageError('method="lora" takes a checkpoint: a folder or a hub id')
+            opened = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
+            try:
+                wanted = Lora(**(lora or {}))
+            except TypeError as error:
+                known = "r, lora_alpha, lora_dropout, target_modules"
+                raise UsageError(f"lora={dict(lora or {})}: known are {known}") from error
+            return _adapters(
+                opened, wanted, rule, engine, kernels, learning_rate=learning_rate, max_grad_norm=max_grad_norm,
+                cpu_memory=budgets.cpu_memory, wishes=Wishes(budgets.resident, activations),
+                offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
+            )  # fmt: skip
         if isinstance(model, nn.Module):
             root, anatomy = model, dissect(model, shares=False)
             given = {
@@ -409,6 +431,31 @@ def finetuning(
     except BaseException:
         engine.close()
         raise
+
+
+def _adapters(
+    opened: Opened, lora: Lora, rule: Optimizer, engine: Engine, kernels: Kernels, *, seed: int, cpu_memory: int,
+    **options: Any,
+) -> Trainer:  # fmt: skip
+    """A trainer of adapters; the checkpoint's weights are read to memory and stay as they are."""
+    root = opened.model
+    targets = adapt(root, lora)
+    anatomy = dissect(root, shares=False)
+    shapes = {n: (p.dtype, tuple(p.shape)) for n, p in root.named_parameters() if n.rpartition(".")[2] in (A, B)}
+    kept = [lay_out_cell("frozen", {n: (s.dtype, s.shape) for n, s in opened.sources.items()})]
+    need = rss_bytes() + kept[0].nbytes
+    if need > cpu_memory:
+        raise BudgetError(
+            f"cpu_memory={format_bytes(cpu_memory)} is too small: the frozen weights take "
+            f"{format_bytes(kept[0].nbytes)} and the process itself {format_bytes(need - kept[0].nbytes)}"
+        )
+    frozen = Cells(kept)
+    bring_into(frozen.views, opened.sources, engine)
+    return assemble(
+        root, anatomy, shapes, rule, engine, kernels, fill=lambda views: begin(views, seed), frozen=frozen.views,
+        save=lambda views, folder: save_adapters(root, lora, targets, views, folder, engine),
+        seed=seed, cpu_memory=cpu_memory, **options,
+    )  # fmt: skip
 
 
 class _Restore:

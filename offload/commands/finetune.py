@@ -86,12 +86,14 @@ def engine_arguments(config: Config, *, resume: bool) -> dict[str, Any]:
         "learning_rate": train.learning_rate,
         "max_grad_norm": train.max_grad_norm or None,
         "weight_decay": train.weight_decay,
-        "betas": (train.adam_beta1, train.adam_beta2),
-        "eps": train.adam_epsilon,
         "offload_dir": budgets.offload_dir or str(Path(train.output_dir) / STATE),
         "seed": train.seed,
         "resume": resume,
     }
+    if train.optim.startswith("adam"):
+        arguments |= {"betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon}
+    if config.method == "lora":
+        arguments["lora"] = {name: getattr(config.lora, name) for name in config.lora.__struct_fields__}
     optional = ("cpu_memory", "gpu_memory", "disk_limit", "device")
     arguments |= {name: value for name in optional if (value := getattr(budgets, name)) is not None}
     known = inspect.signature(api.finetuning).parameters

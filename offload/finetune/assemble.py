@@ -37,6 +37,7 @@ def assemble(
     kernels: Kernels,
     *,
     fill: Callable[[Mapping[str, torch.Tensor]], None],
+    frozen: Mapping[str, torch.Tensor] | None = None,
     save: Callable[[Mapping[str, torch.Tensor], Path], None],
     put_back: Callable[[Mapping[str, torch.Tensor]], None] | None = None,
     learning_rate: float,
@@ -55,8 +56,9 @@ def assemble(
     Args:
         root: the model; its parameters may be on meta.
         anatomy: from `dissect(root, shares=False)`.
-        parameters: dtype and shape of each.
+        parameters: dtype and shape of each that is trained.
         fill: puts the initial weights into tensors by name.
+        frozen: the values of all others.
         save: writes the model, given its weights, to a folder.
         put_back: gets the last weights when the trainer is closed.
 
@@ -72,8 +74,12 @@ def assemble(
         raise UsageError(f"max_grad_norm={max_grad_norm}: give a positive number, or None for no clipping")
     if wishes.activations not in ACTIVATIONS:
         raise UsageError(f"activations={wishes.activations!r} is not known; there are {', '.join(ACTIVATIONS)}")
-    groups = {u.name: u.tensors for u in anatomy.units} | ({LOOSE: anatomy.loose} if anatomy.loose else {})
-    layouts = [lay_out_cell(u, {n: parameters[n] for n in names}, shard_count) for u, names in groups.items()]
+    loose = [n for n in anatomy.loose if n in parameters]
+    groups = {u.name: u.tensors for u in anatomy.units} | ({LOOSE: tuple(loose)} if loose else {})
+    layouts = [
+        lay_out_cell(u, {n: parameters[n] for n in names if n in parameters}, shard_count)
+        for u, names in groups.items()
+    ]
     shards = {shard.name: _page(optimizer.state_nbytes(shard.count)) for cell in layouts for shard in cell.shards}
     identity = {
         "parameters": sum(prod(shape) for _, shape in parameters.values()),
@@ -95,7 +101,7 @@ def assemble(
             fill(cells.views)
         training = Training(
             root, anatomy, cells, state, optimizer,
-            slots=slots, max_grad_norm=max_grad_norm, kernels=kernels, seed=seed,
+            slots=slots, max_grad_norm=max_grad_norm, kernels=kernels, seed=seed, frozen=frozen,
         )  # fmt: skip
         if is_new:
             training.create()

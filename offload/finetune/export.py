@@ -64,38 +64,45 @@ def export_module(root: Any, folder: Path, engine: Engine) -> None:
     """The same for a module that was built by the user: its state dict, tied tensors once."""
     folder.mkdir(parents=True, exist_ok=True)
     seen: set[tuple[int, int]] = set()
-    stored = []
+    found = []
     for name, tensor in root.state_dict().items():
         key = (tensor.data_ptr(), tensor.numel())
         if key in seen and tensor.numel():
             continue
         seen.add(key)
-        stored.append(_Stored(name, tensor.dtype, tuple(tensor.shape), (tensor,)))
-    export_tensors(stored, folder, engine)
+        found.append(stored(name, tensor))
+    export_tensors(found, folder, engine)
     _write_config(root, folder)
 
 
-def export_tensors(stored: Sequence[_Stored], folder: Path, engine: Engine, limit: int = SHARD_NBYTES) -> None:
+def stored(name: str, tensor: torch.Tensor) -> _Stored:
+    """A whole tensor, to be written under a name."""
+    return _Stored(name, tensor.dtype, tuple(tensor.shape), (tensor,))
+
+
+def export_tensors(
+    tensors: Sequence[_Stored], folder: Path, engine: Engine, limit: int = SHARD_NBYTES, stem: str = "model"
+) -> None:
     """One safetensors file, or several and their index."""
     files: list[list[_Stored]] = [[]]
-    for tensor in sorted(stored, key=lambda t: -t.dtype.itemsize):  # each at a multiple of its element
+    for tensor in sorted(tensors, key=lambda t: -t.dtype.itemsize):  # each at a multiple of its element
         if files[-1] and sum(t.nbytes for t in files[-1]) + tensor.nbytes > limit:
             files.append([])
         files[-1].append(tensor)
     names = (
-        ["model.safetensors"]
+        [f"{stem}.safetensors"]
         if len(files) == 1
-        else [f"model-{k:05d}-of-{len(files):05d}.safetensors" for k in range(1, len(files) + 1)]
+        else [f"{stem}-{k:05d}-of-{len(files):05d}.safetensors" for k in range(1, len(files) + 1)]
     )
-    for old in (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"):
+    for old in (*folder.glob(f"{stem}*.safetensors"), folder / f"{stem}.safetensors.index.json"):
         old.unlink(missing_ok=True)
-    for name, tensors in zip(names, files, strict=True):
-        _write_file(folder / name, tensors, engine)
+    for name, inside in zip(names, files, strict=True):
+        _write_file(folder / name, inside, engine)
     if len(files) > 1:
-        total = sum(t.nbytes for t in stored)
-        index = {t.name: name for name, tensors in zip(names, files, strict=True) for t in tensors}
+        total = sum(t.nbytes for t in tensors)
+        index = {t.name: name for name, inside in zip(names, files, strict=True) for t in inside}
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True)
-        (folder / "model.safetensors.index.json").write_text(text)
+        (folder / f"{stem}.safetensors.index.json").write_text(text)
 
 
 def _write_file(path: Path, tensors: Sequence[_Stored], engine: Engine) -> None:

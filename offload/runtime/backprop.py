@@ -89,7 +89,7 @@ class Backprop:
     """Puts itself between a model and its units until it is closed.
 
     Args:
-        root: the model; its parameters are `parameters`' own, which require gradients.
+        root: the model; those of its parameters that require gradients are trained.
         units: (name, module) in any order; they must not contain each other.
         owner: is told of every visit.
         seed: of random numbers.
@@ -99,9 +99,11 @@ class Backprop:
         self._owner, self._seed = owner, seed
         names = {id(p): n for n, p in root.named_parameters()}
         self.parts: dict[str, Part] = {}
+        self._own_forward: dict[str, Any] = {}
         for name, module in units:
-            own = {names[id(p)]: p for p in module.parameters()}
+            own = {names[id(p)]: p for p in module.parameters() if p.requires_grad}
             self.parts[name] = Part(name, module, own, module.forward, len(self.parts))
+            self._own_forward[name] = module.__dict__.get("forward")
             module.forward = self._wrapped(self.parts[name])  # type: ignore[method-assign]
         self._local = threading.local()  # of a micro-batch: number, now (unit and direction), inside, seen
         self._turns = Turns(1)
@@ -147,8 +149,10 @@ class Backprop:
 
     def close(self) -> None:
         """Gives the units their own forward back."""
-        for part in self.parts.values():
+        for name, part in self.parts.items():
             part.module.__dict__.pop("forward", None)
+            if self._own_forward[name] is not None:
+                part.module.forward = self._own_forward[name]  # type: ignore[method-assign]
 
     # Visits.
 
@@ -235,7 +239,7 @@ class Backprop:
             given = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
             wanted = [*asked, *part.parameters.values()]
             found: Sequence[torch.Tensor | None] = [None] * len(wanted)
-            if given:
+            if given and wanted:
                 found = torch.autograd.grad(
                     [o for o, _ in given], wanted, [g for _, g in given], allow_unused=True, materialize_grads=False
                 )

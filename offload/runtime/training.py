@@ -69,6 +69,7 @@ class Training:
         max_grad_norm: gradients whose global norm is larger are scaled down to it; None: no clipping.
         kernels: what computes.
         seed: of random numbers.
+        frozen: parameters that are used as they are; all others are in the cells.
     """
 
     def __init__(
@@ -83,16 +84,17 @@ class Training:
         max_grad_norm: float | None,
         kernels: Kernels,
         seed: int,
+        frozen: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.root, self.cells, self.state = root, cells, state
         self._rule, self._slots, self._max_norm, self._kernels = rule, slots, max_grad_norm, kernels
         self.timeline = Timeline()
-        self._anatomy = anatomy
+        self._anatomy, self._frozen = anatomy, dict(frozen or {})
         self._bound: list[tuple[nn.Module, str, nn.Parameter | None]] = []
         self._bind()
         units = [(u.name, u.module) for u in anatomy.units]
         self.backprop = Backprop(root, units, self, seed)
-        self._loose = set(anatomy.loose)
+        self._loose = set(cells.layouts[LOOSE].places) if LOOSE in cells.layouts else set[str]()
         self._shards = {shard.name: shard for cell in cells.layouts.values() for shard in cell.shards}
         self._nbytes = {name: state.nbytes(name) for name in self._shards}
         self._lane = self._make_lane(list(cells.layouts))
@@ -244,7 +246,7 @@ class Training:
         if self._micro_batches > 1:
             names = [n for n in self.cells.layouts[unit].places if n in self._sums]
             self._finish(unit, {n: self._sums.pop(n) for n in names})
-        if self._max_norm is None:
+        if self._max_norm is None and self.cells.layouts[unit].places:
             self._learn_order()
             self._update(unit)
 
@@ -268,7 +270,7 @@ class Training:
 
     def _check_uses(self) -> None:
         """Every unit has its gradient, and no parameter has one that went past its unit."""
-        asleep = [unit for unit in self.backprop.order if unit not in self._seen]
+        asleep = [u for u in self.backprop.order if u not in self._seen and self.cells.layouts[u].places]
         if asleep:
             raise ModelError(f"the loss does not depend on {', '.join(asleep[:4])}; that cannot be trained yet")
         for module, attribute, _ in self._bound:
@@ -339,10 +341,15 @@ class Training:
     def _bind(self) -> None:
         """Makes the cells' views the model's parameters."""
         self._names: dict[int, str] = {}
-        for name, owners in self._anatomy.owners.items():
+        for name in self._anatomy.owners:
+            if name in self._frozen:
+                self._bind_one(name, nn.Parameter(self._frozen[name], requires_grad=False))
+                continue
             # .data: autograd counts changes of a tensor and all its views, and cells are views of one area.
-            parameter = nn.Parameter(self.cells.views[name].data, requires_grad=True)
-            self._names[id(parameter)] = name
-            for owner in owners:
-                self._bound.append((owner.module, owner.attribute, owner.module._parameters[owner.attribute]))
-                owner.module._parameters[owner.attribute] = parameter
+            self._bind_one(name, nn.Parameter(self.cells.views[name].data, requires_grad=True))
+
+    def _bind_one(self, name: str, parameter: nn.Parameter) -> None:
+        self._names[id(parameter)] = name
+        for owner in self._anatomy.owners[name]:
+            self._bound.append((owner.module, owner.attribute, owner.module._parameters[owner.attribute]))
+            owner.module._parameters[owner.attribute] = parameter

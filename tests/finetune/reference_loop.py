@@ -35,8 +35,9 @@ class ReferenceLoop:
         self.model, self._max_norm, self._seed, self._numbers = model, max_grad_norm, seed, numbers
         self._steps = 0
         self._units = [u.module for u in dissect(model, shares=False).units]
-        self._names = [n for n, _ in model.named_parameters()]
-        self._masters = {n: p.detach().float().clone() for n, p in model.named_parameters()}
+        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._names = list(self._trained)
+        self._masters = {n: p.detach().float().clone() for n, p in self._trained.items()}
         self._moments = {n: (torch.zeros_like(m), torch.zeros_like(m)) for n, m in self._masters.items()}
         self._step_kernel = choose("adamw_step", "cpu").function()
         self._square_sum = choose("square_sum", "cpu").function()
@@ -55,7 +56,7 @@ class ReferenceLoop:
         norm = math.sqrt(math.fsum(self._square_sum(_padded(g)) for g in gradients.values()))
         self.norms.append(norm)
         clip = 1.0 if self._max_norm is None else min(1.0, self._max_norm / (norm + 1e-6))
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained.items():
             numbers = dict(self._numbers)
             if parameter.dim() < 2:
                 numbers["weight_decay"] = 0.0
@@ -75,7 +76,7 @@ class ReferenceLoop:
         names = {id(p): n for n, p in self.model.named_parameters()}
         for module in self.model.modules():
             for attribute, parameter in list(module._parameters.items()):
-                if parameter is not None:
+                if parameter is not None and parameter.requires_grad:
                     leaf = nn.Parameter(parameter.detach().clone())
                     leaves.append((module, attribute, parameter, leaf, names[id(parameter)]))
                     module._parameters[attribute] = leaf
