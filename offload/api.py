@@ -16,7 +16,7 @@ from offload.budgets import Size, divide, from_max_memory, resolve
 from offload.checkpoint import Opened, describe, find, open_checkpoint
 from offload.checkpoint.pack import PackReport, pack_checkpoint
 from offload.errors import BudgetError, ModelError, UsageError
-from offload.finetune.assemble import assemble
+from offload.finetune.assemble import assemble, assemble_zeroth
 from offload.finetune.export import export_checkpoint, export_module
 from offload.finetune.lora import A, B, Lora, adapt, begin, save_adapters
 from offload.finetune.memory import Wishes
@@ -316,6 +316,7 @@ def finetuning(
     *,
     method: str = "full",
     lora: Mapping[str, Any] | None = None,
+    zo_eps: float = 1e-3,
     optimizer: str = "adamw",
     learning_rate: float = 1e-5,
     max_grad_norm: float | None = 1.0,
@@ -342,7 +343,9 @@ def finetuning(
     Args:
         model: a folder with config.json and safetensors, a hub id, or a module on the CPU, which has the trained
             weights when the trainer is closed.
-        method: full, or lora: low-rank adapters beside frozen weights, which stay in memory.
+        method: full; lora: low-rank adapters beside frozen weights, which stay in memory; or zo: MeZO, two forward
+            passes a step and no optimizer, whose state on disk is a log of one number a step.
+        zo_eps: how far zo moves weights to each side.
         lora: r, lora_alpha, lora_dropout and target_modules of the adapters, as PEFT names them.
         optimizer: adamw, adamw_8bit (moments in 8 bits, half the bytes to move), or sgd (with momentum 0.9).
         learning_rate: of steps that are not told one.
@@ -365,8 +368,8 @@ def finetuning(
     Raises:
         BudgetError, CheckpointError, ModelError, StorageError, UsageError: see offload.errors.
     """
-    if method not in ("full", "lora"):
-        raise UsageError(f"method={method!r} is not known; there are full and lora")
+    if method not in ("full", "lora", "zo"):
+        raise UsageError(f"method={method!r} is not known; there are full, lora and zo")
     if lora is not None and method != "lora":
         raise UsageError(f'lora= was given, but method={method!r}; say method="lora"')
     if device not in (None, "cpu"):
@@ -392,6 +395,20 @@ def finetuning(
                 opened, wanted, rule, engine, kernels, learning_rate=learning_rate, max_grad_norm=max_grad_norm,
                 cpu_memory=budgets.cpu_memory, wishes=Wishes(budgets.resident, activations),
                 offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
+            )  # fmt: skip
+        if method == "zo":
+            if isinstance(model, nn.Module):
+                raise UsageError('method="zo" takes a checkpoint, from which its log goes on: a folder or a hub id')
+            read = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
+            return assemble_zeroth(
+                read.model, dissect(read.model, shares=False),
+                {n: (s.dtype, s.shape) for n, s in read.sources.items()}, engine,
+                fill=lambda views: bring_into(views, read.sources, engine),
+                save=lambda views, folder: export_checkpoint(
+                    read.model, read.sources, read.checkpoint.entries, views, folder, engine
+                ),
+                learning_rate=learning_rate, eps=zo_eps, cpu_memory=budgets.cpu_memory, offload_dir=Path(offload_dir),
+                seed=seed, resume=resume, overwrite=overwrite,
             )  # fmt: skip
         if isinstance(model, nn.Module):
             root, anatomy = model, dissect(model, shares=False)

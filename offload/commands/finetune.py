@@ -94,6 +94,8 @@ def engine_arguments(config: Config, *, resume: bool) -> dict[str, Any]:
         arguments |= {"betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon}
     if config.method == "lora":
         arguments["lora"] = {name: getattr(config.lora, name) for name in config.lora.__struct_fields__}
+    if config.method == "zo":
+        arguments["zo_eps"] = config.zo.eps
     optional = ("cpu_memory", "gpu_memory", "disk_limit", "device")
     arguments |= {name: value for name in optional if (value := getattr(budgets, name)) is not None}
     known = inspect.signature(api.finetuning).parameters

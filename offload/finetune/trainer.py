@@ -18,6 +18,7 @@ from offload.hardware import peak_rss_bytes, reset_peak_rss
 from offload.io.engine import Engine
 from offload.optim.base import Numbers, Optimizer
 from offload.runtime.training import Training
+from offload.runtime.zeroth import Zeroth
 
 MicroBatch = Mapping[str, torch.Tensor]
 IGNORED = -100  # labels that are not to be learnt
@@ -55,13 +56,13 @@ class Trainer:
     def __init__(
         self,
         root: nn.Module,
-        training: Training,
-        optimizer: Optimizer,
+        training: Training | Zeroth,
+        optimizer: Optimizer | None,
         engine: Engine,
         *,
         learning_rate: float,
         cpu_memory: int,
-        wishes: Wishes,
+        wishes: Wishes | None,
         save: Callable[[Path], None],
         finish: Callable[[], None],
     ) -> None:
@@ -120,7 +121,7 @@ class Trainer:
             raise UsageError("no micro-batch of this step has a label to learn; check labels and what is masked")
         rate = self.learning_rate if learning_rate is None else learning_rate
         step = self._step + 1
-        is_first = self._spare is None
+        is_first = self._spare is None and self._wishes is not None
         if is_first:
             reset_peak_rss()  # where that cannot be done, the peak is that of the process, and less is kept
         self.training.backprop.measures = is_first
@@ -136,7 +137,7 @@ class Trainer:
             self._broken = f"step {step} failed: {error}"
             raise
         self._step = step
-        if is_first:
+        if is_first and isinstance(self.training, Training) and self._wishes is not None:
             self.training.backprop.measures = False
             self._spare = plan_memory(self.training, self._cpu_memory, peak_rss_bytes(), self._wishes)
         give_back(self._cpu_memory)

@@ -32,6 +32,9 @@ class Owner(Protocol):
     def enter(self, unit: str, *, is_backward: bool) -> None:
         """The first micro-batch is about to enter: the unit's parameters must hold their weights."""
 
+    def visit(self, unit: str, number: int) -> None:
+        """A micro-batch is about to run forward."""
+
     def add(self, unit: str, gradients: Gradients) -> None:
         """The gradients of one micro-batch; the parameters still hold the weights."""
 
@@ -169,6 +172,8 @@ class Backprop:
             if not is_backward:
                 self.order.append(part.name)
         self._local.now = (part.name, is_backward)
+        if not is_backward:
+            self._owner.visit(part.name, number)
 
     def _leave(self) -> None:
         """A micro-batch is about to end its turn."""
