@@ -3,6 +3,7 @@
 A sum is one chain of 16 lanes, then what is left over, always by the same steps. Four stored rows by four rows of x go
 at once, so that sixteen chains hide each other's latency and every load is used four times. For fewer rows of x, stored
 rows go one after the other, in the order in which they lie: memory is read faster that way than four rows at a time.
+Rows of bytes still go four at a time: one chain would take longer over 32 of them than memory does.
 A result does not depend on what else was computed beside it.
 """
 
@@ -45,6 +46,9 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
     """
     load_x, get_x, accumulate = (load_pairs, get_bf16, fma_pairs) if by_pairs else (load_f32, get_f32, fma)
     step, x_nbytes = (32, 2) if by_pairs else (16, 4)
+    by_fours = (
+        0 < nbytes < 64
+    )  # so few bytes for a step that its latency, and not memory, would set the pace of one row
 
     @helper
     def wide4(w: Any, x: Any, sums: Any) -> Any:
@@ -68,6 +72,21 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
             rest = rest + get(w, k) * get_x(x, k)
             k += 1
         return total(a) + rest
+
+    @helper
+    def dot4(w: int, stride: int, x: int, count: int) -> Any:
+        """Four rows, one behind the other in memory, which is asked for in that order."""
+        w1, w2, w3, k, coming = w + stride, w + 2 * stride, w + 3 * stride, 0, w
+        zero, none = splat_f32(float32(0)), float32(0)
+        a, rest = (zero, zero, zero, zero), (none, none, none, none)
+        while k + step <= count:
+            ask(coming, 4 * nbytes)
+            a = wide4((load(w, k), load(w1, k), load(w2, k), load(w3, k)), load_x(x, k), a)
+            k, coming = k + step, coming + 4 * nbytes
+        while k < count:
+            rest = _rest((get(w, k), get(w1, k), get(w2, k), get(w3, k)), get_x(x, k), rest)
+            k += 1
+        return _totals(a, rest)
 
     @helper
     def dot16(w: int, stride: int, x: int, count: int) -> Any:
@@ -113,6 +132,11 @@ def make_products(load: Any, get: Any, put: Any, get_bias: Any, *, by_pairs: boo
         scale: int, bias: int, y: int,
     ) -> None:  # fmt: skip
         n = first
+        while by_fours and rows < 4 and n + 4 <= last:
+            for row in range(rows):
+                four = dot4(weights + (n - first) * stride, stride, x + row * inputs * x_nbytes, inputs)
+                write4(y, row * outputs, n, 4, four, scale, bias)
+            n += 4
         while n < last:
             many = 4 if rows >= 4 and n + 4 <= last else 1
             w, apart, row = weights + (n - first) * stride, stride if many == 4 else 0, int64(0)
