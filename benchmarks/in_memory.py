@@ -31,7 +31,8 @@ from tables import DISTURBED, Check, checks_table, doubts, middle
 from offload.hardware import versions
 
 OURS, LLAMACPP = "offload", "llama.cpp"
-PEER_OF = {"none": "bf16", "int8": "Q8_0", "int4": "Q4_0"}  # our format -> the peer's of about as many bits
+FOUR_BITS = "int4-32-symmetric"  # 32 weights share one scale of 16 bits, as in Q4_0
+PEER_OF = {"none": "bf16", "int8": "Q8_0", FOUR_BITS: "Q4_0"}  # our format -> the peer's of about as many bits
 TABLE_BITS = {"bf16": 16.0, "Q8_0": 8.5, "Q4_0": 4.5}  # of an embedding's weight, which no step reads whole
 AREA = 512 << 20  # bytes, to measure memory with
 Line = dict[str, Any]
@@ -40,7 +41,7 @@ Line = dict[str, Any]
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--model", type=Path, help="checkpoint folder; default: a random one of 6 GB, made in scratch/")
-    ap.add_argument("--formats", default="none,lossless,int8,int4", help="of our weights")
+    ap.add_argument("--formats", default=f"none,lossless,int8,int4,{FOUR_BITS}", help="of our weights")
     ap.add_argument("--batches", default="1,4,16")
     ap.add_argument("--prompt", type=int, default=32, help="prompt tokens: the ids from 3 on")
     ap.add_argument("--new", type=int, default=17, help="new tokens per sequence; the first is the prefill's")
@@ -234,8 +235,8 @@ def checks(lines: Sequence[Line]) -> list[Check]:
         pairs = [
             ("bf16 over llama.cpp bf16", (OURS, "none"), (LLAMACPP, "bf16"), 1.0),
             ("int8 over llama.cpp Q8_0", (OURS, "int8"), (LLAMACPP, "Q8_0"), 0.9),
-            ("int4 over llama.cpp Q4_0", (OURS, "int4"), (LLAMACPP, "Q4_0"), 0.9),
-            ("int4 over our bf16", (OURS, "int4"), (OURS, "none"), 2.5),
+            ("int4 over llama.cpp Q4_0", (OURS, FOUR_BITS), (LLAMACPP, "Q4_0"), 0.9),
+            ("int4 over our bf16", (OURS, FOUR_BITS), (OURS, "none"), 2.5),
             ("lossless over our bf16", (OURS, "lossless"), (OURS, "none"), None),
         ]
         for name, above, below, target in pairs:
