@@ -64,6 +64,38 @@ def run(
 
 
 @app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="folder with config.json and safetensors, or a hub id")],
+    prompts: Annotated[str, typer.Argument(help="JSON lines with prompt, messages or prompt_ids; or a text a line")],
+    output: Annotated[str, typer.Option("-o", "--output", help="file of answers, a JSON line each; goes on with it")],
+    raw: Annotated[bool, typer.Option("--raw", help="do not apply the chat template")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="new tokens for each prompt")] = 128,
+    batch: Annotated[str, typer.Option(help="prompts at a time, or auto: as many as make the most tokens/s")] = "auto",
+    cpu_memory: Annotated[str | None, typer.Option(help="main memory the process may use, such as 4GiB")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="GPU memory it may use")] = None,
+    resident: Annotated[str | None, typer.Option(help="weights kept in memory: auto, 0.25, or 2GiB")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or emulated")] = None,
+    link: Annotated[str | None, typer.Option(help="pace of the emulated device's link, such as 8GB/s")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")] = "auto",
+    sample: Annotated[bool, typer.Option("--sample", help="sample instead of taking the likeliest token")] = False,
+    temperature: Annotated[float | None, typer.Option(help="with --sample")] = None,
+    top_p: Annotated[float | None, typer.Option(help="with --sample")] = None,
+    seed: Annotated[int, typer.Option(help="with --sample")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on past the end token")] = False,
+    slots: Annotated[int | None, typer.Option(help="depth of the rings; 1 turns prefetching off")] = None,
+    io: Annotated[str, typer.Option(help="I/O backend: threads, uring or aiofiles")] = "threads",
+    exact: Annotated[bool, typer.Option("--exact/--fast", help="torch's own ops only, or faster kernels")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="a fall-back to something slower is an error")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")] = False,
+) -> None:
+    """Answer a file of prompts, as many at a time as pay; the same command goes on after a kill."""
+    from offload.commands.generate import Request, execute
+
+    values = {k: v for k, v in locals().items() if k in Request.__dataclass_fields__}
+    raise typer.Exit(execute(Request(**values)))
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="folder with config.json, and headers or weights; or a hub id")],
     cpu_memory: Annotated[str | None, typer.Option(help="main memory the process may use, such as 4GiB")] = None,

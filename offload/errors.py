@@ -8,7 +8,7 @@ OffloadError
 │   └── PickleError       a checkpoint in a format that runs code when it is read
 ├── StorageError          a read or write failed; carries file and offset (also an OSError)
 ├── ModelError            a module cannot be run this way
-├── DataError             a line of training data cannot be used; carries file and line
+├── DataError             a line of training data or prompts cannot be used; carries file and line
 ├── TrainingError         training cannot go on; what was committed is whole
 ├── StrictError           a fall-back that strict mode forbids
 └── ClosedError           something was used after it was closed
@@ -64,7 +64,7 @@ class ModelError(OffloadError):
 
 
 class DataError(OffloadError):
-    """A line of training data cannot be used.
+    """A line of training data or of prompts cannot be used.
 
     Attributes:
         path: the file.

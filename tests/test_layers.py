@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = {
-    **dict.fromkeys(("units", "errors", "hardware", "profile", "specs"), 0),
+    **dict.fromkeys(("units", "errors", "hardware", "profile", "specs", "messages"), 0),
     **dict.fromkeys(("io", "planner", "kernels"), 1),
     **dict.fromkeys(("tiers",), 2),
     "runtime": 3,
@@ -34,7 +34,7 @@ NEIGHBOURS = {
     ("cli", "commands"),
 }
 
-WITHOUT_TORCH = ("units", "errors", "hardware", "profile", "specs", "io", "planner")
+WITHOUT_TORCH = ("units", "errors", "hardware", "profile", "specs", "messages", "io", "planner")
 TORCHES = {"torch", "transformers", "accelerate", "triton"}
 
 

@@ -233,7 +233,7 @@ def test_another_dtype(checkpoint: Path) -> None:
 def test_interrupt(checkpoint: Path) -> None:
     """Ctrl-C in mid-generation: status 130, no traceback."""
     code = (
-        "import sys, offload.generate as g, os, signal\n"
+        "import sys, offload.generate.single as g, os, signal\n"
         "from offload.cli import main\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "mark = g._Marks.__call__\n"

@@ -80,6 +80,16 @@ def plan_of(request: PlanRequest) -> Plan:
         UsageError, CheckpointError, BudgetError: see offload.errors.
     """
     changes = [parse_change(text) for text in request.what_if]
+    ask = ask_of(request)
+    return make(best_batch(ask) if request.batch == "auto" else ask, changes)
+
+
+def ask_of(request: PlanRequest) -> Ask:
+    """The model, the machine and the work of a request; one sequence where the batch is still to be chosen.
+
+    Raises:
+        UsageError, CheckpointError: see offload.errors.
+    """
     is_auto = request.batch == "auto"
     if not is_auto and (not request.batch.isdecimal() or not 1 <= int(request.batch) <= 100_000):
         raise UsageError(f'--batch {request.batch}: a number of sequences from 1, or "auto"')
@@ -106,7 +116,7 @@ def plan_of(request: PlanRequest) -> Plan:
             f"{profile.name} has no accelerator in its profile; name another with --hardware, or measure with offload "
             'probe, or give the pace of an emulated one: --device emulated --link "8GB/s"'
         )
-    ask = Ask(
+    return Ask(
         spec=outline.spec,
         extra_nbytes=unpack_nbytes(outline.sources.values(), request.exact),
         weights=outline.weights,
@@ -123,7 +133,6 @@ def plan_of(request: PlanRequest) -> Plan:
         slots=request.slots,
         base_nbytes=process_nbytes(request.exact),
     )
-    return make(best_batch(ask) if is_auto else ask, changes)
 
 
 def _saved(plan: Plan, request: PlanRequest) -> SavedPlan:

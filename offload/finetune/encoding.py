@@ -7,8 +7,9 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from offload.finetune.records import Completion, Conversation, Record, Text, Unusable
+from offload.finetune.records import Completion, Conversation, Record, Text
 from offload.finetune.templates import has_generation
+from offload.messages import Unusable
 
 IGNORED = -100  # a label that no loss counts, as torch's cross_entropy has it
 Pair = tuple[list[int], list[int]]  # ids and labels, of one length

@@ -13,7 +13,8 @@ from pathlib import Path
 import msgspec
 
 from offload.errors import DataError, UsageError
-from offload.finetune.records import Conversation, Record, Text, Unusable, detect, parse
+from offload.finetune.records import Conversation, Record, Text, detect, parse
+from offload.messages import Unusable
 
 JSON_LINES = frozenset({".jsonl", ".ndjson", ".json"})
 REFUSED = {".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".gz", ".zst", ".zip", ".bz2", ".xz"}

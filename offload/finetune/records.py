@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from offload.errors import UsageError
-
-Message = dict[str, Any]
+from offload.messages import Message, Unusable, check_messages
 
 SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
@@ -54,10 +53,6 @@ class Text:
 Record = Conversation | Completion | Text
 
 
-class Unusable(Exception):
-    """A record cannot be used; the message says why, and whoever knows the line adds it."""
-
-
 def detect(record: Mapping[str, Any]) -> str:
     """The format of a record, by its keys.
 
@@ -88,7 +83,7 @@ def parse(record: Any, format: str) -> Record:
 
 
 def _messages(record: Mapping[str, Any]) -> Record:
-    return Conversation(_checked(record["messages"], "messages"), record.get("tools"))
+    return Conversation(check_messages(record["messages"], "messages", needs_answer=True), record.get("tools"))
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Record:
@@ -103,14 +98,14 @@ def _sharegpt(record: Mapping[str, Any]) -> Record:
         if speaker not in SPEAKERS:
             raise Unusable(f"a turn is from {speaker!r}; known are {', '.join(SPEAKERS)}")
         found.append({"role": SPEAKERS[speaker], "content": turn.get("value")})
-    return Conversation(_checked(found, "conversations"))
+    return Conversation(check_messages(found, "conversations", needs_answer=True))
 
 
 def _prompt_completion(record: Mapping[str, Any]) -> Record:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = _checked(prompt, "prompt", needs_answer=False)
-        after = _checked(completion, "completion")
+        before = check_messages(prompt, "prompt", needs_answer=False)
+        after = check_messages(completion, "completion", needs_answer=True)
         return Conversation(before + after, record.get("tools"), answer_from=len(before))
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise Unusable("'prompt' and 'completion' must both be texts, or both lists of messages")
@@ -132,28 +127,13 @@ def _alpaca(record: Mapping[str, Any]) -> Record:
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     asked = "\n\n".join(filter(None, (parts["instruction"], parts["input"])))
     said = [{"role": "user", "content": asked}, {"role": "assistant", "content": parts["output"]}]
-    return Conversation(_checked(messages + said, "output"), answer_from=len(messages))
+    return Conversation(check_messages(messages + said, "output", needs_answer=True), answer_from=len(messages))
 
 
 def _text(record: Mapping[str, Any]) -> Record:
     if not isinstance(record["text"], str) or not record["text"]:
         raise Unusable("'text' is not a text, or empty")
     return Text(record["text"])
-
-
-def _checked(messages: Any, key: str, *, needs_answer: bool = True) -> list[Message]:
-    if not isinstance(messages, list) or not messages:
-        raise Unusable(f"{key!r} is not a list of messages")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise Unusable(f"{key!r}: a message has no role")
-        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
-            raise Unusable(f"{key!r}: the {message['role']}'s message has no content")
-    if needs_answer and not any(
-        m["role"] == "assistant" and (m.get("content") or m.get("tool_calls")) for m in messages
-    ):
-        raise Unusable(f"{key!r}: the assistant says nothing, so there is nothing to learn")
-    return messages
 
 
 FORMATS: dict[str, tuple[frozenset[str], Callable[[Mapping[str, Any]], Record]]] = {

@@ -12,7 +12,7 @@ from offload.errors import DataError
 from offload.finetune.encoding import Encoder, Pair
 from offload.finetune.files import Records
 from offload.finetune.packing import pack
-from offload.finetune.records import Unusable
+from offload.messages import Unusable
 
 WINDOW = 256  # records that are encoded at once, whose sequences may share rows
 Row = list[Pair]  # sequences that lie behind one another

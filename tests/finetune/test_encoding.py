@@ -10,8 +10,9 @@ from tiny_text import tokenizer
 
 from offload.errors import UsageError
 from offload.finetune.encoding import IGNORED, Encoder
-from offload.finetune.records import Completion, Conversation, Record, Text, Unusable
+from offload.finetune.records import Completion, Conversation, Record, Text
 from offload.finetune.templates import CHATML, PLAIN, use_template
+from offload.messages import Unusable
 
 TALK = [
     {"role": "system", "content": "Be brief."},
