@@ -68,6 +68,8 @@ def test_trace_and_text(checkpoint: Path, tmp_path: Path, capsys: pytest.Capture
     assert len(capsys.readouterr().out.strip().split(",")) == 3
     events = json.loads(trace.read_text())["traceEvents"]
     assert {e["cat"] for e in events if e["ph"] == "X"} >= {"read", "compute"}
+    assert [e["name"] for e in events if e["ph"] == "i"] == ["start", "token 1", "token 2", "token 3"]
+    assert all(e["args"]["cpu_memory"] > 0 for e in events if e["ph"] == "C")
 
 
 def test_explain(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

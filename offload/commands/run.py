@@ -18,7 +18,7 @@ from offload.commands.bar import bar
 from offload.commands.live import live
 from offload.errors import UsageError
 from offload.generate import Generated, check_ids, check_length, encode, generate, tokenizer_of
-from offload.hardware import peak_rss_bytes, versions
+from offload.hardware import peak_rss_bytes, rss_bytes, versions
 from offload.kernels.chosen import compile_seconds
 from offload.plan import beside, load_plan, predict_run
 from offload.planner.predict import Prediction
@@ -240,6 +240,14 @@ def _generate(request: Request, handle: Offloaded, tokenizer: Any, ids: list[int
     else:
         sampling |= {"temperature": None, "top_p": None, "top_k": None}
     with live(console, tokenizer if prints_words else None, request.batch) as shown:
+
+        def on_token(count: int) -> None:
+            shown.on_token(count)
+            if request.trace:
+                _mark(handle, f"token {count}")
+
+        if request.trace:
+            _mark(handle, "start")
         result = generate(
             handle.model,
             handle.session,
@@ -247,13 +255,21 @@ def _generate(request: Request, handle: Offloaded, tokenizer: Any, ids: list[int
             new_tokens=request.max_new_tokens,
             stop_at_eos=not request.ignore_eos,
             streamer=shown.streamer,
-            on_token=shown.on_token,
+            on_token=on_token,
             **sampling,
         )
     if not prints_words and not request.json:
         for row in result.tokens:
             print(tokenizer.decode(row, skip_special_tokens=True) if tokenizer else ",".join(map(str, row)))
     return result
+
+
+def _mark(handle: Offloaded, name: str) -> None:
+    """Marks this moment and its memory in the trace."""
+    memory = {"cpu_memory": rss_bytes()}
+    if handle.budgets.gpu_memory:
+        memory["gpu_memory"] = handle.session.device.statistics().used_bytes
+    handle.session.timeline.mark(name, memory)
 
 
 def _bounded(handle: Offloaded, before: float | None, result: Generated) -> Generated:

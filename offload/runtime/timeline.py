@@ -1,4 +1,4 @@
-"""What happened when: spans by lane, in a bounded ring; totals by lane and stalls by cause; Chrome trace export."""
+"""What happened when: spans and marks in bounded rings; totals by lane, stalls by cause; Chrome trace export."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 import threading
 import time
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 SPANS = 20_000
+MARKS = 5_000
 LANES = ("read", "upload", "compute", "stall")
 
 
@@ -23,6 +25,14 @@ class Span(NamedTuple):
     start: float
     end: float
     nbytes: int
+
+
+class Mark(NamedTuple):
+    """A moment with a name, and bytes in use on each tier then: "token 3", {"cpu_memory": 1 << 30}."""
+
+    name: str
+    time: float
+    memory: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +51,19 @@ class Totals:
 
 
 class Timeline:
-    """Safe for threads. Keeps the last `capacity` spans; totals count all."""
+    """Safe for threads. Keeps the last `capacity` spans and the last marks; totals count all."""
 
     def __init__(self, capacity: int = SPANS) -> None:
         self.spans: deque[Span] = deque(maxlen=capacity)
+        self.marks: deque[Mark] = deque(maxlen=MARKS)
         self._lock = threading.Lock()
         self.reset()
 
     def reset(self) -> None:
-        """Forgets spans and totals."""
+        """Forgets spans, marks and totals."""
         with self._lock:
             self.spans.clear()
+            self.marks.clear()
             self._busy: dict[str, float] = defaultdict(float)
             self._bytes: dict[str, int] = defaultdict(int)
             self._stall: dict[str, float] = defaultdict(float)
@@ -69,6 +81,11 @@ class Timeline:
             self.spans.append(Span("stall", f"{cause} {name}", start, end, 0))
             self._stall[cause] += end - start
 
+    def mark(self, name: str, memory: dict[str, int]) -> None:
+        """Records that something happened just now, with the bytes in use on each tier."""
+        with self._lock:
+            self.marks.append(Mark(name, now(), memory))
+
     def totals(self) -> Totals:
         with self._lock:
             return Totals(dict(self._busy), dict(self._bytes), dict(self._stall))
@@ -76,31 +93,44 @@ class Timeline:
     def write_chrome_trace(self, path: str | os.PathLike[str]) -> None:
         """A JSON file for chrome://tracing or Perfetto: a row per lane, microseconds, bytes as arguments.
 
-        Reads of one lane overlap, so they are spread over as many rows as were in flight at once.
+        Reads of one lane overlap, so they are spread over as many rows as were in flight at once. A mark is an instant
+        and a value of the counter "memory".
         """
         with self._lock:
-            spans = sorted(self.spans, key=lambda s: s.start)
+            spans, marks = list(self.spans), list(self.marks)
         events: list[dict[str, object]] = []
-        rows: dict[str, list[float]] = {lane: [] for lane in LANES}
-        for span in spans:
-            ends = rows.setdefault(span.lane, [])
-            row = next((k for k, end in enumerate(ends) if end <= span.start), len(ends))
-            ends[row : row + 1] = [span.end]
-            thread = list(rows).index(span.lane) * 100 + row
+        lanes = list(dict.fromkeys([*LANES, *(span.lane for span in spans)]))
+        labels: dict[int, str] = {}
+        for span, row in rows(spans):
+            thread = lanes.index(span.lane) * 100 + row
+            labels[thread] = span.lane if row == 0 else f"{span.lane} {row + 1}"
             base = {"name": span.name, "cat": span.lane, "ph": "X", "pid": 1, "tid": thread}
             events.append(
                 base | {"ts": span.start * 1e6, "dur": (span.end - span.start) * 1e6, "args": {"bytes": span.nbytes}}
             )
-        for k, (lane, ends) in enumerate(rows.items()):
-            for row in range(len(ends)):
-                label = lane if row == 0 else f"{lane} {row + 1}"
-                name = {"name": "thread_name", "ph": "M", "pid": 1, "tid": k * 100 + row, "args": {"name": label}}
-                events.append(name)
+        for mark in marks:
+            at = {"pid": 1, "tid": 0, "ts": mark.time * 1e6}
+            events.append(at | {"name": mark.name, "cat": "mark", "ph": "i", "s": "g"})
+            events.append(at | {"name": "memory", "cat": "memory", "ph": "C", "args": mark.memory})
+        for thread, label in sorted(labels.items()):
+            events.append({"name": "thread_name", "ph": "M", "pid": 1, "tid": thread, "args": {"name": label}})
         text = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
         target = Path(path)
         part = target.with_name(target.name + ".part")
         part.write_text(text)
         part.replace(target)
+
+
+def rows(spans: Sequence[Span]) -> list[tuple[Span, int]]:
+    """Spans by their start, each with the first row of its lane, from 0, that is free by then."""
+    ends: dict[str, list[float]] = defaultdict(list)
+    found = []
+    for span in sorted(spans, key=lambda s: s.start):
+        lane = ends[span.lane]
+        row = next((k for k, end in enumerate(lane) if end <= span.start), len(lane))
+        lane[row : row + 1] = [span.end]
+        found.append((span, row))
+    return found
 
 
 def now() -> float:
