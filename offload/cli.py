@@ -184,6 +184,18 @@ def probe(
 
 
 @app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="a file with what offload run --json printed")],
+    trace: Annotated[str | None, typer.Option(help="the file that offload run --trace wrote in the same run")] = None,
+    out: Annotated[str, typer.Option("-o", "--output", help="HTML file to write")] = "report.html",
+) -> None:
+    """Show a run as one page: lanes and waits, memory, link use, and what was predicted beside it."""
+    from offload.commands.report import execute
+
+    raise typer.Exit(execute(run, trace, out))
+
+
+@app.command()
 def doctor(
     offload_dir: Annotated[str | None, typer.Option(help="a folder to examine besides the current one")] = None,
     warm: Annotated[bool, typer.Option("--warm", help="compile all kernels now instead of at their first use")] = False,

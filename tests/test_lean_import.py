@@ -20,7 +20,7 @@ def test_import_loads_nothing_heavy() -> None:
     assert not run("import offload").intersection(HEAVY)
 
 
-@pytest.mark.parametrize("module", ["units", "errors", "hardware", "specs", "kernels", "doctor"])
+@pytest.mark.parametrize("module", ["units", "errors", "hardware", "specs", "kernels", "doctor", "report"])
 def test_lower_floors_load_nothing_heavy(module: str) -> None:
     assert not run(f"import offload.{module}").intersection(HEAVY)
 
