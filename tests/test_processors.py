@@ -166,6 +166,17 @@ def test_rows_on_two_processors_change_no_bit(checkpoint: Path, share: float, we
     assert torch.equal(logits(checkpoint, FEW, weights=weights, cpu_share=share), expected)
 
 
+def test_inference_mode(checkpoint: Path) -> None:
+    """Its tensors have no version to share a copy by."""
+    handle = load(checkpoint, cpu_share=0.4)
+    with handle as model:
+        assert handle.division.placement.first_rows
+        with torch.no_grad():
+            expected = model(FEW).logits
+        with torch.inference_mode():
+            assert torch.equal(model(FEW).logits, expected)
+
+
 @pytest.mark.parametrize("share", [0.4, 1.0])
 def test_long_prompts_fetch_what_the_cpu_has(checkpoint: Path, share: float) -> None:
     expected = logits(checkpoint, MANY, cpu_share=0)
