@@ -9,6 +9,7 @@ from statistics import median
 import torch
 
 from offload.kernels.chosen import Kernels
+from offload.kernels.formats.form import Form
 from offload.runtime.linears import multiply
 from offload.runtime.packed import Packed
 from offload.tiers.layout import Source
@@ -16,6 +17,8 @@ from offload.tiers.packing import pack
 from offload.units import MIB
 
 LEAST_NBYTES = 96 * MIB  # of matrices: more than caches hold
+PIECE_NBYTES = 32 * MIB  # of a matrix that is measured, at most: the budget counts nothing of this
+MOST = 64  # matrices, where they are small
 ROUNDS = 5
 
 
@@ -28,10 +31,12 @@ def cpu_rate(kernels: Kernels, matrices: Iterable[Source], rows: int) -> float:
         rows: of the activations.
     """
     source = max(matrices, key=lambda s: s.nbytes)
-    count = -(-LEAST_NBYTES // max(1, source.nbytes))
-    outputs, inputs = source.shape
+    inputs = source.shape[1]
+    outputs = max(1, min(source.shape[0], PIECE_NBYTES // (inputs * source.dtype.itemsize)))  # a head may be a gigabyte
+    form = source.form and source.form.with_outputs(outputs)
+    nbytes = form.nbytes if form else outputs * inputs * source.dtype.itemsize
     plain = torch.empty(outputs, inputs, dtype=source.dtype).normal_(std=0.02)
-    weights = [_like(source, plain, kernels) for _ in range(min(count, 64))]
+    weights = [_like(plain, form, kernels) for _ in range(min(-(-LEAST_NBYTES // nbytes), MOST))]
     x = torch.ones(rows, inputs, dtype=source.dtype)
     seconds = []
     with torch.no_grad():
@@ -40,11 +45,10 @@ def cpu_rate(kernels: Kernels, matrices: Iterable[Source], rows: int) -> float:
             for weight in weights:
                 multiply(x, weight, None, kernels)
             seconds.append(time.perf_counter() - began)
-    return len(weights) * source.nbytes / median(seconds)
+    return len(weights) * nbytes / median(seconds)
 
 
-def _like(source: Source, plain: torch.Tensor, kernels: Kernels) -> torch.Tensor:
-    if source.form is None:
+def _like(plain: torch.Tensor, form: Form | None, kernels: Kernels) -> torch.Tensor:
+    if form is None:
         return plain.clone()
-    packed = pack(plain, source.form, kernels)
-    return Packed(packed, kernels, source.shape, source.dtype, torch.device("cpu"))
+    return Packed(pack(plain, form, kernels), kernels, tuple(plain.shape), plain.dtype, torch.device("cpu"))
