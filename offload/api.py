@@ -16,7 +16,8 @@ from offload.budgets import Size, divide, from_max_memory, resolve
 from offload.checkpoint import Opened, describe, find, open_checkpoint
 from offload.checkpoint.pack import PackReport, pack_checkpoint
 from offload.errors import BudgetError, ModelError, UsageError
-from offload.finetune.assemble import assemble, assemble_zeroth
+from offload.finetune.assemble import assemble
+from offload.finetune.assemble_zeroth import assemble_zeroth
 from offload.finetune.export import export_checkpoint, export_module
 from offload.finetune.lora import A, B, Lora, adapt, begin, save_adapters
 from offload.finetune.memory import Wishes

@@ -1,4 +1,4 @@
-"""Puts a trainer together: cells for weights, the state file, the lane, and the sum of the memory that they take."""
+"""Puts a first-order trainer together: cells for weights, the state file, the lane, and the memory that they take."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from offload.kernels.chosen import Kernels
 from offload.optim.base import Optimizer
 from offload.runtime.discovery import Anatomy
 from offload.runtime.training import LOOSE, Training
-from offload.runtime.zeroth import Zeroth
 from offload.tiers.cells import SHARD_COUNT, Cells, Shapes, lay_out_cell
-from offload.tiers.logfile import LogFile
 from offload.tiers.statefile import open_state
 from offload.units import MIB, format_bytes
 
@@ -90,7 +88,7 @@ def assemble(
         "shard": shard_count,
     }
     _warm(optimizer, kernels)
-    _check_memory(sum(c.nbytes for c in layouts), min(slots, len(shards)) * max(shards.values()), cpu_memory)
+    check_memory(sum(c.nbytes for c in layouts), min(slots, len(shards)) * max(shards.values()), cpu_memory)
     state = open_state(
         offload_dir, engine, shards, identity, lambda d: str(kernels.run("checksum", d)),
         resume=resume, overwrite=overwrite,
@@ -134,55 +132,6 @@ def assemble(
     )  # fmt: skip
 
 
-def assemble_zeroth(
-    root: nn.Module,
-    anatomy: Anatomy,
-    parameters: Shapes,
-    engine: Engine,
-    *,
-    fill: Callable[[Mapping[str, torch.Tensor]], None],
-    save: Callable[[Mapping[str, torch.Tensor], Path], None],
-    learning_rate: float,
-    eps: float,
-    cpu_memory: int,
-    offload_dir: Path,
-    seed: int,
-    resume: bool,
-    overwrite: bool,
-) -> Trainer:
-    """A zeroth-order trainer: weights in memory, a log on disk. Arguments as for `assemble`."""
-    if not eps > 0:
-        raise UsageError(f"eps={eps}: weights are moved by a positive distance")
-    layouts = [lay_out_cell("weights", parameters)]
-    _check_memory(layouts[0].nbytes, 0, cpu_memory)
-    identity = {
-        "parameters": sum(prod(shape) for _, shape in parameters.values()),
-        "dtype": sorted({str(dtype) for dtype, _ in parameters.values()}),
-        "optimizer": "zo",
-        "seed": seed,
-    }
-    state = LogFile(offload_dir, identity, resume=resume, overwrite=overwrite)
-    cells = Cells(layouts)
-    try:
-        fill(cells.views)
-        training = Zeroth(root, anatomy, cells, state, eps=eps, seed=seed)
-    except BaseException:
-        state.close()
-        raise
-
-    def finish() -> None:
-        training.close()
-        state.close()
-        engine.close()
-        cells.close()
-
-    return Trainer(
-        root, training, None, engine,
-        learning_rate=learning_rate, cpu_memory=cpu_memory, wishes=None,
-        save=lambda folder: save(cells.views, folder), finish=finish,
-    )  # fmt: skip
-
-
 def _warm(optimizer: Any, kernels: Kernels) -> None:
     """Compiles what a step needs, before memory is counted: compilers are large, and stay in the process."""
     from offload.optim.base import Numbers
@@ -196,7 +145,8 @@ def _warm(optimizer: Any, kernels: Kernels) -> None:
     kernels.run("checksum", torch.zeros(4096, dtype=torch.uint8))
 
 
-def _check_memory(cells: int, ring: int, budget: int) -> None:
+def check_memory(cells: int, ring: int, budget: int) -> None:
+    """Raises BudgetError unless weights and ring fit beside the process."""
     base = rss_bytes()
     if base + cells + ring > budget:
         raise BudgetError(
