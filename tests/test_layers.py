@@ -31,6 +31,7 @@ NEIGHBOURS = {
     ("specs", "errors"),
     ("specs", "units"),
     ("probes", "checkpoint"),
+    ("finetune", "checkpoint"),
     ("cli", "commands"),
 }
 

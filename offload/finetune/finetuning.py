@@ -1,0 +1,194 @@
+"""From a model and what a user asks to a trainer: all parameters, low-rank adapters, or no gradients at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.budgets import Size, resolve
+from offload.checkpoint import Opened, find, open_checkpoint
+from offload.errors import BudgetError, UsageError
+from offload.finetune.assemble import assemble
+from offload.finetune.assemble_zeroth import assemble_zeroth
+from offload.finetune.export import export_checkpoint, export_module
+from offload.finetune.lora import A, B, Lora, adapt, begin, save_adapters
+from offload.finetune.memory import Wishes
+from offload.finetune.trainer import Trainer
+from offload.hardware import rss_bytes
+from offload.io.engine import Engine
+from offload.kernels.chosen import Kernels
+from offload.optim import make as make_optimizer
+from offload.optim.base import Optimizer
+from offload.runtime.discovery import dissect
+from offload.tiers.cells import Cells, lay_out_cell
+from offload.tiers.transit import bring_into
+from offload.units import format_bytes
+
+
+def finetuning(
+    model: str | os.PathLike[str] | nn.Module,
+    *,
+    method: str = "full",
+    lora: Mapping[str, Any] | None = None,
+    zo_eps: float = 1e-3,
+    optimizer: str = "adamw",
+    learning_rate: float = 1e-5,
+    max_grad_norm: float | None = 1.0,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    cpu_memory: Size = None,
+    offload_dir: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    seed: int = 0,
+    resident: Size = None,
+    activations: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    io: str = "threads",
+    strict: bool = False,
+    **model_kwargs: Any,
+) -> Trainer:
+    """A trainer of every parameter of a model, with float32 master weights and optimizer state on disk.
+
+    Results are those of a plain loop that holds everything in memory and computes with the same kernels, bit for bit.
+
+    Args:
+        model: a folder with config.json and safetensors, a hub id, or a module on the CPU, which has the trained
+            weights when the trainer is closed.
+        method: full; lora: low-rank adapters beside frozen weights, which stay in memory; or zo: MeZO, two forward
+            passes a step and no optimizer, whose state on disk is a log of one number a step.
+        zo_eps: how far zo moves weights to each side.
+        lora: r, lora_alpha, lora_dropout and target_modules of the adapters, as PEFT names them.
+        optimizer: adamw, adamw_8bit (moments in 8 bits, half the bytes to move), or sgd (with momentum 0.9).
+        learning_rate: of steps that are not told one.
+        max_grad_norm: gradients whose global norm is larger are scaled down to it; None: no clipping.
+        weight_decay, betas, eps: of the optimizer; None: its own default. Norms and biases do not decay.
+        cpu_memory: what the whole process may use, as in "4GiB"; default: what the machine and its cgroup have free.
+        offload_dir: a folder on a fast disk for the optimizer's state, which a later run can go on from.
+        device: cpu.
+        dtype: of the model's weights: "auto" is the checkpoint's.
+        seed: of dropout.
+        resident: how much of the optimizer's state stays in memory: "auto", a fraction such as 0.25, or bytes.
+        activations: "auto" keeps those that fit in memory, the others are computed again in the backward pass; "keep",
+            "recompute".
+        resume: go on from the last commit in offload_dir, if there is one.
+        overwrite: replace a state that is there.
+        io: I/O backend: threads, uring or aiofiles.
+        strict: a fall-back to something slower is an error.
+        model_kwargs: handed to transformers, such as attn_implementation.
+
+    Raises:
+        BudgetError, CheckpointError, ModelError, StorageError, UsageError: see offload.errors.
+    """
+    if method not in ("full", "lora", "zo"):
+        raise UsageError(f"method={method!r} is not known; there are full, lora and zo")
+    if lora is not None and method != "lora":
+        raise UsageError(f'lora= was given, but method={method!r}; say method="lora"')
+    if device not in (None, "cpu"):
+        raise UsageError(f"device={device!r}: training runs on the cpu for now")
+    if offload_dir is None:
+        raise UsageError("name a folder on a fast disk for the optimizer's state: offload_dir=")
+    kernels = Kernels("cpu", exact=False)
+    rule = make_optimizer(optimizer, kernels, weight_decay=weight_decay, betas=betas, eps=eps)
+    budgets = resolve(cpu_memory=cpu_memory, resident=resident)
+    engine = Engine(io, strict=strict)
+    given: dict[str, nn.Parameter] = {}
+    try:
+        if method == "lora":
+            if isinstance(model, nn.Module):
+                raise UsageError('method="lora" takes a checkpoint: a folder or a hub id')
+            opened = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
+            try:
+                wanted = Lora(**(lora or {}))
+            except TypeError as error:
+                known = "r, lora_alpha, lora_dropout, target_modules"
+                raise UsageError(f"lora={dict(lora or {})}: known are {known}") from error
+            return _adapters(
+                opened, wanted, rule, engine, kernels, learning_rate=learning_rate, max_grad_norm=max_grad_norm,
+                cpu_memory=budgets.cpu_memory, wishes=Wishes(budgets.resident, activations),
+                offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
+            )  # fmt: skip
+        if method == "zo":
+            if isinstance(model, nn.Module):
+                raise UsageError('method="zo" takes a checkpoint, from which its log goes on: a folder or a hub id')
+            read = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
+            return assemble_zeroth(
+                read.model, dissect(read.model, shares=False),
+                {n: (s.dtype, s.shape) for n, s in read.sources.items()}, engine,
+                fill=lambda views: bring_into(views, read.sources, engine),
+                save=lambda views, folder: export_checkpoint(
+                    read.model, read.sources, read.checkpoint.entries, views, folder, engine
+                ),
+                learning_rate=learning_rate, eps=zo_eps, cpu_memory=budgets.cpu_memory, offload_dir=Path(offload_dir),
+                seed=seed, resume=resume, overwrite=overwrite,
+            )  # fmt: skip
+        if isinstance(model, nn.Module):
+            root, anatomy = model, dissect(model, shares=False)
+            given = {
+                n: p for n, o in anatomy.owners.items() if (p := o[0].module._parameters[o[0].attribute]) is not None
+            }
+            parameters = {n: (p.dtype, tuple(p.shape)) for n, p in given.items()}
+
+            def fill(views: Mapping[str, torch.Tensor]) -> None:
+                for name, view in views.items():
+                    view.copy_(given[name].detach())
+
+            def save(views: Mapping[str, torch.Tensor], folder: Path) -> None:
+                export_module(root, folder, engine)
+
+        else:
+            opened = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
+            root, anatomy = opened.model, dissect(opened.model, shares=False)
+            parameters = {n: (s.dtype, s.shape) for n, s in opened.sources.items()}
+
+            def fill(views: Mapping[str, torch.Tensor]) -> None:
+                bring_into(views, opened.sources, engine)
+
+            def save(views: Mapping[str, torch.Tensor], folder: Path) -> None:
+                export_checkpoint(root, opened.sources, opened.checkpoint.entries, views, folder, engine)
+
+        def put_back(weights: Mapping[str, torch.Tensor]) -> None:
+            for name, parameter in given.items():
+                parameter.data.copy_(weights[name])
+
+        return assemble(
+            root, anatomy, parameters, rule, engine, kernels, fill=fill, save=save,
+            put_back=put_back if given else None, learning_rate=learning_rate, max_grad_norm=max_grad_norm,
+            cpu_memory=budgets.cpu_memory, wishes=Wishes(budgets.resident, activations), offload_dir=Path(offload_dir),
+            seed=seed, resume=resume, overwrite=overwrite,
+        )  # fmt: skip
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _adapters(
+    opened: Opened, lora: Lora, rule: Optimizer, engine: Engine, kernels: Kernels, *, seed: int, cpu_memory: int,
+    **options: Any,
+) -> Trainer:  # fmt: skip
+    """A trainer of adapters; the checkpoint's weights are read to memory and stay as they are."""
+    root = opened.model
+    targets = adapt(root, lora)
+    anatomy = dissect(root, shares=False)
+    shapes = {n: (p.dtype, tuple(p.shape)) for n, p in root.named_parameters() if n.rpartition(".")[2] in (A, B)}
+    kept = [lay_out_cell("frozen", {n: (s.dtype, s.shape) for n, s in opened.sources.items()})]
+    need = rss_bytes() + kept[0].nbytes
+    if need > cpu_memory:
+        raise BudgetError(
+            f"cpu_memory={format_bytes(cpu_memory)} is too small: the frozen weights take "
+            f"{format_bytes(kept[0].nbytes)} and the process itself {format_bytes(need - kept[0].nbytes)}"
+        )
+    frozen = Cells(kept)
+    bring_into(frozen.views, opened.sources, engine)
+    return assemble(
+        root, anatomy, shapes, rule, engine, kernels, fill=lambda views: begin(views, seed), frozen=frozen.views,
+        save=lambda views, folder: save_adapters(root, lora, targets, views, folder, engine),
+        seed=seed, cpu_memory=cpu_memory, **options,
+    )  # fmt: skip
