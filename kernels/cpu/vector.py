@@ -122,6 +122,7 @@ _operator(operator.truediv, {F32: "fdiv"})
 for _operation, _integer in (
     (operator.and_, "and_"),
     (operator.or_, "or_"),
+    (operator.xor, "xor"),
     (operator.lshift, "shl"),
     (operator.rshift, "lshr"),
 ):
@@ -132,6 +133,18 @@ for _operation, _integer in (
 def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c with one rounding."""
     return F32(F32, F32, F32), lambda context, b, signature, args: call(b, "fma.v16f32", F32.llvm, args)
+
+
+@intrinsic
+def upper_product(typing_context: Any, a: Any, b: Any) -> Any:
+    """The upper 32 bits of a * b, of whole numbers without a sign."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        wide = ir.VectorType(I64, LANES)
+        product = b.mul(*(b.zext(one, wide) for one in args))
+        return b.trunc(b.lshr(product, number(product, 32)), U32.llvm)
+
+    return U32(U32, U32), generate
 
 
 sqrt = unary(F32, F32, lambda b, v: call(b, "sqrt.v16f32", F32.llvm, [v]))

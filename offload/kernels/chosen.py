@@ -13,7 +13,7 @@ from offload.kernels import Choice, choose
 from offload.kernels.formats.form import Int4Weight, Int8Weight, LosslessWeight, Weight
 
 SAME_BITS = frozenset(("unpack_lossless", "pack_lossless", "quantize_int8", "quantize_int4", "dequantize_int8",
-                       "dequantize_int4", "checksum"))  # fmt: skip
+                       "dequantize_int4", "checksum", "move_along"))  # fmt: skip
 """Ops whose implementations all give the same bits, so that exactness asks nothing of them."""
 
 PACKERS = frozenset(("pack_lossless", "quantize_int8", "quantize_int4"))  # matrices are packed in main memory

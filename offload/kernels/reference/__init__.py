@@ -7,6 +7,7 @@ from offload.kernels.reference.adamw import AdamW, adamw_step, adamw_step_8bit
 from offload.kernels.reference.attention import decode_attention, merge_attention
 from offload.kernels.reference.block import rms_norm, rotary
 from offload.kernels.reference.checksum import checksum
+from offload.kernels.reference.directions import Along, Sides, direction, move_along
 from offload.kernels.reference.gate_up_silu import gate_up_silu
 from offload.kernels.reference.gather import gather_pages
 from offload.kernels.reference.linear import linear, linear_int4, linear_int8, linear_lossless, linears
@@ -14,12 +15,15 @@ from offload.kernels.reference.square_sum import square_sum
 
 __all__ = [
     "AdamW",
+    "Along",
+    "Sides",
     "adamw_step",
     "adamw_step_8bit",
     "checksum",
     "decode_attention",
     "dequantize_int4",
     "dequantize_int8",
+    "direction",
     "gate_up_silu",
     "gather_pages",
     "linear",
@@ -28,6 +32,7 @@ __all__ = [
     "linear_lossless",
     "linears",
     "merge_attention",
+    "move_along",
     "pack_lossless",
     "quantize_int4",
     "quantize_int8",
