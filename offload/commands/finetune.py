@@ -31,7 +31,7 @@ from offload.generate import tokenizer_of
 from offload.hardware import peak_rss_bytes, versions
 from offload.io.safetensors import read_checkpoint
 from offload.kernels.chosen import Kernels
-from offload.optim import make
+from offload.optim import make, options_of
 
 STATE = "state"  # folder in output_dir, where budgets.offload_dir names none
 
@@ -90,8 +90,10 @@ def engine_arguments(config: Config, *, resume: bool) -> dict[str, Any]:
         "seed": train.seed,
         "resume": resume,
     }
-    if train.optim.startswith("adam"):
+    if "betas" in options_of(train.optim):
         arguments |= {"betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon}
+    if train.optim_args:
+        arguments["optimizer_args"] = train.optim_args
     if config.method == "lora":
         arguments["lora"] = {name: getattr(config.lora, name) for name in config.lora.__struct_fields__}
     if config.method == "zo":
@@ -107,8 +109,11 @@ def engine_arguments(config: Config, *, resume: bool) -> dict[str, Any]:
 def _outlook(config: Config, directory: Path, total: int) -> Outlook:
     """What it takes, from the checkpoint's headers."""
     spec = outline(directory, read_checkpoint(directory)).spec
-    state = make(config.train.optim, Kernels("cpu", exact=False)).state_bytes_per_param
-    return Outlook(params=spec.params, weight_nbytes=spec.nbytes, state_nbytes=int(state * spec.params), steps=total)
+    rule = make(config.train.optim, Kernels("cpu", exact=False), **config.train.optim_args)
+    tensors = (*spec.loose, *(t for unit in spec.units for t in unit.tensors))
+    shapes = [(t.elements // t.width, t.width) if t.width else (t.elements,) for t in tensors]
+    state = sum(rule.state_nbytes(shape) for shape in shapes)
+    return Outlook(params=spec.params, weight_nbytes=spec.nbytes, state_nbytes=state, steps=total)
 
 
 def _records(progress: Any) -> Any:

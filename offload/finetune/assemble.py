@@ -77,10 +77,12 @@ def assemble(
     loose = [n for n in anatomy.loose if n in parameters]
     groups = {u.name: u.tensors for u in anatomy.units} | ({LOOSE: tuple(loose)} if loose else {})
     layouts = [
-        lay_out_cell(u, {n: parameters[n] for n in names if n in parameters}, shard_count)
+        lay_out_cell(
+            u, {n: parameters[n] for n in names if n in parameters}, shard_count, whole_rows=optimizer.whole_rows
+        )
         for u, names in groups.items()
     ]
-    shards = {shard.name: _page(optimizer.state_nbytes(shard.count)) for cell in layouts for shard in cell.shards}
+    shards = {shard.name: _page(optimizer.state_nbytes(shard.shape)) for cell in layouts for shard in cell.shards}
     identity = {
         "parameters": sum(prod(shape) for _, shape in parameters.values()),
         "dtype": sorted({str(dtype) for dtype, _ in parameters.values()}),
@@ -137,11 +139,11 @@ def _warm(optimizer: Any, kernels: Kernels) -> None:
     from offload.optim.base import Numbers
 
     for dtype in DTYPES:
-        cell = torch.zeros(1024, dtype=dtype)
-        state = torch.zeros(optimizer.state_nbytes(1024), dtype=torch.uint8)
+        cell = torch.zeros(32, 32, dtype=dtype) if optimizer.whole_rows else torch.zeros(1024, dtype=dtype)
+        state = torch.zeros(optimizer.state_nbytes(tuple(cell.shape)), dtype=torch.uint8)
         optimizer.start(state, cell)
         optimizer.step(state, cell, Numbers(step=1, learning_rate=0.0), decays=True)
-        kernels.run("square_sum", cell)
+        kernels.run("square_sum", cell.view(-1))
     kernels.run("checksum", torch.zeros(4096, dtype=torch.uint8))
 
 

@@ -116,7 +116,8 @@ class Train(Section):
         warmup_steps: steps in which it rises from 0; below 1, a share of all steps.
         num_train_epochs: passes over the data; may end in a part of one.
         max_steps: steps in all, whatever num_train_epochs says; -1: no limit.
-        optim: the optimizer: adamw, adamw_8bit, sgd, adafactor.
+        optim: the optimizer: adamw, adamw_8bit, sgd, adafactor or apollo.
+        optim_args: other numbers of the optimizer, such as {rank: 32} of apollo.
         weight_decay, adam_beta1, adam_beta2, adam_epsilon: of the optimizer.
         max_grad_norm: the gradient's global 2-norm is clipped to this; 0: no clipping.
         save_steps: steps between two commits, at which --resume goes on; there is one at the end in any case.
@@ -137,6 +138,7 @@ class Train(Section):
     num_train_epochs: Positive = 1.0
     max_steps: Annotated[int, Meta(ge=-1)] = -1
     optim: str = "adamw"
+    optim_args: dict[str, bool | int | float | list[float]] = {}
     weight_decay: NotNegative = 0.0
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.999

@@ -42,6 +42,7 @@ def finetuning(
     weight_decay: float = 0.0,
     betas: tuple[float, float] | None = None,
     eps: float | None = None,
+    optimizer_args: Mapping[str, Any] | None = None,
     cpu_memory: Size = None,
     offload_dir: str | os.PathLike[str] | None = None,
     device: str | None = None,
@@ -66,10 +67,12 @@ def finetuning(
             passes a step and no optimizer, whose state on disk is a log of one number a step.
         zo_eps: how far zo moves weights to each side.
         lora: r, lora_alpha, lora_dropout and target_modules of the adapters, as PEFT names them.
-        optimizer: adamw, adamw_8bit (moments in 8 bits, half the bytes to move), or sgd (with momentum 0.9).
+        optimizer: adamw, adamw_8bit (moments in 8 bits, half the bytes to move), sgd (with momentum 0.9), adafactor or
+            apollo (a third of the bytes; see docs/finetuning.md).
         learning_rate: of steps that are not told one.
         max_grad_norm: gradients whose global norm is larger are scaled down to it; None: no clipping.
         weight_decay, betas, eps: of the optimizer; None: its own default. Norms and biases do not decay.
+        optimizer_args: other numbers of the optimizer, by name, such as apollo's rank.
         cpu_memory: what the whole process may use, as in "4GiB"; default: what the machine and its cgroup have free.
         offload_dir: a folder on a fast disk for the optimizer's state, which a later run can go on from.
         device: cpu.
@@ -96,7 +99,8 @@ def finetuning(
     if offload_dir is None:
         raise UsageError("name a folder on a fast disk for the optimizer's state: offload_dir=")
     kernels = Kernels("cpu", exact=False)
-    rule = make_optimizer(optimizer, kernels, weight_decay=weight_decay, betas=betas, eps=eps)
+    numbers = {"weight_decay": weight_decay, "betas": betas, "eps": eps} | dict(optimizer_args or {})
+    rule = make_optimizer(optimizer, kernels, **numbers)
     budgets = resolve(cpu_memory=cpu_memory, resident=resident)
     engine = Engine(io, strict=strict)
     given: dict[str, nn.Parameter] = {}

@@ -5,18 +5,22 @@ one shard's state:  | master | first moment | second moment |
 
 from __future__ import annotations
 
+from math import prod
+from typing import Any
+
 import torch
 
 from offload.kernels import reference
 from offload.kernels.chosen import Kernels
-from offload.optim.base import Numbers
+from offload.optim.base import Cost, Numbers, Shape
 
 
 class AdamW:
     """Args: kernels: what computes; betas, eps, weight_decay: as torch.optim.AdamW."""
 
     name = "adamw"
-    state_bytes_per_param = 12.0
+    cost = Cost(state_bytes=12.0, touched_bytes=28.0, flops=16.0, op="adamw_step")
+    whole_rows = False
 
     def __init__(
         self,
@@ -28,17 +32,17 @@ class AdamW:
     ) -> None:
         self._kernels, self.betas, self.eps, self.weight_decay = kernels, (betas[0], betas[1]), eps, weight_decay
 
-    def state_nbytes(self, count: int) -> int:
-        return 12 * count
+    def state_nbytes(self, shape: Shape) -> int:
+        return 12 * prod(shape)
 
     def start(self, state: torch.Tensor, weights: torch.Tensor) -> None:
-        master, *moments = state.view(torch.float32).view(3, -1)
+        master, *moments = self._parts(state)
         master.copy_(weights)
         for moment in moments:
-            moment.zero_()
+            self._clear(moment)
 
     def step(self, state: torch.Tensor, cell: torch.Tensor, numbers: Numbers, *, decays: bool) -> None:
-        master, mean, square = state.view(torch.float32).view(3, -1)
+        master, mean, square = self._parts(state)
         given = reference.AdamW(
             lr=numbers.learning_rate,
             step=numbers.step,
@@ -48,9 +52,18 @@ class AdamW:
             grad_scale=numbers.grad_scale,
         )
         is_bf16 = cell.dtype == torch.bfloat16
-        self._kernels.run("adamw_step", master, mean, square, cell, cell if is_bf16 else None, given)
+        assert self.cost.op is not None
+        self._kernels.run(self.cost.op, master, mean, square, cell, cell if is_bf16 else None, given)
         if not is_bf16:
             cell.copy_(master)
 
     def weights(self, state: torch.Tensor, cell: torch.Tensor) -> None:
-        cell.copy_(state.view(torch.float32).view(3, -1)[0])
+        cell.copy_(self._parts(state)[0])
+
+    def _parts(self, state: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
+        """Master weights and both moments, as views of the state."""
+        master, mean, square = state.view(torch.float32).view(3, -1)
+        return master, mean, square
+
+    def _clear(self, moment: Any) -> None:
+        moment.zero_()

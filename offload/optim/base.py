@@ -1,4 +1,4 @@
-"""What an optimizer is to the engine: bytes of state for so many parameters, and one step of them in place."""
+"""What an optimizer is to the engine: bytes of state for a shard of parameters, one step of them, and what it costs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from offload.profile import Profile
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,26 +27,56 @@ class Numbers:
     grad_scale: float = 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a step takes, for each parameter of a large matrix.
+
+    Attributes:
+        state_bytes: of master weight and state: what is read and written.
+        touched_bytes: moved between processor and main memory.
+        flops: arithmetic.
+        op: what a machine's profile calls it, where its time is measured; None: memory and arithmetic say it.
+    """
+
+    state_bytes: float
+    touched_bytes: float
+    flops: float
+    op: str | None = None
+
+    def seconds(self, params: int, profile: Profile) -> float:
+        """Of one step, on the CPU, with gradients and weights in bf16."""
+        found = None
+        if self.op is not None:
+            found = profile.op_seconds(self.op, processor="cpu", format="bfloat16", shape=(), amount=params)
+        if found is None:
+            flops, nbytes = self.flops * params, self.touched_bytes * params
+            found = profile.roofline(processor="cpu", flops=flops, nbytes=nbytes, dtype="float32")
+        return found.seconds
+
+
 class Optimizer(Protocol):
-    """Updates runs of parameters, each independently of all others. State is a run of bytes, which the engine stores.
+    """Updates shards, each independently of all others. State is a run of bytes, which the engine stores.
 
     Attributes:
         name: as users name it.
-        state_bytes_per_param: of master weight and state: what is read and written for each parameter in a step.
+        cost: what a step takes.
+        whole_rows: a shard is whole rows of one matrix, or one vector, and comes in that shape. False: it is a run of
+            elements, whatever parameters they are of, a multiple of 256.
     """
 
     name: str
-    state_bytes_per_param: float
+    cost: Cost
+    whole_rows: bool
 
-    def state_nbytes(self, count: int) -> int:
-        """Bytes of the state of `count` parameters, a multiple of 256."""
+    def state_nbytes(self, shape: Shape) -> int:
+        """Bytes of the state of a shard."""
 
     def start(self, state: torch.Tensor, weights: torch.Tensor) -> None:
         """Writes the state before the first step.
 
         Args:
-            state: uint8 [state_nbytes(count)], of any content.
-            weights: [count], in the model's dtype.
+            state: uint8 [state_nbytes(shape)], of any content.
+            weights: of that shape, in the model's dtype.
         """
 
     def step(self, state: torch.Tensor, cell: torch.Tensor, numbers: Numbers, *, decays: bool) -> None:
@@ -50,7 +84,7 @@ class Optimizer(Protocol):
 
         Args:
             state: changed in place.
-            cell: [count], in the model's dtype: the gradient comes in, the new weight goes out.
+            cell: in the model's dtype: the gradient comes in, the new weight goes out.
             decays: whether weight decay applies.
         """
 

@@ -5,23 +5,26 @@ one shard's state:  | master | momentum |
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from offload.kernels.chosen import Kernels
-from offload.optim.base import Numbers
+from offload.optim.base import Cost, Numbers, Shape
 
 
 class SGD:
     """Args: kernels: unused, torch computes; momentum, weight_decay: as torch.optim.SGD, dampening 0."""
 
     name = "sgd"
-    state_bytes_per_param = 8.0
+    cost = Cost(state_bytes=8.0, touched_bytes=48.0, flops=4.0)  # each of torch's ops passes through memory
+    whole_rows = False
 
     def __init__(self, kernels: Kernels, *, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
         self.momentum, self.weight_decay = momentum, weight_decay
 
-    def state_nbytes(self, count: int) -> int:
-        return 8 * count
+    def state_nbytes(self, shape: Shape) -> int:
+        return 8 * prod(shape)
 
     def start(self, state: torch.Tensor, weights: torch.Tensor) -> None:
         master, momentum = state.view(torch.float32).view(2, -1)

@@ -35,7 +35,7 @@ EPSILON = 1e-6  # beside the norm, as torch.nn.utils.clip_grad_norm_ has it
 class Rule(Protocol):
     """An optimizer, as far as it is needed here; see offload.optim."""
 
-    def state_nbytes(self, count: int) -> int: ...
+    def state_nbytes(self, shape: tuple[int, ...]) -> int: ...
     def start(self, state: torch.Tensor, weights: torch.Tensor) -> None: ...
     def step(self, state: torch.Tensor, cell: torch.Tensor, numbers: Any, *, decays: bool) -> None: ...
     def weights(self, state: torch.Tensor, cell: torch.Tensor) -> None: ...
@@ -113,7 +113,7 @@ class Training:
         """Makes the state of step 0 out of the weights in the cells and commits it."""
 
         def make(name: str, view: memoryview) -> None:
-            as_tensor(view)[self._rule.state_nbytes(self._shards[name].count) :].zero_()
+            as_tensor(view)[self._rule.state_nbytes(self._shards[name].shape) :].zero_()
             self._rule.start(self._state_of(name, view), self._cell(name))
 
         self._lane.fill(make, 0)
@@ -335,7 +335,7 @@ class Training:
 
     def _state_of(self, name: str, view: memoryview) -> torch.Tensor:
         """A shard's state without what fills its last page."""
-        return as_tensor(view)[: self._rule.state_nbytes(self._shards[name].count)]
+        return as_tensor(view)[: self._rule.state_nbytes(self._shards[name].shape)]
 
     def _cell(self, name: str) -> torch.Tensor:
         shard: Shard = self._shards[name]

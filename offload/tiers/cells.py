@@ -7,7 +7,7 @@ the bytes of one copy of the weights, not of two.
     one cell:  | matrices of a dtype | its vectors | matrices of another dtype | ...        each cut into shards
 
 What the optimizer updates at a time is a shard: a run of one cell's elements, all of one dtype and all with weight
-decay or all without.
+decay or all without. Where an optimizer's numbers follow from rows and columns, a shard is whole rows of one matrix.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Shard:
         name: unique; says where it is for people.
         unit: whose cell it is part of.
         at: its first byte there.
-        count: elements, a multiple of ALIGNMENT.
+        shape: [count], a multiple of ALIGNMENT; or, of shards that follow parameters, [rows, columns] and [length].
         decays: whether weight decay applies: to matrices, not to norms and biases.
     """
 
@@ -63,12 +63,17 @@ class Shard:
     unit: str
     at: int
     dtype: torch.dtype
-    count: int
+    shape: tuple[int, ...]
     decays: bool
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return prod(self.shape)
 
     def of(self, cell: torch.Tensor) -> torch.Tensor:
         """Its elements, as a view of the cell's bytes."""
-        return cell[self.at : self.at + self.count * self.dtype.itemsize].view(self.dtype)
+        return cell[self.at : self.at + self.count * self.dtype.itemsize].view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +86,12 @@ class Cell:
     nbytes: int
 
 
-def lay_out_cell(unit: str, parameters: Shapes, shard_count: int = SHARD_COUNT) -> Cell:
+def lay_out_cell(unit: str, parameters: Shapes, shard_count: int = SHARD_COUNT, *, whole_rows: bool = False) -> Cell:
     """Puts matrices before vectors, dtype by dtype, in the order of `parameters`, and cuts them into shards.
 
     Args:
-        shard_count: elements of a shard at most.
+        shard_count: elements of a shard at most; of whole rows, one row at least.
+        whole_rows: a shard is rows of one matrix (of more dimensions, all but the last are rows), or one vector.
     """
     assert shard_count % ALIGNMENT == 0, shard_count
     kinds: dict[tuple[torch.dtype, bool], list[str]] = {}
@@ -101,12 +107,22 @@ def lay_out_cell(unit: str, parameters: Shapes, shard_count: int = SHARD_COUNT) 
             padded = -(-prod(shape) // ALIGNMENT) * ALIGNMENT
             places[name] = Place(end, dtype, shape, padded)
             end += padded * dtype.itemsize
-        total = (end - start) // dtype.itemsize
-        for first in range(0, total, shard_count):
-            at = start + first * dtype.itemsize
-            count = min(shard_count, total - first)
-            shards.append(Shard(f"{unit}[{len(shards)}]", unit, at, dtype, count, decays))
+        runs = [((end - start) // dtype.itemsize, 1, start)]
+        if whole_rows:
+            runs = [_rows(places[name]) for name in names]
+        for rows, columns, at in runs:
+            each = max(1, shard_count // columns)
+            for first in range(0, rows, each):
+                shape = (min(each, rows - first), columns) if whole_rows and decays else (min(each, rows - first),)
+                begin = at + first * columns * dtype.itemsize
+                shards.append(Shard(f"{unit}[{len(shards)}]", unit, begin, dtype, shape, decays))
     return Cell(unit, places, tuple(shards), end)
+
+
+def _rows(place: Place) -> tuple[int, int, int]:
+    """Rows, columns and first byte of a parameter."""
+    columns = max(1, place.shape[-1]) if len(place.shape) >= 2 else 1
+    return prod(place.shape) // columns, columns, place.at
 
 
 class Cells:

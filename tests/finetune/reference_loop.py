@@ -3,7 +3,8 @@
     gradients      each micro-batch's in the model's dtype; summed in float32, last use of a tied parameter first;
                    rounded once to the model's dtype
 clipping       by the 2-norm over all parameters, as torch.nn.utils.clip_grad_norm_
-update         float32 master and moments, the same kernel; the weight is the master, rounded
+update         float32 master and moments, the same kernel; the weight is the master, rounded. Or another optimizer's
+                   step on a whole parameter
 dropout        random numbers that follow from step, micro-batch and unit
 """
 
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from offload.kernels import choose, reference
+from offload.optim.base import Numbers, Optimizer
 from offload.runtime.discovery import dissect
 from offload.tiers.cells import ALIGNMENT
 
@@ -28,11 +30,23 @@ class ReferenceLoop:
     Args:
         max_grad_norm: None for no clipping.
         seed: of dropout.
-        numbers: lr, betas, eps, weight_decay of AdamW.
+        rule: the optimizer, if it is not AdamW with `numbers`.
+        numbers: betas, eps, weight_decay of AdamW.
     """
 
-    def __init__(self, model: nn.Module, *, max_grad_norm: float | None, seed: int = 0, **numbers: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_grad_norm: float | None,
+        seed: int = 0,
+        rule: Optimizer | None = None,
+        **numbers: Any,
+    ) -> None:
         self.model, self._max_norm, self._seed, self._numbers = model, max_grad_norm, seed, numbers
+        self._rule = rule
+        self._states: dict[str, torch.Tensor] = {}
+        self.gradients: dict[str, torch.Tensor] = {}
         self._steps = 0
         self._units = [u.module for u in dissect(model, shares=False).units]
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -52,11 +66,14 @@ class ReferenceLoop:
         for number, (batch, count) in enumerate(zip(batches, counts, strict=True)):
             losses.append(self._backward(number, batch, count / sum(counts), uses))
         self.losses.append(sum(x * n for x, n in zip(losses, counts, strict=True)) / sum(counts))
-        gradients = {n: self._summed(n, uses[n]) for n in self._names}
+        gradients = self.gradients = {n: self._summed(n, uses[n]) for n in self._names}
         norm = math.sqrt(math.fsum(self._square_sum(_padded(g)) for g in gradients.values()))
         self.norms.append(norm)
         clip = 1.0 if self._max_norm is None else min(1.0, self._max_norm / (norm + 1e-6))
         for name, parameter in self._trained.items():
+            if self._rule is not None:
+                self._apply(self._rule, name, parameter, Numbers(step=self._steps, learning_rate=lr, grad_scale=clip))
+                continue
             numbers = dict(self._numbers)
             if parameter.dim() < 2:
                 numbers["weight_decay"] = 0.0
@@ -67,6 +84,21 @@ class ReferenceLoop:
             master, *moments = (t[:count].view(shape) for t in state)
             self._masters[name], self._moments[name] = master, tuple(moments)
             parameter.data.copy_(master)
+
+    def _apply(self, rule: Optimizer, name: str, parameter: nn.Parameter, numbers: Numbers) -> None:
+        """One step of a whole parameter by another optimizer."""
+        shape = (-1, parameter.shape[-1]) if parameter.dim() > 1 else (-1,)
+
+        def form(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.reshape(shape).clone() if rule.whole_rows else _padded(tensor)
+
+        if name not in self._states:
+            weights = form(parameter.detach())
+            self._states[name] = torch.empty(rule.state_nbytes(tuple(weights.shape)), dtype=torch.uint8)
+            rule.start(self._states[name], weights)
+        cell = form(self.gradients[name])
+        rule.step(self._states[name], cell, numbers, decays=parameter.dim() > 1)
+        parameter.data.copy_(cell.reshape(-1)[: parameter.numel()].view(parameter.shape))
 
     def _backward(
         self, number: int, batch: dict[str, torch.Tensor], scale: float, uses: dict[str, list[list[torch.Tensor]]]
