@@ -21,7 +21,7 @@ from offload.generate import Generated, check_ids, check_length, encode, generat
 from offload.hardware import peak_rss_bytes, rss_bytes, versions
 from offload.kernels.chosen import compile_seconds
 from offload.plan import beside, load_plan, predict_run
-from offload.planner.predict import Prediction
+from offload.planner.prediction import Prediction
 from offload.planner.schedule import explain
 from offload.profile import Profile
 from offload.runtime.linears import unpack_nbytes

@@ -10,7 +10,8 @@ from typing import Any
 from offload.budgets import TRANSIT, Division, divide
 from offload.errors import BudgetError
 from offload.planner.placement import Placement, Tier
-from offload.planner.predict import Computer, PassCost, Prediction, Pricer
+from offload.planner.predict import Computer, Pricer
+from offload.planner.prediction import PassCost, Prediction
 from offload.planner.processors import balanced_share
 from offload.planner.search import Found, Known, Room, search
 from offload.planner.whatif import MEMORIES, RATES, Change, change_budgets, change_profile

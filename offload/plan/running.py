@@ -9,7 +9,8 @@ from typing import Any
 from offload.budgets import Division
 from offload.plan.machine import machine, with_disk_rate
 from offload.plan.planning import Ask, predict
-from offload.planner.predict import Prediction, Pricer
+from offload.planner.predict import Pricer
+from offload.planner.prediction import Prediction
 from offload.profile import Profile
 from offload.specs import Budgets, ModelSpec, Workload
 

@@ -21,6 +21,7 @@ from offload.profile import FORMAT_BITS, OpCost, Profile
 from offload.specs import ModelSpec, TensorSpec, UnitSpec, Workload
 
 FEW = 64  # rows up to which a kernel multiplies; torch's matrix products take the rest (runtime/linears.py)
+VERY_FEW = 4  # rows of a product that is as quick as its weights are read
 _UNPACK = {"lossless": "unpack_lossless", "int8": "dequantize_int8", "int4": "dequantize_int4"}
 
 
@@ -41,6 +42,11 @@ class Phase:
     @property
     def rows(self) -> int:
         return self.sequences * self.tokens
+
+    @property
+    def family(self) -> str:
+        """Of the residuals that computing it leaves; see `offload.profile.Learned`."""
+        return f"compute.{'few' if self.rows <= VERY_FEW else 'some' if self.rows <= FEW else 'many'}"
 
 
 def prefill(work: Workload) -> Phase:
@@ -183,7 +189,11 @@ class OpCosts:
         one = self._cost(
             "attention", None, spec.dtype, shape, phase.tokens, flops=flops, nbytes=nbytes, dtype=spec.dtype
         )
-        return one.times(phase.sequences)
+        if phase.sequences == 1:
+            return one
+        call = self._cost("attention", None, spec.dtype, shape, 1, flops=0.0, nbytes=0.0, dtype=spec.dtype)
+        least = min(call.seconds, one.seconds)  # of a call: all sequences are in one
+        return one.times((least + phase.sequences * (one.seconds - least)) / one.seconds)
 
     def block(self, spec: ModelSpec, rows: int) -> Sum:
         """Norms, rotary embedding, activation, residuals and the Python around them, of one layer."""

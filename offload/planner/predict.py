@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf, sqrt
-from typing import Any
 
 from offload.planner.bound import Bound
-from offload.planner.ops import FEW, OpCosts, Phase, Sum, decode, prefill
+from offload.planner.ops import FEW, VERY_FEW, OpCosts, Phase, Sum, decode, prefill
 from offload.planner.placement import Placement, Tier
+from offload.planner.prediction import PassCost, Prediction, interval_of
 from offload.planner.schedule import Compute, Read, Schedule, Step, Upload, emit
 from offload.planner.virtual import Clock, Run, Sharing
+from offload.planner.workspace import workspace
 from offload.profile import Profile
 from offload.specs import ModelSpec, UnitSpec, Workload
+from offload.units import MIB
 
 STEADY = 12  # passes within which a schedule settles, or nearly
 IN_FLIGHT = 32 << 20  # bytes of blocks that the I/O engine keeps at the disk
@@ -38,79 +40,6 @@ class Computer:
     link_bytes_per_s: float | None = None
     read: str = "read"
     upload: str = "h2d"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PassCost:
-    """One phase: what its pass takes, and why.
-
-    Attributes:
-        seconds: of a pass; of many in the steady state for decoding, of the first for a prefill.
-        bound: by resource, with the interference-free rates.
-        stall_s: the model waits for bytes.
-        serial_s: a pass in which nothing overlaps.
-        spread_s: one standard spread of `seconds`, from those of its measurements.
-        estimated: the part of the seconds of computing that no measured table gave.
-        read_bytes, upload_bytes: of a pass.
-    """
-
-    seconds: float
-    bound: Bound
-    stall_s: float
-    serial_s: float
-    spread_s: float
-    estimated: float
-    read_bytes: int
-    upload_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """What a run will show; the names are those that `run --json` measures under.
-
-    Attributes:
-        prefill_s: from the start to the first new token.
-        decode_s_per_token: of one later step, which makes a token of every sequence.
-        tokens_per_s: of all sequences together, while decoding.
-        peak_rss_bytes: of the process.
-        device_peak_bytes: of the device's memory; 0 without one.
-        read_bytes_per_token, upload_bytes_per_token: of one step.
-        bound_s_per_token: no run can be faster, on this machine with this software.
-        binding: which resource that is: disk, link or compute.
-        interval: low and high of decode_s_per_token, two spreads wide.
-        origin: measured, or estimate where something that matters was not measured.
-        prefill, decode: more of both phases.
-    """
-
-    prefill_s: float
-    decode_s_per_token: float
-    tokens_per_s: float
-    peak_rss_bytes: int
-    device_peak_bytes: int
-    read_bytes_per_token: int
-    upload_bytes_per_token: int
-    bound_s_per_token: float
-    binding: str
-    interval: tuple[float, float]
-    origin: str
-    prefill: PassCost = field(repr=False)
-    decode: PassCost = field(repr=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For --json."""
-        return {
-            "prefill_s": self.prefill_s,
-            "decode_s_per_token": self.decode_s_per_token,
-            "tokens_per_s": self.tokens_per_s,
-            "peak_rss_bytes": self.peak_rss_bytes,
-            "device_peak_bytes": self.device_peak_bytes,
-            "read_bytes_per_token": self.read_bytes_per_token,
-            "upload_bytes_per_token": self.upload_bytes_per_token,
-            "bound_s_per_token": self.bound_s_per_token,
-            "binding": self.binding,
-            "interval": list(self.interval),
-            "origin": self.origin,
-        }
 
 
 def order_of(spec: ModelSpec) -> list[tuple[str, int]]:
@@ -150,17 +79,18 @@ class Pricer:
         for unit, _ in self._order:
             costs[unit] = self.compute(unit, phase, on_disk, placement.first_rows)
         submit, sources = profile.cost("read_submit"), self._sources(placement)
+        reading, uploading = profile.learned.factor("read"), profile.learned.factor("upload")
         upload_submit = profile.cost("handoff")
 
         def seconds(step: Step) -> float:
             if isinstance(step, Compute):
                 return costs[step.unit].seconds
             if isinstance(step, Read):
-                return submit + sum(
+                return submit + reading * sum(
                     max(profile.lane(lane).seconds(step.nbytes * share) for lane in lanes) for share, lanes in sources
                 )
             assert isinstance(step, Upload)
-            return upload_submit + self._upload_s(step.nbytes)
+            return upload_submit + uploading * self._upload_s(step.nbytes)
 
         clock = Clock(
             schedule,
@@ -178,7 +108,8 @@ class Pricer:
         cuts = tuple((t.name, first_rows[t.name]) for t in spec.tensors if t.name in first_rows)
         key = (unit, phase, streams, cuts)
         if key not in self._cache:
-            self._cache[key] = self.ops.unit(spec, self.spec, phase, streams, dict(cuts))
+            factor = self.computer.profile.learned.factor(phase.family)
+            self._cache[key] = self.ops.unit(spec, self.spec, phase, streams, dict(cuts)).times(factor)
         return self._cache[key]
 
     def between_s(self, placement: Placement, phase: Phase) -> float:
@@ -193,6 +124,17 @@ class Pricer:
             if placement.host_ring.slots:  # rows go first, but behind the blocks that the disk works on already
                 seconds += min(IN_FLIGHT, placement.host_ring.slot_nbytes) / lane.bytes_per_s
         return seconds
+
+    def once_s(self, phase: Phase) -> float:
+        """What only the first pass takes: the loop's own beginning, kernels for its rows, memory that is new."""
+        profile = self.computer.profile
+        seconds = profile.cost("start")
+        if self.computer.processor != "cpu":
+            return seconds
+        if phase.rows > VERY_FEW:
+            shapes = {(t.elements, t.width) for u in self.spec.units for t in u.tensors if t.width and not t.is_table}
+            seconds += len(shapes) * profile.cost("first")
+        return seconds + workspace(self.spec, self.work).nbytes / MIB * profile.cost("touch")
 
     def _sources(self, placement: Placement) -> list[tuple[float, tuple[str, ...]]]:
         """What streams to main memory, as (part of it, lanes on its way): from the tiers below, each filled in turn.
@@ -250,7 +192,7 @@ class Pricer:
         """One phase: the first pass after loading, with full rings, or one of many in the steady state."""
         clock, computing = self.clock(placement, phase)
         run = clock.run(1 if is_first else STEADY, head_start=True, stop_when_steady=not is_first)
-        seconds = _steady(run) + (self.between_s(placement, phase) if is_first else 0.0)
+        seconds = _steady(run) + (self.between_s(placement, phase) + self.once_s(phase) if is_first else 0.0)
         steps = self.schedule(placement)
         read_bytes = sum(s.nbytes for s in steps if isinstance(s, Read))
         upload_bytes = sum(s.nbytes for s in steps if isinstance(s, Upload))
@@ -275,6 +217,7 @@ class Pricer:
             estimated=computing.estimated_s / computing.seconds if computing.seconds else 0.0,
             read_bytes=read_bytes,
             upload_bytes=upload_bytes,
+            busy_s={lane: busy / max(1, len(run.pass_s)) for lane, busy in run.busy_s.items()},
         )
 
     def decode(self, placement: Placement) -> PassCost:
@@ -296,6 +239,7 @@ class Pricer:
         sizes = resident(self.spec, placement)
         is_measured = profile.source == "measured" and max(first.estimated, later.estimated) < 0.2
         seconds = later.seconds
+        known = profile.learned
         has_device = placement.device_ring.slots > 0 or sizes[Tier.DEVICE] > 0
         return Prediction(
             prefill_s=first.seconds,
@@ -307,8 +251,10 @@ class Pricer:
             upload_bytes_per_token=later.upload_bytes,
             bound_s_per_token=later.bound.seconds,
             binding=later.bound.binding,
-            interval=(max(later.bound.seconds * 0.97, seconds - 2 * later.spread_s), seconds + 2 * later.spread_s),
+            interval=interval_of(later, known.deviation("decode"), is_measured),
+            prefill_interval=interval_of(first, known.deviation("prefill"), is_measured),
             origin="measured" if is_measured else "estimate",
+            calibrated_runs=known.runs,
             prefill=first,
             decode=later,
         )

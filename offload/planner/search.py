@@ -10,7 +10,8 @@ from offload.errors import BudgetError
 from offload.planner.exact import fewest_bytes
 from offload.planner.moves import improve
 from offload.planner.placement import MOST_SLOTS, Placement, Solve, place
-from offload.planner.predict import PassCost, Pricer
+from offload.planner.predict import Pricer
+from offload.planner.prediction import PassCost
 from offload.specs import ModelSpec
 
 DEPTHS = (2, 3, 4, 6, MOST_SLOTS)

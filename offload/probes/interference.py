@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from offload.probes.sampling import LEAST_S, Now, Run
 
 IsOver = Callable[[], bool]
 Loop = Callable[[IsOver], float]
 """Works until it is told that it is over; returns how much a second it did, in any unit."""
+ROUNDS = 3
 LEAST, MOST = 0.01, 1.0  # nothing is faster in company: what looks so is noise
 
 
@@ -52,22 +54,31 @@ def repeat(runs: Sequence[Run], now: Now = time.perf_counter, finish: Run = lamb
 def matrix(
     activities: Sequence[Activity], seconds: float, on_pair: Callable[[str], None] = lambda _: None
 ) -> Mapping[str, Mapping[str, float]]:
-    """Every pair but two processors' work: name -> the other's name -> the part of its speed that it keeps."""
-    alone = {}
-    for one in activities:
-        on_pair(f"{one.name} alone")
-        alone[one.name] = _together([one], seconds)[one.name]
+    """Every pair but two processors' work: name -> the other's name -> the part of its speed that it keeps.
+
+    Each pair is measured alone, together and alone again, `ROUNDS` times, because a disk's mood changes within seconds:
+    a part is of what both were alone just before and after.
+    """
     kept: dict[str, dict[str, float]] = {}
     for k, one in enumerate(activities):
         for other in activities[k + 1 :]:
             if not (one.is_lane or other.is_lane):
                 continue
             on_pair(f"{one.name} beside {other.name}")
-            both = _together([one, other], seconds)
+            parts: dict[str, list[float]] = {one.name: [], other.name: []}
+            alone = [_alone(one, other, seconds / ROUNDS)]
+            for _ in range(ROUNDS):
+                both = _together([one, other], seconds / ROUNDS)
+                alone.append(_alone(one, other, seconds / ROUNDS))
+                for name, rate in both.items():
+                    parts[name].append(rate / ((alone[-2][name] + alone[-1][name]) / 2))
             for a, b in ((one, other), (other, one)):
-                part = both[a.name] / alone[a.name]
-                kept.setdefault(a.name, {})[b.name] = min(MOST, max(LEAST, part))
+                kept.setdefault(a.name, {})[b.name] = min(MOST, max(LEAST, median(parts[a.name])))
     return kept
+
+
+def _alone(one: Activity, other: Activity, seconds: float) -> dict[str, float]:
+    return _together([one], seconds) | _together([other], seconds)
 
 
 def _together(activities: Sequence[Activity], seconds: float) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import mmap
 import os
 import threading
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from statistics import median
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from offload.io.buffers import Buffer
 from offload.io.engine import Engine
@@ -18,9 +20,12 @@ from offload.kernels.chosen import Kernels
 from offload.probes.linears import product
 from offload.probes.resident import resident
 from offload.probes.sampling import Meter
+from offload.units import MIB
 
 UNITS = 64
 TURNS = 200
+UNUSUAL = (67, 83, 101, 139, 173)  # rows that nothing else is measured with
+TOUCHED = 32  # MiB
 
 
 def launch_s(meter: Meter) -> float:
@@ -28,6 +33,36 @@ def launch_s(meter: Meter) -> float:
     with torch.no_grad():
         runs = product([torch.ones(64, 64, dtype=torch.bfloat16)], 1, Kernels("cpu", exact=False))
         return meter.time(*runs).seconds
+
+
+def first_s(meter: Meter) -> float:
+    """What the first product with a number of rows takes beyond those that follow: libraries make a kernel for it."""
+    weight = torch.full((512, 512), 0.01, dtype=torch.bfloat16)
+    beyond = []
+    with torch.no_grad():
+        for rows in UNUSUAL:
+            run = functools.partial(functional.linear, torch.full((rows, 512), 0.01, dtype=torch.bfloat16), weight)
+            began = meter.now()
+            run()
+            first = meter.now() - began
+            beyond.append(first - meter.time(run).seconds)
+    return max(1e-9, median(beyond))
+
+
+def touch_s(meter: Meter) -> float:
+    """What a MiB of memory costs when it is used for the first time: the kernel finds pages and clears them."""
+    seconds = []
+    for _ in range(3):
+        mapping = mmap.mmap(-1, TOUCHED * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = torch.frombuffer(mapping, dtype=torch.uint8)
+        began = meter.now()
+        memory.fill_(1)
+        middle = meter.now()
+        memory.fill_(2)
+        seconds.append((middle - began) - (meter.now() - middle))
+        del memory
+        mapping.close()
+    return max(1e-9, median(seconds) / TOUCHED)
 
 
 def handoff_s(meter: Meter) -> float:

@@ -30,6 +30,8 @@ FORMATS = ("lossless", "int8", "int4-32")
 GEMM_ROWS = 256
 STREAM = (4 * MIB, 8)  # bytes of a block and blocks in flight of what runs beside something else
 DRAM = {"dram": 1.0}
+FAST_TABLES, EXACT_TABLES = ("block", "attention"), ("block", "decode_attention")  # attention of prompts is torch's
+NOT_BUILT = AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError
 
 
 @dataclass
@@ -108,7 +110,7 @@ class Survey:
             self._disk(files)
             self._next("blocks")
             self._software(files)
-            self._blocks()
+            self._blocks(area)
             self._next("products")
             self._ops(area, self._meter)
             self._processor(area)
@@ -187,9 +189,11 @@ class Survey:
             "read_submit": software.read_submit_s(path, fd, self._meter),
             "handoff": software.handoff_s(self._meter),
             "unit": software.unit_s(self._meter),
+            "first": software.first_s(self._meter),
+            "touch": software.touch_s(self._meter),
         }
 
-    def _blocks(self) -> None:
+    def _blocks(self, area: Area) -> None:
         subject, effort = self._subject, self._effort
         if subject.config is None or subject.heads is None:
             self._found.notes.append("blocks were not measured: the model's configuration does not tell its heads")
@@ -198,11 +202,12 @@ class Survey:
         unit_s = self._found.costs["unit"]
         try:
             for exact in (False, True):
-                timed = blocks.Blocks(subject, effort.layers, unit_s, self._meter, exact=exact)
-                figures = timed.figures(rows, effort.tokens, effort.kv_tokens)
-                self._found.ops += (t for t in figures.tables if exact or t.op != "decode_attention")
+                timed = blocks.Blocks(subject, effort.layers, unit_s, self._meter, area, exact=exact)
+                figures = timed.figures(rows, effort.tokens if not exact else effort.tokens[:1], effort.kv_tokens)
+                self._found.ops += (t for t in figures.tables if t.op in (EXACT_TABLES if exact else FAST_TABLES))
                 self._found.costs.setdefault("step", figures.step_s)
-        except Exception as error:  # of any architecture there is: what cannot be built small is estimated
+                self._found.costs.setdefault("start", figures.start_s)
+        except NOT_BUILT as error:  # what an architecture asks for that a small model of it does not have
             self._found.notes.append(f"blocks were not measured: {type(error).__name__}: {error}")
 
     def _ops(self, area: Area, meter: Meter) -> None:

@@ -6,8 +6,9 @@ profile.lane("read").seconds(64 * MIB, total=2 << 30)     # a copy
 profile.op_seconds("linear", processor="cpu", format="bfloat16", shape=(8192, 3072), amount=1)
 """
 
-from offload.profile.cache import load_profile, own_profile, save_profile
+from offload.profile.cache import forget, learn, load_profile, own_profile, save_profile
 from offload.profile.curve import Anchor, Curve
+from offload.profile.learned import Learned
 from offload.profile.machine import FORMAT_BITS, OpCost, OpTable, Processor, Profile, Tier
 from offload.profile.presets import preset, presets
 from offload.profile.rates import CopyRate, Lane, MemoryRate
@@ -19,6 +20,7 @@ __all__ = [
     "CopyRate",
     "Curve",
     "Lane",
+    "Learned",
     "MemoryRate",
     "OpCost",
     "OpTable",
@@ -26,6 +28,8 @@ __all__ = [
     "Profile",
     "Tier",
     "dump",
+    "forget",
+    "learn",
     "load",
     "load_profile",
     "own_profile",

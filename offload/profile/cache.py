@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from offload.errors import UsageError
 from offload.hardware import cache_dir, disk_of, fingerprint, versions
+from offload.profile.learned import Learned, parse_learned
 from offload.profile.machine import Profile
 from offload.profile.text import dump, load
 
 _DECIDES = ("torch", "transformers", "numba", "triton")  # of what is installed: whose code is timed
+RESIDUALS = ".residuals.toml"  # in place of .toml: what runs have taught, beside the profile
 
 
 def load_profile(model: str | os.PathLike[str] | None = None) -> Profile | None:
@@ -23,11 +27,36 @@ def load_profile(model: str | os.PathLike[str] | None = None) -> Profile | None:
     """
     here = fingerprint()
     own = [_path(here, model)] if model is not None else []
-    others = sorted(_folder().glob(f"{here}-*.toml"), key=lambda f: f.stat().st_mtime, reverse=True)
+    others = sorted(_profiles(here), key=lambda f: f.stat().st_mtime, reverse=True)
     for file in dict.fromkeys([*own, _path(here, None), *others]):
         if (profile := _valid(file, here)) is not None:
-            return profile
+            return replace(profile, learned=_learned(file))
     return None
+
+
+def learn(model: str | os.PathLike[str] | None, residuals: Mapping[str, float]) -> bool:
+    """Remembers a run's residuals beside the profile that predicted it; False where the machine was not measured.
+
+    Args:
+        model: as for `load_profile`.
+        residuals: family -> logarithm of measured over predicted; see `Learned`.
+    """
+    here = fingerprint()
+    for file in dict.fromkeys([_path(here, model), _path(here, None)]):
+        if _valid(file, here) is not None:
+            _write(file.with_suffix(RESIDUALS), _learned(file).with_run(residuals).dump())
+            return True
+    return False
+
+
+def forget(model: str | os.PathLike[str] | None = None) -> int:
+    """Removes what runs have taught: of one model, or of all on this machine; returns how many files that were."""
+    here = fingerprint()
+    files = [_path(here, model).with_suffix(RESIDUALS)] if model is not None else _folder().glob(f"{here}-*{RESIDUALS}")
+    found = [file for file in files if file.is_file()]
+    for file in found:
+        file.unlink()
+    return len(found)
 
 
 def own_profile(model: str | os.PathLike[str] | None) -> Profile | None:
@@ -36,17 +65,37 @@ def own_profile(model: str | os.PathLike[str] | None) -> Profile | None:
     return _valid(_path(here, model), here)
 
 
+def _profiles(here: str) -> list[Path]:
+    return [file for file in _folder().glob(f"{here}-*.toml") if not file.name.endswith(RESIDUALS)]
+
+
+def _learned(profile: Path) -> Learned:
+    file = profile.with_suffix(RESIDUALS)
+    try:
+        return parse_learned(file.read_text()) if file.is_file() else Learned()
+    except (OSError, UnicodeDecodeError, UsageError):  # damaged: nothing is known, and the next run writes it anew
+        return Learned()
+
+
 def save_profile(profile: Profile, model: str | os.PathLike[str] | None = None) -> Path:
-    """Keeps a profile for `load_profile`; returns its file. The file is whole or not there."""
+    """Keeps a profile for `load_profile`; returns its file. The file is whole or not there.
+
+    What runs have taught belonged to the one before it, and is forgotten.
+    """
     file = _path(profile.fingerprint, model)
     file.parent.mkdir(parents=True, exist_ok=True)
+    file.with_suffix(RESIDUALS).unlink(missing_ok=True)
+    _write(file, dump(profile))
+    return file
+
+
+def _write(file: Path, text: str) -> None:
     part = file.with_suffix(f".{os.getpid()}")
     try:
-        part.write_text(dump(profile))
+        part.write_text(text)
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
-    return file
 
 
 def _folder() -> Path:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from offload.errors import UsageError
 from offload.profile.curve import Curve
+from offload.profile.learned import Learned
 from offload.profile.rates import Lane, MemoryRate
 from offload.units import format_bytes
 
@@ -138,6 +139,7 @@ class Profile:
         date: when it was measured, ISO.
         versions: of what measured.
         notes: sentences for whoever reads the file.
+        learned: what runs on this machine have taught; kept in a file of its own.
     """
 
     name: str
@@ -157,6 +159,7 @@ class Profile:
     date: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    learned: Learned = field(default_factory=Learned)
 
     def __post_init__(self) -> None:
         names = [tier.name for tier in self.tiers]
@@ -196,6 +199,9 @@ class Profile:
         """Seconds of software: 0 where nothing was measured.
 
         unit          entering and leaving a unit
+        start         once: the generation loop before its first pass
+        first         the first product with a number of rows, beyond what later ones take
+        touch         using a MiB of memory for the first time
         step          once a token: the generation loop around the model
         read_submit   handing a read to the engine
         handoff       waking a waiting thread

@@ -76,10 +76,15 @@ class Lane:
         return max(rate.bytes_per_s for rate in self.rates)
 
     def seconds(self, nbytes: float) -> float:
-        """So many bytes, by themselves. They never go faster than the sustained rate."""
+        """So many bytes, by themselves. They never go faster than the sustained rate.
+
+        Where long work was faster than each short measurement, those fell into a slow spell: they give the curve's
+        shape, and long work its height.
+        """
         if nbytes <= 0:
             return 0.0
-        return self.latency_s + max(self._curve.seconds(nbytes), nbytes / self.bytes_per_s)
+        faster = max(1.0, self.bytes_per_s / self.best)
+        return self.latency_s + max(self._curve.seconds(nbytes) / faster, nbytes / self.bytes_per_s)
 
     def rate(self, nbytes: float) -> float:
         """Bytes per second of such lots, one after the other."""

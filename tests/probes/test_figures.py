@@ -12,7 +12,7 @@ import pytest
 from offload.errors import StorageError
 from offload.hardware import disk_of
 from offload.probes import disk, quiet
-from offload.probes.interference import Activity, IsOver, matrix
+from offload.probes.interference import ROUNDS, Activity, IsOver, matrix
 from offload.probes.sampling import Meter, Sample
 
 
@@ -76,8 +76,8 @@ def test_what_pairs_keep() -> None:
 
     def loop(name: str, alone: float, beside: float) -> Callable[[IsOver], float]:
         def run(is_over: IsOver) -> float:
-            seen[name] = seen.get(name, 0) + 1
-            return alone if seen[name] == 1 else beside
+            seen[name] = seen.get(name, -1) + 1
+            return alone if seen[name] % (2 * ROUNDS + 1) % 2 == 0 else beside
 
         return run
 
@@ -95,7 +95,7 @@ def test_a_failure_beside_something_else_is_raised() -> None:
         raise StorageError("gone", path="x")
 
     with pytest.raises(StorageError, match="gone"):
-        matrix([Activity(name="read", loop=fails)], 0.0)
+        matrix([Activity(name="read", loop=fails), Activity(name="write", loop=lambda _: 1.0)], 0.0)
 
 
 def test_what_is_said_of_neighbours_and_drift() -> None:
