@@ -1,4 +1,4 @@
-"""What runs teach: factors shrunk toward 1, bounded, the same from the same runs, kept beside the profile, removable."""
+"""What runs teach: factors shrunk toward 1, bounded, the same after the same runs, kept apart, removable."""
 
 from __future__ import annotations
 
