@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from offload.budgets import Size, divide, from_max_memory, resolve
-from offload.checkpoint import describe, find, open_checkpoint
+from offload.checkpoint import find, open_checkpoint
+from offload.checkpoint.describe import describe
 from offload.checkpoint.pack import PackReport, pack_checkpoint
 from offload.errors import ModelError, UsageError
 from offload.finetune.finetuning import finetuning

@@ -1,24 +1,28 @@
-"""A model as the planner sees it: numbers from its tensors and, where there is one, its configuration."""
+"""A model as the planner sees it: numbers from its tensors and, where there is one, its configuration. No torch."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from offload.checkpoint.packable import EXPERTS
-from offload.runtime.discovery import Anatomy
 from offload.specs import ModelSpec, TensorSpec, UnitSpec
-from offload.tiers.layout import Source
 
+if TYPE_CHECKING:
+    from offload.checkpoint.recognition import Layers, Plain
+    from offload.runtime.discovery import Anatomy
+    from offload.tiers.layout import Source
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk")
 
 
-def describe(anatomy: Anatomy, sources: Mapping[str, Source], config: Any = None) -> ModelSpec:
+def describe(anatomy: Anatomy | Layers, sources: Mapping[str, Source | Plain], config: Any = None) -> ModelSpec:
     """The numbers of a model.
 
     Args:
+        anatomy, sources: of a module tree, or as `recognition` makes them of names and shapes.
         config: transformers' configuration; without one, what it would tell is unknown (0).
     """
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -83,11 +87,11 @@ def describe(anatomy: Anatomy, sources: Mapping[str, Source], config: Any = None
     )
 
 
-def _is_head(source: Source, vocabulary: int) -> bool:
+def _is_head(source: Source | Plain, vocabulary: int) -> bool:
     return len(source.shape) == 2 and source.shape[0] == vocabulary
 
 
-def _format(source: Source) -> str:
+def _format(source: Source | Plain) -> str:
     """What a tensor's elements are, in a word: the dtype, or the packed format with its group."""
     if source.form is None:
         return _word(source.dtype)

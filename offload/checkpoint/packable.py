@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from offload.checkpoint.describe import EXPERTS
 from offload.kernels.formats.weights import WeightFormat
 from offload.runtime.discovery import Anatomy
 from offload.tiers.layout import Source
-
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def packable(

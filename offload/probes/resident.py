@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from offload.checkpoint import describe
+from offload.checkpoint.describe import describe
 from offload.io.engine import Engine
 from offload.io.extents import Extent
 from offload.kernels.chosen import Kernels

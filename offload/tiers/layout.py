@@ -21,10 +21,9 @@ import torch
 
 from offload.io.extents import ALIGNMENT, Extent, coalesce
 from offload.kernels.formats.form import Form
+from offload.tiers.slots import VIEW_ALIGNMENT, round_up, slot_nbytes
 
 MAX_GAP = ALIGNMENT  # reading through a hole this small is cheaper than another request
-OVERHEAD = 3 * ALIGNMENT  # of one extent in a slot, at most: rounding at both ends and one hole
-VIEW_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +100,7 @@ class Source:
     @property
     def slot_nbytes(self) -> int:
         """Bytes of a slot this tensor needs at most."""
-        if self.is_plain:
-            return self.nbytes + OVERHEAD
-        return _round_up(self.nbytes, VIEW_ALIGNMENT) + sum(p.extent.nbytes + OVERHEAD for p in self.pieces) + ALIGNMENT
+        return slot_nbytes(self.nbytes, (p.extent.nbytes for p in self.pieces), is_plain=self.is_plain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +185,10 @@ def lay_out(sources: Sequence[Source]) -> Layout:
     for k, source in enumerate(plain):
         views[source.name] = view_of(source, places[k])
     for source in assembled:
-        end = _round_up(end, VIEW_ALIGNMENT)
+        end = round_up(end, VIEW_ALIGNMENT)
         views[source.name] = view_of(source, end)
         end += source.nbytes
-    final_nbytes = _round_up(end, ALIGNMENT)
+    final_nbytes = round_up(end, ALIGNMENT)
     pieces = [(s, p) for s in assembled for p in s.pieces]
     staging_nbytes = _add_reads(reads, [p.extent for _, p in pieces], 0, True, places := {})
     for k, (source, piece) in enumerate(pieces):
@@ -222,7 +219,3 @@ def assemble(layout: Layout, final: torch.Tensor, staging: torch.Tensor) -> None
         if op.at % op.dtype.itemsize:  # an odd header length: the bytes cannot be viewed where they lie
             source = source.clone()
         target.copy_(source.view(op.dtype))
-
-
-def _round_up(n: int, to: int) -> int:
-    return -(-n // to) * to

@@ -22,9 +22,10 @@ from offload.tiers import transit
 from offload.tiers.device import Device, Event
 from offload.tiers.futures import join
 from offload.tiers.host import HostArena, Scratch, as_tensor
-from offload.tiers.layout import VIEW_ALIGNMENT, Layout, Source, View, assemble, lay_out, view_of
+from offload.tiers.layout import Layout, Source, View, assemble, lay_out, view_of
 from offload.tiers.packing import pack_to
 from offload.tiers.rows import URGENT, read_packed_rows, read_rows
+from offload.tiers.slots import VIEW_ALIGNMENT
 from offload.tiers.transit import Put
 
 DEVICE_ALIGNMENT = 512

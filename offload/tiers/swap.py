@@ -20,7 +20,8 @@ from offload.io.buffers import BufferPool, Lease
 from offload.io.engine import Engine, File
 from offload.io.extents import ALIGNMENT, Extent
 from offload.tiers.host import as_tensor
-from offload.tiers.layout import VIEW_ALIGNMENT, Piece, Source
+from offload.tiers.layout import Piece, Source
+from offload.tiers.slots import VIEW_ALIGNMENT
 from offload.units import MIB, format_bytes
 
 CHUNK = 8 * MIB

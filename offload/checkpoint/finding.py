@@ -1,0 +1,35 @@
+"""The folder of a model, by its path or its name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from offload.errors import CheckpointError
+
+
+def find(model: str | os.PathLike[str]) -> Path:
+    """The folder of a model: a path, or a hub id that is looked up in the cache and then downloaded.
+
+    Raises:
+        CheckpointError: there is no such folder and no such model can be had.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    text = os.fspath(model)
+    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise CheckpointError(
+            f"{text} is not a folder; a model is a folder with config.json and safetensors, or a hub id"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{text} is neither a folder here nor a model that could be downloaded: {reason}"
+        ) from error
