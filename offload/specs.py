@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from offload.errors import UsageError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
@@ -138,3 +140,21 @@ class Budgets:
     gpu_memory: int | None = None
     resident: float | int | None = None
     sources: dict[str, str] = field(default_factory=dict)
+
+
+def check_length(prompt_tokens: int, new_tokens: int, max_tokens: int | None) -> None:
+    """Refuses what does not fit in the model's context.
+
+    Raises:
+        UsageError: with the numbers.
+    """
+    if prompt_tokens < 1:
+        raise UsageError("the prompt is empty; give at least one token")
+    if new_tokens < 1:
+        raise UsageError(f"{new_tokens} new tokens were asked for; ask for at least 1")
+    if max_tokens is not None and prompt_tokens + new_tokens > max_tokens:
+        raise UsageError(
+            f"the prompt has {prompt_tokens:,} tokens and {new_tokens:,} new ones were asked for, but the model's "
+            f"context is {max_tokens:,} tokens; shorten the prompt or ask for at most "
+            f"{max(0, max_tokens - prompt_tokens):,} new tokens"
+        )

@@ -65,7 +65,13 @@ def test_what_a_configuration_leaves_out_is_as_transformers_has_it(name: str, tm
         assert getattr(default, key) == value
     change(whole, drop=(*decoder.only, "dtype", "transformers_version"))
     assert recognised(whole) == sketch(whole).spec
-    left_out = ("tie_word_embeddings", "num_key_value_heads", "head_dim", "num_hidden_layers", "max_position_embeddings")
+    left_out = (
+        "tie_word_embeddings",
+        "num_key_value_heads",
+        "head_dim",
+        "num_hidden_layers",
+        "max_position_embeddings",
+    )
     for key in left_out:
         text = (whole / "config.json").read_text()
         change(whole, drop=(key,))

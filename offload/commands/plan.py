@@ -6,16 +6,14 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import transformers
 from rich.console import Console
 from rich.table import Table
 
 from offload.budgets import resolve
 from offload.checkpoint import find
-from offload.checkpoint.outline import sketch
+from offload.checkpoint.numbers import numbers
 from offload.errors import UsageError
-from offload.generate import check_length
-from offload.kernels.formats.weights import parse_weights
+from offload.hardware import gpus
 from offload.plan import (
     Ask,
     Plan,
@@ -30,8 +28,7 @@ from offload.plan import (
     tiers_of,
 )
 from offload.planner.whatif import parse_change
-from offload.runtime.linears import unpack_nbytes
-from offload.specs import Workload
+from offload.specs import Workload, check_length
 from offload.units import format_bytes, format_rate, format_seconds, parse_bytes, parse_rate
 
 SHOWN = 6  # rejected plans, best first; --json has them all
@@ -62,7 +59,6 @@ class PlanRequest:
 
 def execute(request: PlanRequest) -> int:
     """Plans and prints; returns the exit status. Errors are raised."""
-    transformers.utils.logging.set_verbosity_error()
     plan = plan_of(request)
     if request.output is not None:
         save(_saved(plan, request), request.output)
@@ -95,8 +91,8 @@ def ask_of(request: PlanRequest) -> Ask:
         raise UsageError(f'--batch {request.batch}: a number of sequences from 1, or "auto"')
     directory = find(request.model)
     profile = machine(request.hardware, directory)
-    outline = sketch(directory, dtype=request.dtype, weights=parse_weights(request.weights))
-    check_length(request.prompt_tokens, request.new_tokens, outline.spec.max_tokens)
+    known = numbers(directory, dtype=request.dtype, weights=request.weights, exact=request.exact)
+    check_length(request.prompt_tokens, request.new_tokens, known.spec.max_tokens)
     link = parse_rate(request.link, "link") if request.link is not None else None
     if request.hardware is None or request.device is not None:
         budgets = resolve(
@@ -117,10 +113,10 @@ def ask_of(request: PlanRequest) -> Ask:
             'probe, or give the pace of an emulated one: --device emulated --link "8GB/s"'
         )
     return Ask(
-        spec=outline.spec,
-        extra_nbytes=unpack_nbytes(outline.sources.values(), request.exact),
-        weights=outline.weights,
-        basis=outline.basis,
+        spec=known.spec,
+        extra_nbytes=known.unpack_nbytes,
+        weights=known.weights,
+        basis=known.basis,
         profile=profile,
         budgets=budgets,
         work=Workload(
@@ -149,6 +145,9 @@ def _saved(plan: Plan, request: PlanRequest) -> SavedPlan:
 
 
 def _here() -> str:
+    """What this machine computes on; torch is asked only where the driver shows a card."""
+    if not gpus():
+        return "cpu"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,7 +3,8 @@
 from offload.generate.answers import Answers, identity_of
 from offload.generate.many import Block, arrange, digest_of, ended, even, seed_of
 from offload.generate.prompts import Limits, Prompt, read_prompts
-from offload.generate.single import Generated, OnToken, check_ids, check_length, encode, generate, tokenizer_of
+from offload.generate.single import Generated, OnToken, check_ids, encode, generate, tokenizer_of
+from offload.specs import check_length
 
 __all__ = [
     "Answers",

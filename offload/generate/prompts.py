@@ -11,8 +11,9 @@ import msgspec
 from jinja2.exceptions import TemplateError
 
 from offload.errors import DataError, UsageError
-from offload.generate.single import check_ids, check_length, encode
+from offload.generate.single import check_ids, encode
 from offload.messages import Unusable, check_messages
+from offload.specs import check_length
 
 JSON_LINES = frozenset({".jsonl", ".ndjson", ".json"})
 BOM = b"\xef\xbb\xbf"

@@ -53,24 +53,6 @@ def check_ids(ids: Sequence[int], vocabulary: int | None) -> None:
         raise UsageError(f"token id {wrong[0]} is not one of the model's: they go from 0 to {(vocabulary or 0) - 1}")
 
 
-def check_length(prompt_tokens: int, new_tokens: int, max_tokens: int | None) -> None:
-    """Refuses what does not fit in the model's context.
-
-    Raises:
-        UsageError: with the numbers.
-    """
-    if prompt_tokens < 1:
-        raise UsageError("the prompt is empty; give at least one token")
-    if new_tokens < 1:
-        raise UsageError(f"{new_tokens} new tokens were asked for; ask for at least 1")
-    if max_tokens is not None and prompt_tokens + new_tokens > max_tokens:
-        raise UsageError(
-            f"the prompt has {prompt_tokens:,} tokens and {new_tokens:,} new ones were asked for, but the model's "
-            f"context is {max_tokens:,} tokens; shorten the prompt or ask for at most "
-            f"{max(0, max_tokens - prompt_tokens):,} new tokens"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Generated:
     """What came out, and what it took.

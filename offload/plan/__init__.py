@@ -1,7 +1,8 @@
 """Plans: what a run would take and why, for models and machines that need not be here."""
 
-from offload.plan.machine import budgets_of, machine, process_nbytes, with_disk_rate
+from offload.plan.machine import budgets_of, machine, with_disk_rate
 from offload.plan.planning import Ask, Plan, Variant, best_batch, make, tiers_of
+from offload.plan.process import process_nbytes, remember_process
 from offload.plan.running import beside, predict_run
 from offload.plan.saved import SavedPlan, adopt, digest, load_plan, save
 
@@ -20,6 +21,7 @@ __all__ = [
     "make",
     "predict_run",
     "process_nbytes",
+    "remember_process",
     "save",
     "tiers_of",
     "with_disk_rate",

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from offload.budgets import GPU_MARGIN
 from offload.errors import UsageError
-from offload.hardware import cpu_info, host_memory, rss_bytes
+from offload.hardware import cpu_info, host_memory
 from offload.profile import CopyRate, Lane, Profile, load_profile, preset
 from offload.profile import load as load_file
 from offload.specs import Budgets
-from offload.units import GIB, MIB
-
-KERNELS_NBYTES = 124 * MIB  # of numba and its kernels, in a process that has not loaded them yet
+from offload.units import GIB
 
 
 def machine(name: str | os.PathLike[str] | None, model: Path | None = None) -> Profile:
@@ -54,12 +51,6 @@ def budgets_of(profile: Profile, cpu_memory: int | None, gpu_memory: int | None)
         gpu_memory=gpu,
         sources={"cpu_memory": "as asked" if cpu_memory is not None else f"the memory of {profile.name}, less a tenth"},
     )
-
-
-def process_nbytes(exact: bool) -> int:
-    """What a process takes before any weight, seen from one that has imported the same libraries."""
-
-    return rss_bytes() + (0 if exact or "numba" in sys.modules else KERNELS_NBYTES)
 
 
 def with_disk_rate(profile: Profile, bytes_per_s: float | None) -> Profile:

@@ -13,7 +13,7 @@ from offload.planner.placement import Placement, Tier
 from offload.planner.predict import Computer, Pricer
 from offload.planner.prediction import PassCost, Prediction
 from offload.planner.processors import balanced_share
-from offload.planner.search import Found, Known, Room, search
+from offload.planner.search import DEPTHS, Found, Known, Room, search
 from offload.planner.whatif import MEMORIES, RATES, Change, change_budgets, change_profile
 from offload.planner.workspace import LIBRARIES, MARGIN
 from offload.profile import Profile
@@ -195,7 +195,7 @@ def best_batch(ask: Ask, batches: Sequence[int] = BATCHES) -> Ask:
     for batch in batches:
         one = replace(ask, work=replace(ask.work, batch=batch))
         try:
-            rate = batch / _solve(one, {})[1].best.decode.seconds
+            rate = batch / _solve(one, {}, depths=())[1].best.decode.seconds
         except BudgetError:
             if best is None:
                 raise
@@ -206,7 +206,7 @@ def best_batch(ask: Ask, batches: Sequence[int] = BATCHES) -> Ask:
     return best[1]
 
 
-def _solve(ask: Ask, known: Known, *, refines: bool = False) -> tuple[Division, Found]:
+def _solve(ask: Ask, known: Known, *, depths: Sequence[int] = DEPTHS, refines: bool = False) -> tuple[Division, Found]:
     spec, extra = ask.spec, ask.extra_nbytes
     division = divide(
         spec,
@@ -218,7 +218,7 @@ def _solve(ask: Ask, known: Known, *, refines: bool = False) -> tuple[Division, 
         base_nbytes=ask.base_nbytes,
     )
     room = replace(room_of(spec, ask.budgets, division, ask.slots), shares=_shares(ask))
-    return division, search(Pricer(spec, ask.work, ask.computer), room, known, refines=refines)
+    return division, search(Pricer(spec, ask.work, ask.computer), room, known, depths=depths, refines=refines)
 
 
 def _shares(ask: Ask) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 from offload.budgets import Division
 from offload.plan.machine import machine, with_disk_rate
 from offload.plan.planning import Ask, predict
+from offload.plan.process import remember_process
 from offload.planner.predict import Pricer
 from offload.planner.prediction import Prediction
 from offload.profile import Profile
@@ -30,7 +31,7 @@ def predict_run(
     disk_bytes_per_s: float | None,
     extra_nbytes: int = 0,
 ) -> tuple[Prediction, Profile] | None:
-    """A prediction and the machine it is for; None where nothing is known of the device.
+    """A prediction and the machine it is for; None where nothing is known of the device. Remembers the process's size.
 
     Args:
         division: where the memory goes, and every tensor.
@@ -39,6 +40,7 @@ def predict_run(
         disk_bytes_per_s: the disk's rate as it was measured just now; None: the profile's.
         extra_nbytes: what unpacking takes beside the workspace.
     """
+    remember_process(division.base_nbytes, exact)
     profile = with_disk_rate(machine(None, model), disk_bytes_per_s)
     ask = Ask(spec=spec, profile=profile, budgets=budgets, work=work, exact=exact, extra_nbytes=extra_nbytes)
     computer = ask.computer

@@ -8,6 +8,7 @@ reads hide behind compute evenly and the slots of the ring stay small, which lea
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -261,15 +262,16 @@ def smallest_stream(
 ) -> Streams | None:
     """The choice of streaming subsets that moves the fewest bytes, with its ring; None when nothing fits."""
     kinds = [tuple((t.slot_nbytes, t.nbytes, t.is_table) for t in u.tensors) for u in units]
-    shapes = {kind: options_of(u, smallest) for kind, u in zip(kinds, units, strict=True)}
+    counts = Counter(kinds)
+    shapes = {kind: options_of(units[kinds.index(kind)], smallest) for kind in counts}
     total = sum(t.nbytes for u in units for t in u.tensors if not t.is_table)
     best: tuple[int, int, list[Option]] | None = None
     for slot in sorted({option.slot for choice in shapes.values() for option in choice}):
         keep = min(capacity - depth(slot, slots) * slot, limit)
-        if keep < 0:
+        if keep < 0 or (best is not None and total - keep >= best[0]):
             continue
         usable = {kind: [o for o in choice if o.slot <= slot] for kind, choice in shapes.items()}
-        if total - sum(usable[kind][-1].nbytes for kind in kinds) > keep:
+        if total - sum(usable[kind][-1].nbytes * count for kind, count in counts.items()) > keep:
             continue
         chosen = _spread([usable[kind] for kind in kinds], total - keep)
         moved = sum(option.nbytes for option in chosen)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from offload.specs import TensorSpec, UnitSpec
 
@@ -49,9 +50,12 @@ def host_part(name: str, first_row: int) -> str:
     return f"{name}[{first_row}:]"
 
 
-def with_small_slots(units: Sequence[UnitSpec], share: float) -> list[UnitSpec]:
+@lru_cache(maxsize=8)  # a search asks for a few shares again and again
+def with_small_slots(units: tuple[UnitSpec, ...], share: float) -> tuple[UnitSpec, ...]:
     """The same units, whose matrices need only as much of a slot as what will travel of them."""
-    return [replace(u, tensors=tuple(_slotted(t, share) for t in u.tensors)) for u in units]
+    if share == 0:
+        return units
+    return tuple(replace(u, tensors=tuple(_slotted(t, share) for t in u.tensors)) for u in units)
 
 
 def cut(bundles: Mapping[str, Sequence[TensorSpec]], share: float) -> Cut:
@@ -75,7 +79,7 @@ def cut(bundles: Mapping[str, Sequence[TensorSpec]], share: float) -> Cut:
                 travelling.append(_part(t, first) if first < t.outputs else t)
             if first < t.outputs:
                 first_rows[t.name] = first
-                staying.append(replace(_part(t, t.outputs - first), name=host_part(t.name, first)))
+                staying.append(_part(t, t.outputs - first, host_part(t.name, first)))
         if travelling:
             kept[unit] = tuple(travelling)
         if staying:
@@ -93,14 +97,23 @@ def _slotted(t: TensorSpec, share: float) -> TensorSpec:
     first = _first_row(t, share)
     if first == t.outputs or (t.is_packed and first):
         return t
-    return replace(t, slot_nbytes=_part(t, first).slot_nbytes)
+    return replace(t, slot_nbytes=_slot_nbytes(t, first))
 
 
-def _part(t: TensorSpec, rows: int) -> TensorSpec:
+def _part(t: TensorSpec, rows: int, name: str | None = None) -> TensorSpec:
     """So many rows of a matrix."""
-    slot = min(t.slot_nbytes, _scaled(t.slot_nbytes, rows, t) + CUT_NBYTES) if rows else 1
-    nbytes = _scaled(t.nbytes, rows, t)
-    return replace(t, nbytes=nbytes, read_nbytes=_scaled(t.read_nbytes, rows, t), slot_nbytes=slot, outputs=rows)
+    return replace(
+        t,
+        name=name or t.name,
+        nbytes=_scaled(t.nbytes, rows, t),
+        read_nbytes=_scaled(t.read_nbytes, rows, t),
+        slot_nbytes=_slot_nbytes(t, rows),
+        outputs=rows,
+    )
+
+
+def _slot_nbytes(t: TensorSpec, rows: int) -> int:
+    return min(t.slot_nbytes, _scaled(t.slot_nbytes, rows, t) + CUT_NBYTES) if rows else 1
 
 
 def _scaled(nbytes: int, rows: int, t: TensorSpec) -> int:

@@ -69,7 +69,14 @@ Known = dict[tuple[Room, int | None, float], Placement | None]
 """Placements that were made already, by what they depend on; None: it does not fit."""
 
 
-def search(pricer: Pricer, room: Room, known: Known | None = None, *, refines: bool = True) -> Found:
+def search(
+    pricer: Pricer,
+    room: Room,
+    known: Known | None = None,
+    *,
+    depths: Sequence[int] = DEPTHS,
+    refines: bool = True,
+) -> Found:
     """The placement whose steps the virtual clock finds shortest; among equals the one that moves least.
 
     First what the CPU should multiply by, with rings as the first guess has them; then the depth of the rings; then,
@@ -79,6 +86,7 @@ def search(pricer: Pricer, room: Room, known: Known | None = None, *, refines: b
         pricer: the model, the workload and the machine.
         room: what there is.
         known: is asked before a placement is made, and told; other rates change no placement.
+        depths: of rings that are tried beside the first guess.
         refines: take the last two steps, which need a second or so.
 
     Raises:
@@ -101,8 +109,8 @@ def search(pricer: Pricer, room: Room, known: Known | None = None, *, refines: b
 
     by_share = {share: found for share in room.shares if (found := judge(room.slots, share)) is not None}
     share = min(by_share, key=lambda s: _rank(by_share[s]))
-    if room.slots is None:
-        for depth in DEPTHS:
+    if room.slots is None and depths:
+        for depth in depths:
             judge(depth, share)
         judge(1, share, "no prefetching")  # for what overlapping is worth
     if refines:
