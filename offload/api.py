@@ -55,6 +55,7 @@ def load(
     batch: int = 1,
     context: int | None = None,
     prompt_tokens: int | None = None,
+    work: Workload | None = None,
     slots: int | None = None,
     io: str = "threads",
     weights: str | None = None,
@@ -84,6 +85,7 @@ def load(
             own context if that is less). Where a budget was named, a pass beyond them is refused with BudgetError.
         prompt_tokens: tokens of a sequence that run at once, at most; default: `context`. Generation asks for the last
             token's logits only; a plain forward makes those of all tokens, which come on top.
+        work: what memory is set aside for, in place of batch, context and prompt_tokens.
         slots: depth of the rings; 1 turns prefetching off. Default: two, more where slots are small.
         io: I/O backend: threads, uring or aiofiles.
         weights: format of the weights that stay in memory: "none" (as they are), "lossless", "int8" or "int4" (see
@@ -124,8 +126,9 @@ def load(
         wanted = dtype if torch_dtype is None else torch_dtype
         opened = open_checkpoint(find(model), engine, dtype=wanted, weights=parse_weights(weights), **kwargs)
         spec = opened.spec
-        total = context or min(2048, spec.max_tokens or 2048)
-        work = Workload(batch=batch, total_tokens=total, prompt_tokens=prompt_tokens or total)
+        if work is None:
+            total = context or min(2048, spec.max_tokens or 2048)
+            work = Workload(batch=batch, total_tokens=total, prompt_tokens=prompt_tokens or total)
         warm_up(device)
         if progress is not None:
             progress("preparing kernels", 0, 0)
@@ -134,7 +137,7 @@ def load(
         saved = load_plan(plan) if plan is not None else None
         if saved is not None:
             cpu_share = 0.5 if saved.placement.first_rows else 0.0  # which rows exactly, the plan says
-        share, on_host = _share(cpu_share, opened.anatomy, opened.sources, budgets, batch, device, exact, rate)
+        share, on_host = _share(cpu_share, opened.anatomy, opened.sources, budgets, work.batch, device, exact, rate)
         division = divide(
             spec,
             budgets,
@@ -149,7 +152,13 @@ def load(
         where = create(device, memory_nbytes=division.arena_nbytes, link_bytes_per_s=rate)
         parts = opened.model, opened.anatomy, opened.sources
         session = Session(
-            *parts, division.placement, engine, where, kernels=kernels, host_kernels=on_host, planned_tokens=total
+            *parts,
+            division.placement,
+            engine,
+            where,
+            kernels=kernels,
+            host_kernels=on_host,
+            planned_tokens=work.total_tokens,
         )
     except BaseException:
         engine.close()
@@ -161,7 +170,7 @@ def load(
         return handle
     start(handle, progress, strict)
     if spec.kv_bytes_per_token and (cpu_memory is not None or gpu_memory is not None):
-        session.before_pass(token_check(opened.model, batch * total, spec.kv_bytes_per_token))
+        session.before_pass(token_check(opened.model, work.kept_tokens, spec.kv_bytes_per_token))
     handle.ready_s = time.perf_counter() - began
     return handle
 

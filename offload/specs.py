@@ -118,11 +118,20 @@ class Workload:
         batch: sequences at a time.
         prompt_tokens: tokens of one sequence that run through the model at once.
         total_tokens: prompt and new tokens of one sequence, which the KV cache holds.
+        pool_tokens: of all sequences together, where they share one region of keys and values; 0: each has its own.
+        pass_tokens: of all sequences together that run through the model at once; 0: a prompt of each.
     """
 
     batch: int = 1
     prompt_tokens: int = 512
     total_tokens: int = 2048
+    pool_tokens: int = 0
+    pass_tokens: int = 0
+
+    @property
+    def kept_tokens(self) -> int:
+        """Of all sequences together, whose keys and values are kept."""
+        return self.pool_tokens or self.batch * self.total_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

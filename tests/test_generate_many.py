@@ -45,14 +45,17 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.parametrize("exact", [(), ("--exact",)], ids=["passes", "batches"])
 def test_answers_are_those_of_transformers(
-    checkpoint: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], exact: tuple[str, ...]
 ) -> None:
     out = tmp_path / "out.jsonl"
-    assert run(checkpoint, prompts, "-o", out, "--batch", 3, "--resident", "0.25") == 0
+    assert run(checkpoint, prompts, "-o", out, "--batch", 3, "--resident", "0.25", *exact) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["prompts"], report["answered"], report["blocks"], report["new_tokens"]) == (7, 7, 3, 42)
+    assert (report["prompts"], report["answered"], report["batch"], report["new_tokens"]) == (7, 7, 3, 42)
     assert report["read_bytes"] > 0
+    assert report["passes"] == 18  # three batches of six
+    assert report["rows"] == (0 if exact else sum(LENGTHS) + 7 * 5)
     found = lines(out)
     assert [a["index"] for a in found] == list(range(7))
     assert [a["line"] for a in found] == [1, 3, 5, 7, 9, 11, 13]
@@ -65,11 +68,15 @@ def test_answers_are_those_of_transformers(
         assert (answer["finish"], answer["prompt_tokens"], answer["text"]) == ("length", len(ids), None)
 
 
-@pytest.mark.parametrize("sampling", [(), ("--sample", "--seed", "3", "--temperature", "1.5")])
+@pytest.mark.parametrize(
+    "sampling",
+    [(), ("--sample", "--seed", "3", "--temperature", "1.5"), ("--exact", "--sample", "--seed", "3")],
+    ids=["greedy", "drawn", "drawn in batches"],
+)
 def test_a_killed_run_goes_on_to_the_same_file(
     checkpoint: Path, prompts: Path, tmp_path: Path, sampling: tuple[str, ...]
 ) -> None:
-    """Killed in the middle of writing the second batch's lines: a whole one and a half."""
+    """Killed in the middle of writing the second lot of lines: a whole one and a half."""
     options = ("--batch", "3", "--resident", "0", *sampling)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert run(checkpoint, prompts, "-o", whole, *options) == 0

@@ -204,6 +204,7 @@ def refuses(
     softcap: float | None = None,
     first: torch.Tensor | None = None,
     length: torch.Tensor | None = None,
+    most: int | None = None,
 ) -> str | None:
     """Why `decode_attention` would not take these; None when it does."""
     if q.device.type != "cpu":
@@ -229,6 +230,7 @@ def decode_attention(
     softcap: float | None = None,
     first: torch.Tensor | None = None,
     length: torch.Tensor | None = None,
+    most: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See offload.kernels.reference.decode_attention; bfloat16 or float32, any strides but the last.
 
@@ -240,9 +242,14 @@ def decode_attention(
     for ends, what in zip(spans, ("first", "length"), strict=True):
         if ends is not None and (ends.shape != (batch,) or not 0 <= int(ends.min()) <= int(ends.max()) <= tokens):
             raise ValueError(f"{what} {ends.tolist()} for {batch} sequences of {tokens} tokens")
+    spanned = tokens if most is None else min(tokens, most)
+    if spanned < tokens:
+        valid = (tokens if spans[1] is None else spans[1]) - (0 if spans[0] is None else spans[0])
+        if int(torch.as_tensor(valid).max()) > spanned:
+            raise ValueError(f"a sequence has more than the {most} tokens that were said to be most")
     q4 = q if q.dim() == 4 else q.unsqueeze(2)
     group, queries = q.shape[1] // kv_heads, q4.shape[2]
-    rows, fours, chunks = group * queries, -(-group * queries // 4), -(-tokens // CHUNK)
+    rows, fours, chunks = group * queries, -(-group * queries // 4), -(-spanned // CHUNK)
     out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:-1])
     pieces, threads = batch * kv_heads * chunks, torch.get_num_threads()
     run = max(1, min(8, pieces // (8 * threads)))  # what one thread does in a row: memory is read ahead through it
@@ -259,7 +266,8 @@ def decode_attention(
         k.data_ptr(), *(stride * k.itemsize for stride in k.stride()[:3]),
         v.data_ptr(), *(stride * v.itemsize for stride in v.stride()[:3]),
         *(0 if ends is None else ends.data_ptr() for ends in spans), window or 0, group, queries, dim, numbers,
-        is_bf16, parts, sums, 0, 4 * size, scratch, threads=None if k.numel() * k.itemsize > ALONE else 1,
+        is_bf16, parts, sums, 0, 4 * size, scratch,
+        threads=None if batch * kv_heads * spanned * dim * k.itemsize > ALONE else 1,
     )  # fmt: skip
     _merge(
         batch * kv_heads * rows, chunks, rows, dim, parts, sums, out.data_ptr(), lse.data_ptr(), is_bf16,

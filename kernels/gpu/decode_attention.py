@@ -129,6 +129,7 @@ def refuses(
     softcap: float | None = None,
     first: torch.Tensor | None = None,
     length: torch.Tensor | None = None,
+    most: int | None = None,
 ) -> str | None:
     """Why `decode_attention` would not take these; None when it does."""
     if (why := misplaced(q, k, v, first, length)) is not None:
@@ -157,6 +158,7 @@ def decode_attention(
     softcap: float | None = None,
     first: torch.Tensor | None = None,
     length: torch.Tensor | None = None,
+    most: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See offload.kernels.reference.decode_attention."""
     batch, heads, dim = q.shape[0], q.shape[1], q.shape[-1]

@@ -16,6 +16,7 @@ from offload.api import Offloaded, load
 from offload.checkpoint import find, read_config
 from offload.commands.bar import bar
 from offload.commands.live import live
+from offload.commands.options import Running
 from offload.errors import UsageError
 from offload.generate import Generated, check_ids, check_length, encode, generate, tokenizer_of
 from offload.hardware import peak_rss_bytes, rss_bytes, versions
@@ -31,37 +32,18 @@ CHAT_CONTEXT = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(Running):
     """The options of `offload run`; see its help."""
 
-    model: str
     prompt: str | None = None
     prompt_ids: str | None = None
     chat: bool = False
-    raw: bool = False
-    max_new_tokens: int = 128
     batch: int = 1
-    cpu_memory: str | None = None
-    gpu_memory: str | None = None
-    resident: str | None = None
-    device: str | None = None
-    link: str | None = None
-    dtype: str = "auto"
-    sample: bool = False
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int = 0
-    ignore_eos: bool = False
-    slots: int | None = None
-    io: str = "threads"
     weights: str | None = None
     cpu_share: str | None = None
-    exact: bool = False
-    strict: bool = False
     trace: str | None = None
     explain: bool = False
     plan: str | None = None
-    json: bool = False
 
 
 def execute(request: Request) -> int:
@@ -175,12 +157,11 @@ def _check(request: Request) -> None:
         raise UsageError("--prompt and --prompt-ids were both given; give one of them")
     if not given and not request.chat and not request.explain:
         raise UsageError('nothing to run: give --prompt "...", --prompt-ids 3,4,5, or --chat')
-    if request.batch < 1 or (request.slots is not None and request.slots < 1):
-        raise UsageError(f"--batch {request.batch}, --slots {request.slots or 'default'}: both must be at least 1")
+    if request.batch < 1:
+        raise UsageError(f"--batch {request.batch}: must be at least 1")
     if request.chat and (request.json or request.batch > 1 or request.prompt_ids):
         raise UsageError("--chat talks in the terminal: it goes with none of --json, --batch and --prompt-ids")
-    if not request.sample and (request.temperature is not None or request.top_p is not None):
-        raise UsageError("--temperature and --top-p need --sample")
+    request.check()
 
 
 def _prompt(request: Request, tokenizer: Any) -> list[int]:
@@ -210,22 +191,13 @@ def _load(request: Request, directory: Path, ids: list[int], console: Console) -
     with bar(console) as progress:
         return load(
             directory,
-            cpu_memory=request.cpu_memory,
-            gpu_memory=request.gpu_memory,
-            resident=request.resident,
-            device=request.device,
-            link=request.link,
-            dtype=request.dtype,
+            **request.placing(),
             batch=request.batch,
             context=context,
             prompt_tokens=CHAT_CONTEXT if request.chat else max(1, len(ids)),
-            slots=request.slots,
-            io=request.io,
             weights=request.weights,
             cpu_share=request.cpu_share,
             plan=request.plan,
-            exact=request.exact,
-            strict=request.strict,
             dry_run=request.explain,
             progress=progress,
         )
@@ -233,12 +205,8 @@ def _load(request: Request, directory: Path, ids: list[int], console: Console) -
 
 def _generate(request: Request, handle: Offloaded, tokenizer: Any, ids: list[int], console: Console) -> Generated:
     prints_words = tokenizer is not None and not request.json and request.batch == 1
-    sampling: dict[str, Any] = {"do_sample": request.sample}
     if request.sample:
         torch.manual_seed(request.seed)
-        sampling |= {k: v for k in ("temperature", "top_p") if (v := getattr(request, k)) is not None}
-    else:
-        sampling |= {"temperature": None, "top_p": None, "top_k": None}
     with live(console, tokenizer if prints_words else None, request.batch) as shown:
 
         def on_token(count: int) -> None:
@@ -256,7 +224,7 @@ def _generate(request: Request, handle: Offloaded, tokenizer: Any, ids: list[int
             stop_at_eos=not request.ignore_eos,
             streamer=shown.streamer,
             on_token=on_token,
-            **sampling,
+            **request.choosing(),
         )
     if not prints_words and not request.json:
         for row in result.tokens:

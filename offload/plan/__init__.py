@@ -1,6 +1,7 @@
 """Plans: what a run would take and why, for models and machines that need not be here."""
 
 from offload.plan.machine import budgets_of, machine, with_disk_rate
+from offload.plan.offline import plan_offline, work_of
 from offload.plan.planning import Ask, Plan, Variant, best_batch, make, tiers_of
 from offload.plan.process import process_nbytes, remember_process
 from offload.plan.running import beside, predict_run
@@ -19,10 +20,12 @@ __all__ = [
     "load_plan",
     "machine",
     "make",
+    "plan_offline",
     "predict_run",
     "process_nbytes",
     "remember_process",
     "save",
     "tiers_of",
     "with_disk_rate",
+    "work_of",
 ]

@@ -41,12 +41,14 @@ def workspace(spec: ModelSpec, work: Workload) -> Workspace:
     """What a workload needs.
 
     A pass over B sequences of T tokens holds, at its widest, three activations of the widest matrix (gate, up and their
-    product) and about six hidden states; attention on the CPU adds a mask of T x T bytes a sequence.
+    product) and about six hidden states; attention on the CPU adds a mask of T x T bytes a sequence, and of one at a
+    time where sequences share a pool, in which nothing is appended either.
     """
-    tokens = work.batch * work.prompt_tokens
-    kv = spec.kv_bytes_per_token * work.batch * work.total_tokens
+    tokens = work.pass_tokens or work.batch * work.prompt_tokens
+    kv = spec.kv_bytes_per_token * work.kept_tokens
+    appended, masks = (0, 1) if work.pool_tokens else (3 * kv // max(1, spec.kv_layers), work.batch)
     return Workspace(
-        kv=kv + 3 * kv // max(1, spec.kv_layers),
-        activations=tokens * (3 * spec.widest_nbytes + 6 * spec.hidden_nbytes) + work.batch * work.prompt_tokens**2,
+        kv=kv + appended,
+        activations=tokens * (3 * spec.widest_nbytes + 6 * spec.hidden_nbytes) + masks * work.prompt_tokens**2,
         logits=work.batch * spec.logits_nbytes,
     )

@@ -37,8 +37,7 @@ def install(root: nn.Module, kernels: Kernels) -> Callable[[], None]:
         config = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", None) == _SDPA:
             configs[id(config)] = config
-    files = {type(module).__module__ for module in root.modules()}
-    if not configs or any(_has_its_own(sys.modules[file], ALL_ATTENTION_FUNCTIONS) for file in files):
+    if not configs or has_its_own_attention(root):
         return lambda: None
     name = f"offload-{next(_numbers)}"
     AttentionInterface.register(name, _attention(ALL_ATTENTION_FUNCTIONS[_SDPA], kernels))
@@ -54,6 +53,14 @@ def install(root: nn.Module, kernels: Kernels) -> Callable[[], None]:
             interface._global_mapping.pop(name, None)
 
     return remove
+
+
+def has_its_own_attention(root: nn.Module) -> bool:
+    """Whether any model below `root` does not look its attention up in transformers' table."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    files = {type(module).__module__ for module in root.modules()}
+    return any(_has_its_own(sys.modules[file], ALL_ATTENTION_FUNCTIONS) for file in files)
 
 
 def _has_its_own(file: Any, everybodys: Any) -> bool:

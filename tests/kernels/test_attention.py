@@ -111,6 +111,22 @@ def test_padding_and_lengths(queries: int, window: int | None) -> None:
         assert torch.equal(alone[1][0], lse[row])
 
 
+def test_sequences_in_one_long_run() -> None:
+    """Each has a part of the same keys and values, and gives the bits that it gives alone."""
+    q, k, v = made(1, 4, 2, 3000, 64, kv=torch.bfloat16, of_q=torch.bfloat16)
+    q = torch.randn(3, 4, 64).bfloat16()
+    first, length = torch.tensor([0, 700, 2400]), torch.tensor([700, 701, 3000])
+    keys, values = k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1)
+    out, lse = attend(q, keys, values, scale=0.125, first=first, length=length, most=700)
+    for row in range(3):
+        own = slice(int(first[row]), int(length[row]))
+        alone = attend(q[row : row + 1], k[:, :, own], v[:, :, own], scale=0.125)
+        assert torch.equal(alone[0][0], out[row])
+        assert torch.equal(alone[1][0], lse[row])
+    with pytest.raises(ValueError, match="more than the 699 tokens"):
+        attend(q, keys, values, scale=0.125, first=first, length=length, most=699)
+
+
 def test_a_transformers_cache_where_it_lies() -> None:
     cache = DynamicCache()
     for tokens in (90, 1):

@@ -17,6 +17,7 @@ def decode_attention(
     softcap: float | None = None,
     first: torch.Tensor | None = None,
     length: torch.Tensor | None = None,
+    most: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of the last tokens of each sequence; in float32 unless q is float64.
 
@@ -34,6 +35,8 @@ def decode_attention(
         first: int64 [batch], the first valid token of each sequence; default 0.
         length: int64 [batch], where valid tokens end, padding included; the last query is the token before. Default:
             all tokens.
+        most: no sequence has more valid tokens than this; where sequences share one long run of tokens, so that memory
+            is set aside for as many only.
 
     Returns:
         (attention, of q's shape and dtype; the logarithm of the sum of exponentials of the scores, of q's shape without

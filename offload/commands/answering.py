@@ -1,0 +1,234 @@
+"""Answers a file of prompts: all of them in passes that they share, or in batches by the model's own generate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from offload.api import Offloaded, load
+from offload.commands.bar import bar
+from offload.commands.options import Running
+from offload.generate import Answers, Block, Prompt, arrange, ended, generate, seed_of
+from offload.generate.choosing import Chooser
+from offload.generate.continuous import passes
+from offload.plan import work_of
+from offload.planner.batching import Batching
+from offload.runtime.pool import KeyValuePool
+from offload.runtime.ragged import Ragged
+from offload.specs import Workload
+from offload.units import format_bytes, format_seconds
+
+SAID_S = 10.0  # between two lines about how far it is
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What this process did; --json prints it.
+
+    Attributes:
+        prompts, before: in the file; of these answered by earlier runs.
+        batch: prompts that ran at a time, at most.
+        passes: over the weights.
+        rows: tokens that ran through the model, prompts and new ones; 0 where batches were padded.
+        answered, new_tokens: lines that were added, and their tokens. End tokens count, padding does not.
+        ready_s, generate_s: until the model was loaded; from then to the last answer.
+        predicted_s: what the planner expected of generate_s if no sequence ended early; 0: nothing.
+        read_bytes: from disk while generating.
+        compute_s: of generate_s in the model's units, without waiting.
+        resident_bytes, pool_bytes: of weights, and of keys and values in the shared pool.
+    """
+
+    prompts: int
+    before: int
+    batch: int = 0
+    passes: int = 0
+    rows: int = 0
+    answered: int = 0
+    new_tokens: int = 0
+    ready_s: float = 0.0
+    generate_s: float = 0.0
+    predicted_s: float = 0.0
+    read_bytes: int = 0
+    compute_s: float = 0.0
+    resident_bytes: int = 0
+    pool_bytes: int = 0
+    peak_rss_bytes: int = 0
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """New tokens a second, prompts included and loading not."""
+        return self.new_tokens / self.generate_s if self.generate_s else None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A file of prompts, its answers, and how to get them."""
+
+    options: Running
+    directory: Path
+    tokenizer: Any
+    prompts: list[Prompt]
+    answers: Answers
+    report: Report
+    console: Console
+
+    def left(self) -> list[Prompt]:
+        """Prompts without an answer."""
+        return [p for p in self.prompts if p.index not in self.answers.done]
+
+    def add(self, found: Sequence[tuple[Prompt, list[int], bool]]) -> None:
+        """Makes answers durable: prompt, tokens without the end token, and whether there was one."""
+        lines = []
+        for prompt, tokens, has_ended in found:
+            if prompt.index not in self.answers.done:
+                self.report.new_tokens += len(tokens) + has_ended
+                self.report.answered += 1
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True) if self.tokenizer else None
+            lines.append(
+                {
+                    "index": prompt.index,
+                    "line": prompt.line,
+                    "text": text,
+                    "tokens": tokens,
+                    "prompt_tokens": len(prompt.ids),
+                    "finish": "stop" if has_ended else "length",
+                }
+            )
+        self.answers.add(lines)
+
+    def load(self, work: Workload) -> Offloaded:
+        """The model, with memory set aside for `work`."""
+        with bar(self.console) as progress:
+            handle = load(
+                self.directory,
+                **self.options.placing(),
+                work=work,
+                cpu_share=0.0,  # a share follows from rates measured just now, and another processor rounds otherwise
+                progress=progress,
+            )
+        self.report.ready_s, self.report.resident_bytes = handle.ready_s, handle.resident_nbytes
+        return handle
+
+    def say(self, text: str) -> None:
+        self.console.print(text, style="dim", highlight=False)
+
+    def measured(self, handle: Offloaded, began: float, read_before: int) -> None:
+        """Takes the counters of a session that has generated since `began`."""
+        now = handle.session.statistics()
+        self.report.generate_s = time.perf_counter() - began
+        self.report.read_bytes = now.read_bytes - read_before
+        self.report.compute_s = now.totals.busy_s.get("compute", 0.0)
+
+    def conclude(self, handle: Offloaded) -> None:
+        for fallback in handle.fallbacks:
+            self.console.print(f"note: {fallback}", style="yellow", highlight=False)
+
+
+def by_passes(job: Job, plan: Batching) -> None:
+    """All prompts in passes that they share: see `generate/continuous.py`."""
+    options, report, left = job.options, job.report, job.left()
+    report.predicted_s = plan.seconds
+    handle = job.load(work_of([len(p.ids) for p in left], options.max_new_tokens, plan))
+    with handle:
+        spec = handle.spec
+        pool = KeyValuePool(
+            layers=spec.kv_layers,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            tokens=plan.pool_tokens,
+            dtype=getattr(torch, spec.dtype),
+        )
+        report.pool_bytes = plan.pool_tokens * spec.kv_bytes_per_token
+        job.say(
+            f"{len(left):,} prompts, up to {plan.sequences} at a time, in passes of up to {plan.pass_tokens} tokens; "
+            f"{format_bytes(handle.resident_nbytes)} of weights in memory, {format_bytes(handle.streamed_nbytes)} on "
+            f"disk, {format_bytes(report.pool_bytes)} for keys and values; about {format_seconds(plan.seconds)} to go"
+        )
+        choose = Chooser(
+            handle.model,
+            new_tokens=options.max_new_tokens,
+            sample=options.sample,
+            seed=options.seed,
+            stops_at_eos=not options.ignore_eos,
+            **options.drawing(),
+        )
+        began = said = time.perf_counter()
+        before = handle.session.statistics().read_bytes
+        with Ragged(handle.model, handle.session.kernels, pool) as ragged, job.console.status("first pass") as status:
+            for done in passes(
+                ragged,
+                choose,
+                left,
+                new_tokens=options.max_new_tokens,
+                pass_tokens=plan.pass_tokens,
+                sequences=plan.sequences,
+            ):
+                report.passes, report.rows = report.passes + 1, report.rows + done.rows
+                report.batch = max(report.batch, done.running)
+                if done.answers:
+                    job.add([(a.prompt, a.tokens, a.has_ended) for a in done.answers])
+                job.measured(handle, began, before)
+                line = (
+                    f"pass {report.passes}: {len(job.answers.done):,} of {report.prompts:,} prompts answered, "
+                    f"{done.running} running, {done.rows} tokens; {report.rows / report.generate_s:.0f} tokens/s "
+                    "through the model"
+                )
+                status.update(line)
+                if time.perf_counter() - said > SAID_S:
+                    said = time.perf_counter()
+                    job.say(line)
+        pool.close()
+        job.conclude(handle)
+
+
+def by_blocks(job: Job, batch: int) -> None:
+    """Batches of the model's own generate, the longest prompts first: see `generate/many.py`."""
+    options, report = job.options, job.report
+    blocks = [b for b in arrange(job.prompts, batch) if any(p.index not in job.answers.done for p in b.prompts)]
+    longest = max(len(p.ids) for b in blocks for p in b.prompts)
+    handle = job.load(Workload(batch=batch, prompt_tokens=longest, total_tokens=longest + options.max_new_tokens))
+    report.batch = batch
+    with handle:
+        job.say(
+            f"{len(job.left()):,} prompts, {batch} at a time: {len(blocks)} batches; "
+            f"{format_bytes(handle.resident_nbytes)} of weights in memory, {format_bytes(handle.streamed_nbytes)} on "
+            "disk"
+        )
+        began, before = time.perf_counter(), handle.session.statistics().read_bytes
+        for count, block in enumerate(blocks, 1):
+            what = f"batch {count} of {len(blocks)}"
+            job.add(_answer(job, handle, block, what))
+            job.measured(handle, began, before)
+            left = report.generate_s / count * (len(blocks) - count)
+            job.say(
+                f"{what}: {len(job.answers.done):,} of {report.prompts:,} prompts answered, "
+                f"{report.tokens_per_s or 0:.2f} tokens/s" + f"; about {format_seconds(left)} left" * (left > 0)
+            )
+        report.passes = handle.session.statistics().passes
+        job.conclude(handle)
+
+
+def _answer(job: Job, handle: Offloaded, block: Block, what: str) -> list[tuple[Prompt, list[int], bool]]:
+    """Generates one batch."""
+    options = job.options
+    if options.sample:
+        torch.manual_seed(seed_of(options.seed, block.number))
+    with job.console.status(f"{what}: prefill") as status:
+        result = generate(
+            handle.model,
+            handle.session,
+            [p.ids for p in block.prompts],
+            new_tokens=options.max_new_tokens,
+            stop_at_eos=not options.ignore_eos,
+            on_token=lambda n: status.update(f"{what}: token {n} of at most {options.max_new_tokens}"),
+            **options.choosing(),
+        )
+    end = None if options.ignore_eos else handle.model.generation_config.eos_token_id
+    ends = set() if end is None else {end} if isinstance(end, int) else set(end)
+    return [(prompt, *ended(row, ends)) for prompt, row in zip(block.prompts, result.tokens, strict=True)]

@@ -1,0 +1,134 @@
+"""Continuous batching in numbers: how many passes a pile of prompts takes, and how many tokens are in each of them.
+
+A pass over the weights takes what its bytes need or what its tokens need, whichever is more. More room for keys and
+values means more sequences in a pass and fewer passes, but leaves less for weights, so that each pass reads more. How
+many tokens of prompts join a pass is a choice too: too many at once, and the disk waits for prompts now and the cores
+for decoding later. So both are tried, by playing the whole work through.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+PASS_TOKENS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
+SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128, 160, 192, 256, 384, 512)
+PLAYED = 2000  # prompts, at most, that stand for all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """What was found for a pile of prompts.
+
+    Attributes:
+        pool_tokens: of all running sequences together, whose keys and values have a place.
+        pass_tokens: in a pass, at most.
+        sequences: that run at a time, at most.
+        seconds: for all of it, if every sequence gets all of its new tokens.
+        passes: over the weights.
+        tokens: of prompts and new ones, that run through the model.
+    """
+
+    pool_tokens: int
+    pass_tokens: int
+    sequences: int
+    seconds: float
+    passes: float
+    tokens: int
+
+
+def play(
+    prompts: Sequence[int],
+    new_tokens: int,
+    *,
+    pool_tokens: int,
+    pass_tokens: int,
+    sequences: int,
+    pass_s: Callable[[int], float],
+) -> tuple[float, int, int]:
+    """Seconds, passes, and sequences that ran at a time at most; as `generate/continuous.py` runs them.
+
+    Args:
+        prompts: tokens of each, longest first; the first one and its new tokens fit in the pool.
+        new_tokens: of each.
+        sequences: that run at a time, at most.
+        pass_s: what a pass of so many tokens takes.
+    """
+    left, running, most, free, seconds, number, at = len(prompts), 0, 0, pool_tokens, 0.0, 0, 0
+    ends: dict[int, tuple[int, int]] = {}  # number of a pass -> sequences and tokens of the pool that it frees
+    while left or running:
+        rows, began, taken = running, 0, 0
+        while left and running + began < sequences and free >= (need := prompts[at] + new_tokens - 1):
+            if rows and rows + prompts[at] > pass_tokens:
+                break
+            rows, began, taken, free = rows + prompts[at], began + 1, taken + need, free - need
+            at, left = at + 1, left - 1
+        seconds += pass_s(rows)
+        running += began
+        most = max(most, running)
+        if began:
+            ends[number + new_tokens - 1] = began, taken
+        gone, given = ends.pop(number, (0, 0))
+        running, free, number = running - gone, free + given, number + 1
+    return seconds, number, most
+
+
+def best(
+    prompts: Iterable[int],
+    new_tokens: int,
+    pass_s_of: Callable[[int, int, int], Callable[[int], float] | None],
+    *,
+    sequences: int | None = None,
+) -> Batching | None:
+    """The room and the size of a pass that finish soonest; None where not even one sequence fits.
+
+    Args:
+        prompts: tokens of each.
+        new_tokens: of each, at most.
+        pass_s_of: (pool_tokens, pass_tokens, sequences) -> what a pass of so many tokens takes; None: no room.
+        sequences: that run at a time, at most.
+    """
+    whole = sorted(prompts, reverse=True)
+    step = -(-len(whole) // PLAYED)
+    lengths = whole[::step]
+    longest = lengths[0] + new_tokens - 1
+    everything = sum(lengths) + len(lengths) * (new_tokens - 1)
+    found: Batching | None = None
+    counts = sorted({min(n, len(lengths), sequences or len(lengths)) for n in SEQUENCES})
+    for count in counts:
+        pool = min(count * longest, everything)
+        at_most = min(count if sequences else pool // (lengths[-1] + new_tokens - 1), len(lengths))
+        fitting = False
+        for most_rows in sorted({max(size, lengths[0]) for size in PASS_TOKENS}):
+            pass_s = pass_s_of(pool, most_rows, at_most)
+            if pass_s is None:
+                continue
+            fitting = True
+            seconds, passes, running = play(
+                lengths, new_tokens, pool_tokens=pool, pass_tokens=most_rows, sequences=at_most, pass_s=pass_s
+            )
+            if found is None or seconds * step < found.seconds * 0.995:  # a tie goes to what takes less memory
+                found = Batching(
+                    pool_tokens=pool,
+                    pass_tokens=most_rows,
+                    sequences=running,
+                    seconds=seconds * step,
+                    passes=passes * step,
+                    tokens=sum(whole) + len(whole) * (new_tokens - 1),
+                )
+        if not fitting:
+            break
+    return found
+
+
+def between(points: Sequence[tuple[int, float]]) -> Callable[[int], float]:
+    """Straight lines between points, and on beyond the last two."""
+    places = [x for x, _ in points]
+
+    def value(x: int) -> float:
+        at = min(max(1, bisect_left(places, x)), len(points) - 1)
+        (x0, y0), (x1, y1) = points[at - 1], points[at]
+        return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x > x0 else y0
+
+    return value

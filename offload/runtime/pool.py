@@ -1,0 +1,115 @@
+"""Keys and values of many sequences in one region: each has a run of tokens there for as long as it runs.
+
+    one layer, one head    | sequence 4 . . | sequence 9 . . . . |   free   | sequence 7 . . | scrap |
+
+A run is as long as its sequence can become, and lies at the same place in every layer. Runs are taken where they fit
+first and given back in any order; neighbours that are free become one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from offload.io.buffers import Buffer
+from offload.tiers.host import as_tensor
+
+
+class Runs:
+    """Who has which tokens of `tokens`: whole numbers only.
+
+    Attributes:
+        free: tokens that nobody has.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = self.free = tokens
+        self._gaps: list[tuple[int, int]] = [(0, tokens)] if tokens else []  # (start, end), in order
+        self._taken: dict[int, int] = {}
+
+    def take(self, tokens: int) -> int | None:
+        """Where a run of `tokens` begins; None where no gap is as long."""
+        for at, (start, end) in enumerate(self._gaps):
+            if end - start >= tokens:
+                self._gaps[at : at + 1] = [(start + tokens, end)] if end - start > tokens else []
+                self._taken[start] = tokens
+                self.free -= tokens
+                return start
+        return None
+
+    def give(self, start: int) -> None:
+        """The run that begins there is free again."""
+        tokens = self._taken.pop(start)
+        self.free += tokens
+        gaps = sorted([*self._gaps, (start, start + tokens)])
+        self._gaps = [gaps[0]]
+        for begin, end in gaps[1:]:
+            if begin == self._gaps[-1][1]:
+                self._gaps[-1] = self._gaps[-1][0], end
+            else:
+                self._gaps.append((begin, end))
+
+    def check_integrity(self) -> None:
+        """Free and taken runs cover all tokens once."""
+        spans = sorted([*self._gaps, *((s, s + n) for s, n in self._taken.items())])
+        assert [s for s, _ in spans] == [0, *(e for _, e in spans[:-1])][: len(spans)], spans
+        assert (spans[-1][1] if spans else 0) == self.tokens, spans
+        assert self.free == sum(e - s for s, e in self._gaps), (self.free, self._gaps)
+
+
+class KeyValuePool:
+    """Memory for keys and values of all layers, in huge pages.
+
+    Args:
+        layers, kv_heads, head_dim: of the model.
+        tokens: of all sequences together.
+        dtype: of keys and values.
+
+    Attributes:
+        runs: who has which tokens.
+        scrap: a token that nobody has, for rows of a pass that belong to no sequence.
+    """
+
+    def __init__(self, *, layers: int, kv_heads: int, head_dim: int, tokens: int, dtype: torch.dtype) -> None:
+        self.runs, self.scrap = Runs(tokens), tokens
+        shape = (layers, 2, kv_heads, tokens + 1, head_dim)
+        self._buffer = Buffer(torch.Size(shape).numel() * dtype.itemsize)
+        self._whole = as_tensor(self._buffer.view).view(dtype).view(shape)
+
+    @property
+    def layers(self) -> int:
+        return self._whole.shape[0]
+
+    def keys(self, layer: int) -> torch.Tensor:
+        """[kv_heads, tokens + 1, head_dim]"""
+        return self._whole[layer, 0]
+
+    def values(self, layer: int) -> torch.Tensor:
+        """[kv_heads, tokens + 1, head_dim]"""
+        return self._whole[layer, 1]
+
+    def refuses(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> str | None:
+        """Why keys and values [1, kv_heads, tokens, head_dim] of a layer have no place here; None when they have."""
+        heads, _, dim = self.keys(layer).shape if 0 <= layer < self.layers else (0, 0, 0)
+        for tensor in (key, value):
+            if tensor.shape[0] != 1 or tensor.shape[1] != heads or tensor.shape[3] != dim:
+                return f"layer {layer} has keys or values of {tuple(tensor.shape)}, where {heads} x {dim} was planned"
+            if tensor.dtype != self._whole.dtype:
+                return f"layer {layer} has keys or values in {tensor.dtype}, where {self._whole.dtype} was planned"
+        return None
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor) -> None:
+        """Puts tokens of one pass, [1, kv_heads, tokens, head_dim], at their places, int64 [tokens]."""
+        self.keys(layer).index_copy_(1, places, key[0])
+        self.values(layer).index_copy_(1, places, value[0])
+
+    def close(self) -> None:
+        """Gives the memory back; nothing of the pool may be used any more."""
+        self._whole = torch.empty(0, 2, 0, 0, 0)
+        self._buffer.close()
+
+
+def need_of(prompt_tokens: Sequence[int], new_tokens: int) -> list[int]:
+    """Tokens of the run that each sequence needs: the last new token is never fed back."""
+    return [tokens + new_tokens - 1 for tokens in prompt_tokens]
