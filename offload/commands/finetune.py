@@ -92,6 +92,8 @@ def engine_arguments(config: Config, *, resume: bool) -> dict[str, Any]:
     }
     if "betas" in options_of(train.optim):
         arguments |= {"betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon}
+    if budgets.activations != "auto":
+        arguments["activations"] = budgets.activations
     if train.optim_args:
         arguments["optimizer_args"] = train.optim_args
     if config.method == "lora":

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from offload.errors import BudgetError, ModelError, UsageError
+from offload.finetune.activations import prepare
 from offload.finetune.memory import ACTIVATIONS, Wishes
 from offload.finetune.trainer import Trainer
 from offload.hardware import rss_bytes
@@ -105,6 +106,7 @@ def assemble(
             root, anatomy, cells, state, optimizer,
             slots=slots, max_grad_norm=max_grad_norm, kernels=kernels, seed=seed, frozen=frozen,
         )  # fmt: skip
+        prepare(training.backprop, wishes.activations, cpu_memory, offload_dir, engine)
         if is_new:
             training.create()
         else:

@@ -79,8 +79,9 @@ def finetuning(
         dtype: of the model's weights: "auto" is the checkpoint's.
         seed: of dropout.
         resident: how much of the optimizer's state stays in memory: "auto", a fraction such as 0.25, or bytes.
-        activations: "auto" keeps those that fit in memory, the others are computed again in the backward pass; "keep",
-            "recompute".
+        activations: "auto" keeps those that fit in memory, the others are computed again in the backward pass, from
+            inputs of units that wait in memory or, where that is short or the disk has time, on disk; "keep",
+            "recompute", "disk".
         resume: go on from the last commit in offload_dir, if there is one.
         overwrite: replace a state that is there.
         io: I/O backend: threads, uring or aiofiles.

@@ -13,7 +13,7 @@ MARGIN = 0.02  # of the budget: allocators do not repeat themselves to the byte
 SLACK = 64 * MIB
 NEAR = 0.75  # of the budget
 UNLIMITED = 1 << 62
-ACTIVATIONS = ("auto", "keep", "recompute")
+ACTIVATIONS = ("auto", "keep", "recompute", "disk")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ class Wishes:
 
     Attributes:
         state: bytes, or a share of all, of optimizer state that stays in memory; None: as much as fits.
-        activations: "keep" or "recompute", or "auto": keep what fits.
+        activations: "keep", "recompute" or "disk" (computed again from inputs that wait on disk), or "auto": keep what
+            fits.
     """
 
     state: float | int | None = None
@@ -67,7 +68,7 @@ def plan_memory(training: Training, budget: int, peak: int, wishes: Wishes) -> S
         peak: its largest resident set in a step that kept nothing.
     """
     free = max(0, int(budget * (1 - MARGIN)) - SLACK - peak)
-    graphs = training.keep_graphs({"auto": free, "keep": UNLIMITED, "recompute": 0}[wishes.activations])
+    graphs = training.keep_graphs({"auto": free, "keep": UNLIMITED, "recompute": 0, "disk": 0}[wishes.activations])
     left = max(0, free - graphs)
     if isinstance(wishes.state, float):
         left = int(wishes.state * training.state_nbytes)

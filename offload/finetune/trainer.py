@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from offload.errors import ClosedError, ModelError, UsageError
+from offload.finetune.activations import plan_swaps
 from offload.finetune.memory import Spare, Wishes, give_back, plan_memory
 from offload.hardware import peak_rss_bytes, reset_peak_rss
 from offload.io.engine import Engine
@@ -139,7 +140,11 @@ class Trainer:
         self._step = step
         if is_first and isinstance(self.training, Training) and self._wishes is not None:
             self.training.backprop.measures = False
-            self._spare = plan_memory(self.training, self._cpu_memory, peak_rss_bytes(), self._wishes)
+            peak = plan_swaps(
+                self.training.backprop, self._wishes.activations, self._cpu_memory, peak_rss_bytes(),
+                self.training.state_nbytes, len(learnt), time.perf_counter() - began, self._engine.statistics(),
+            )  # fmt: skip
+            self._spare = plan_memory(self.training, self._cpu_memory, peak, self._wishes)
         give_back(self._cpu_memory)
         after = self._engine.statistics()
         return StepResult(

@@ -2,6 +2,7 @@
 
 The forward of a unit keeps its inputs and nothing else; its backward runs it again, with a graph, and takes the
 gradients of its inputs and of its parameters from that. (Units that may, and the last one, keep their graph instead.)
+What other units made of the weights may wait on disk in between (`tiers/stash.py`).
 So autograd walks from unit to unit in reverse, and entering one is the rendezvous with its weights, as in inference.
 
 Random numbers, as dropout draws them, depend on the step, the micro-batch and the unit alone: running a unit again
@@ -20,7 +21,9 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from offload.errors import ModelError
+from offload.runtime.timeline import now
 from offload.runtime.turns import Turns, run
+from offload.tiers.stash import Stash, Ticket, can_put
 
 Gradients = Mapping[str, torch.Tensor]
 Loss = Callable[[], torch.Tensor]
@@ -50,6 +53,9 @@ class Part:
         forward: the module's own.
         inputs_nbytes, graph_nbytes: what a micro-batch's inputs and its graph took when they were last seen.
         keeps: whether its graph is kept from forward to backward.
+        swaps: whether what it was given by other units waits on disk between forward and backward.
+        swap_nbytes: how much that is, of one micro-batch, when it was last seen.
+        forward_s: what running it again took, when it was last measured.
     """
 
     name: str
@@ -60,6 +66,9 @@ class Part:
     inputs_nbytes: int = 0
     graph_nbytes: int = 0
     keeps: bool = False
+    swaps: bool = False
+    swap_nbytes: int = 0
+    forward_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -74,6 +83,7 @@ class _Call:
     out_spec: TreeSpec | None = None
     out_leaves: list[Any] = field(default_factory=list)
     graph: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+    away: dict[int, Ticket] = field(default_factory=dict)  # of the tensors that came in, those that wait on disk
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The module's own forward; returns the tensors among its results."""
@@ -96,10 +106,17 @@ class Backprop:
         units: (name, module) in any order; they must not contain each other.
         owner: is told of every visit.
         seed: of random numbers.
+
+    Attributes:
+        stash: where inputs wait that are swapped; None: nowhere.
+        is_pressed: whether memory is so short that inputs are swapped even if their units were not told to.
     """
 
     def __init__(self, root: nn.Module, units: Sequence[tuple[str, nn.Module]], owner: Owner, seed: int = 0) -> None:
         self._owner, self._seed = owner, seed
+        self.stash: Stash | None = None
+        self.is_pressed: Callable[[], bool] = lambda: False
+        self._away: list[tuple[int, int, list[Ticket]]] = []  # unit's place, micro-batch, what waits on disk
         names = {id(p): n for n, p in root.named_parameters()}
         self.parts: dict[str, Part] = {}
         self._own_forward: dict[str, Any] = {}
@@ -148,10 +165,15 @@ class Backprop:
         finally:
             self._is_running = False
             torch.set_rng_state(state)
+            self._away.clear()
+            if self.stash is not None:
+                self.stash.clear()
         return found
 
     def close(self) -> None:
-        """Gives the units their own forward back."""
+        """Gives the units their own forward back, and the stash its memory and disk."""
+        if self.stash is not None:
+            self.stash.close()
         for name, part in self.parts.items():
             part.module.__dict__.pop("forward", None)
             if self._own_forward[name] is not None:
@@ -217,6 +239,7 @@ class Backprop:
         """A unit's forward, for _Unit."""
         part = call.part
         self._enter(part, is_backward=False)
+        call.away = self._put_away(call, tensors)
         self._local.inside = part.name
         try:
             if part.keeps and self._learns:
@@ -227,12 +250,38 @@ class Backprop:
         finally:
             self._local.inside = None
 
+    def _put_away(self, call: _Call, tensors: Sequence[torch.Tensor]) -> dict[int, Ticket]:
+        """Lets inputs go to disk, if this unit's do; its turn has begun. Returns which of them, and where they are."""
+        part = call.part
+        waits = [k for k, t in enumerate(tensors) if t.requires_grad and can_put(t)]  # others are the same everywhere
+        if self.measures:
+            part.swap_nbytes = sum(tensors[k].untyped_storage().nbytes() for k in waits)
+        is_last = part.index == len(self.parts) - 1  # its backward follows at once
+        if self.stash is None or not self._learns or part.keeps or is_last or not (part.swaps or self.is_pressed()):
+            return {}
+        away = {k: self.stash.put(tensors[k]) for k in waits}
+        self._away.append((len(self.order), self._local.number, list(away.values())))
+        return away
+
+    def _bring_back(self, call: _Call, saved: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """A unit's inputs, those that were put away too; its turn has begun."""
+        if self.stash is None or not call.away:
+            return list(saved)
+        if self._away:  # the backward pass begins
+            order = sorted(self._away, key=lambda entry: (-entry[0], entry[1]))
+            self._away.clear()
+            self.stash.expect([ticket for _, _, tickets in order for ticket in tickets])
+        left = iter(saved)
+        count = len(saved) + len(call.away)
+        return [self.stash.take(call.away[k]) if k in call.away else next(left) for k in range(count)]
+
     def backward(
-        self, call: _Call, tensors: Sequence[torch.Tensor], needs: Sequence[bool], grads: Sequence[torch.Tensor | None]
+        self, call: _Call, saved: Sequence[torch.Tensor], needs: Sequence[bool], grads: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
         """A unit's backward, for _Unit: gives its parameters' gradients to the owner, returns those of its inputs."""
         part = call.part
         self._enter(part, is_backward=True)
+        tensors = self._bring_back(call, saved)
         self._local.inside = part.name
         try:
             graph, call.graph = call.graph, None
@@ -275,8 +324,11 @@ class Backprop:
                     call.part.graph_nbytes += storage.nbytes()
                 return tensor
 
+            start = now()
             with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
-                return inputs, call.run(inputs)
+                outputs = call.run(inputs)
+            call.part.forward_s = now() - start
+            return inputs, outputs
 
 
 class _Unit(torch.autograd.Function):
@@ -287,7 +339,7 @@ class _Unit(torch.autograd.Function):
         ctx.backprop, ctx.call = backprop, call
         ctx.set_materialize_grads(False)
         outputs = backprop.forward(call, tensors)
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*[t for k, t in enumerate(tensors) if k not in call.away])
         ctx.mark_non_differentiable(*[t for t in outputs if not t.is_floating_point()])
         return tuple(outputs)
 

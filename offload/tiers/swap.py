@@ -1,7 +1,8 @@
 """A swap file: scratch space for tensors that a user's module holds. Nothing of it survives the process.
 
-The file lies in a folder of its own (mode 0700), is created with O_EXCL and O_NOFOLLOW (mode 0600) and is unlinked as
-soon as it is open, so that neither an exit nor a kill leaves a byte behind.
+The file never has a name (O_TMPFILE, mode 0600). Where the file system knows no such files, it lies in a folder of its
+own (mode 0700), is created with O_EXCL and O_NOFOLLOW and is unlinked as soon as it is open. So neither an exit nor a
+kill leaves a byte behind.
 """
 
 from __future__ import annotations
@@ -86,17 +87,11 @@ def unlinked_file(directory: Path, size: int) -> tuple[str, int]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="offload-", dir=directory))  # mode 0700
+        path, fd = _open_unnamed(directory)
     except OSError as error:
         raise StorageError(
             f"offload_dir cannot be written to: {error.strerror}", path=str(directory), errno=error.errno
         ) from error
-    path = folder / "swap"
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        path.unlink()
-    finally:
-        folder.rmdir()
     try:
         if size:
             os.posix_fallocate(fd, 0, size)  # so that a full disk is met before anything is moved
@@ -110,6 +105,24 @@ def unlinked_file(directory: Path, size: int) -> tuple[str, int]:
             ) from error
         raise StorageError(f"{error.strerror}", path=str(directory), errno=error.errno) from error
     return str(path), fd
+
+
+def _open_unnamed(directory: Path) -> tuple[Path, int]:
+    """A new file that never had a name, where the file system knows such; else one whose name is gone at once."""
+    try:
+        fd = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        return directory / f"offload-{os.getpid()}-{fd}", fd
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    folder = Path(tempfile.mkdtemp(prefix="offload-", dir=directory))  # mode 0700
+    path = folder / "swap"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        path.unlink()
+    finally:
+        folder.rmdir()
+    return path, fd
 
 
 def _copy(tensors: Mapping[str, torch.Tensor], places: Mapping[str, int], start: int, target: torch.Tensor) -> None:
