@@ -4,6 +4,7 @@ from offload.plan.machine import budgets_of, machine, with_disk_rate
 from offload.plan.offline import plan_offline, work_of
 from offload.plan.planning import Ask, Plan, Variant, best_batch, make, tiers_of
 from offload.plan.process import process_nbytes, remember_process
+from offload.plan.roofline import roofline
 from offload.plan.running import beside, predict_run
 from offload.plan.saved import SavedPlan, adopt, digest, load_plan, save
 
@@ -24,6 +25,7 @@ __all__ = [
     "predict_run",
     "process_nbytes",
     "remember_process",
+    "roofline",
     "save",
     "tiers_of",
     "with_disk_rate",

@@ -30,25 +30,57 @@ def asked(run: Mapping[str, Any]) -> Rows:
 
 
 def found(run: Mapping[str, Any]) -> Rows:
-    """Speed, bound and binding resource."""
+    """Rates, waits and where the prediction came from."""
     rows: Rows = []
-    bound = _mapping(run.get("bound"))
-    _add(rows, "tokens/s, all sequences", number(run, "tokens_per_s"), lambda v: f"{v:.2f}")
-    _add(rows, "bound of a step", number(run, "bound_s_per_token") or None, format_seconds)
-    if bound.get("binding") is not None and number(run, "bound_s_per_token"):
-        rows.append(("binding resource", str(bound["binding"])))
-    _add(rows, "of the bound reached", number(run, "fraction_of_bound"), lambda v: f"{v:.0%}")
     _add(rows, "ready after", number(run, "ready_s"), format_seconds)
     _add(rows, "disk, measured", number(run, "disk_bytes_per_s"), format_rate)
     _add(rows, "link", number(run, "link_bytes_per_s"), format_rate)
     for cause in _mapping(run.get("stalls")):
-        _add(rows, f"waits a step, {cause}", number(run, "stalls", cause), format_seconds)
+        label = str(cause).removeprefix("compute:")
+        _add(rows, f"a step waits for {label}", number(run, "stalls", cause), format_seconds)
     expected = _mapping(run.get("predicted"))
     if expected:
-        rows.append(("prediction", f"{expected.get('origin')}, for {expected.get('hardware')}"))
-    kernels = ", ".join(f"{k} ({v})" for k, v in _mapping(run.get("kernels")).items())
-    if kernels:
-        rows.append(("kernels", kernels))
+        runs = number(expected, "calibrated_runs")
+        learnt = f", calibrated by {runs:.0f} runs" if runs else ""
+        rows.append(("prediction", f"{expected.get('origin')}, for {expected.get('hardware')}{learnt}"))
+    return rows
+
+
+def kernels(run: Mapping[str, Any]) -> Rows:
+    """Each op, and who computed it and why."""
+    return [(str(op), str(by)) for op, by in _mapping(run.get("kernels")).items()]
+
+
+def said(run: Mapping[str, Any]) -> str:
+    """The run in a line."""
+    parts = [str(run.get("model"))]
+    if (params := number(run, "params")) is not None:
+        parts.append(f"{params / 1e9:.2f} B parameters")
+    if run.get("device") is not None:
+        parts.append(f"on {run['device']}")
+    if (batch := number(run, "batch")) is not None:
+        parts.append(f"{batch:.0f} sequence{'s' if batch != 1 else ''} at a time")
+    return ", ".join(parts)
+
+
+def tiles(run: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, figure, remark): what a reader wants to know first."""
+    rows: list[tuple[str, str, str]] = []
+    _tile(rows, "tokens per second", number(run, "tokens_per_s"), lambda v: f"{v:.2f}", _expected(run, "tokens_per_s"))
+    step = number(run, "decode_s_per_token")
+    _tile(rows, "a step takes", step, format_seconds, _expected(run, "decode_s_per_token"))
+    _tile(rows, "first token after", number(run, "prefill_s"), format_seconds, _expected(run, "prefill_s"))
+    bound = number(run, "bound_s_per_token")
+    binding = _mapping(run.get("bound")).get("binding")
+    remark = f"{format_seconds(bound)} by {binding}" if bound else ""
+    _tile(rows, "of the bound reached", number(run, "fraction_of_bound"), lambda v: f"{v:.0%}", remark)
+    for key, measured, label in (
+        ("cpu_memory", "peak_rss_bytes", "peak memory"),
+        ("gpu_memory", "device_peak_bytes", "peak of the device"),
+    ):
+        budget = number(run, "budgets", key)
+        remark = f"budget {format_bytes(budget)}" if budget else ""
+        _tile(rows, label, number(run, measured) or None, format_bytes, remark)
     return rows
 
 
@@ -58,16 +90,40 @@ def notes(run: Mapping[str, Any]) -> list[str]:
     return [str(f) for f in fallbacks] if isinstance(fallbacks, list) else []
 
 
+NAMES = {
+    "prefill_s": "first token",
+    "decode_s_per_token": "a step",
+    "tokens_per_s": "tokens/s",
+    "peak_rss_bytes": "peak memory",
+    "device_peak_bytes": "peak of the device",
+    "read_bytes_per_token": "read a step",
+    "upload_bytes_per_token": "uploaded a step",
+    "bound_s_per_token": "bound of a step",
+}
+
+
 def compared(run: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(name, predicted, measured, predicted over measured minus 1), for all that was predicted."""
     rows = []
-    for name in _mapping(run.get("predicted")):
+    for name, label in NAMES.items():
         expected, measured = number(run, "predicted", name), number(run, name)
-        if expected is None:
+        if expected is None or not (expected or measured):
             continue
         error = f"{expected / measured - 1:+.1%}" if measured else ""
-        rows.append((name, _unit(name, expected), "" if measured is None else _unit(name, measured), error))
+        rows.append((label, _unit(name, expected), "" if measured is None else _unit(name, measured), error))
     return rows
+
+
+def _expected(run: Mapping[str, Any], name: str) -> str:
+    expected = number(run, "predicted", name)
+    return f"predicted {_unit(name, expected)}" if expected is not None else ""
+
+
+def _tile(
+    rows: list[tuple[str, str, str]], label: str, value: float | None, show: Callable[[float], str], remark: str
+) -> None:
+    if value is not None:
+        rows.append((label, show(value), remark))
 
 
 def _unit(name: str, value: float) -> str:

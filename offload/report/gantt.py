@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from offload.report.axes import scale, seconds_axis
 from offload.report.recorded import Trace
-from offload.report.svg import LEFT, Svg, clip
+from offload.report.svg import Frame, Svg, clip
 from offload.runtime.timeline import LANES, Span, rows
 from offload.units import format_bytes, format_rate, format_seconds
 
-DRAWN = 3_000  # spans of one picture, so that a page stays below a megabyte
 STEPS = 3
 ROW = 18
 
@@ -27,11 +26,11 @@ def windows(trace: Trace) -> list[Window]:
     return found
 
 
-def gantt(trace: Trace, window: Window) -> tuple[str, str]:
+def gantt(trace: Trace, window: Window, frame: Frame) -> tuple[str, str]:
     """(SVG, note): what ran between two times. The note says what is not drawn; empty where all is."""
     title, low, high = window
     inside = [s for s in trace.spans if s.end > low and s.start < high]
-    drawn = sorted(inside, key=lambda s: (s.lane == "stall", s.end - s.start), reverse=True)[:DRAWN]
+    drawn = sorted(inside, key=lambda s: (s.lane == "stall", s.end - s.start), reverse=True)[: frame.spans]
     notes = []
     if len(drawn) < len(inside):
         notes.append(f"the {len(drawn):,} longest of {len(inside):,} spans are drawn")
@@ -46,12 +45,12 @@ def gantt(trace: Trace, window: Window) -> tuple[str, str]:
     for label in sorted(heights, key=_order):
         tops[label] = bottom
         bottom += heights[label] * ROW + 6
-    svg = Svg(bottom + 22, f"{title}: lanes over time")
-    svg.text(LEFT, 14, f"{title}: {format_seconds(high - low)}", "title")
-    seconds_axis(svg, low, high, 20, bottom)
-    x = scale(low, high)
+    svg = Svg(frame, bottom + 24, f"{title}: lanes over time")
+    svg.text(0, 14, f"{title}: {format_seconds(high - low)}", "title")
+    seconds_axis(svg, frame, low, high, 20, bottom)
+    x = scale(frame, low, high)
     for label, top in tops.items():
-        svg.text(LEFT - 8, top + 13, clip(label, LEFT - 10), "label", "end")
+        svg.text(frame.left - 8, top + 13, clip(label, frame.left - 8), "label", "end")
     for span, _ in laid:
         if _is_stall(span):
             svg.rect(x(span.start), 20, max(x(span.end) - x(span.start), 0.4), bottom - 20, "shade")

@@ -7,7 +7,7 @@ from typing import Any
 
 from offload.report.axes import amounts_axis, scale, seconds_axis
 from offload.report.recorded import Trace, number
-from offload.report.svg import LEFT, RIGHT, Svg, ticks
+from offload.report.svg import NARROW, Frame, Svg, ticks
 from offload.runtime.timeline import Span
 from offload.units import format_bytes, format_rate
 
@@ -21,7 +21,7 @@ BINS = 160
 HEIGHT = 110
 
 
-def links(run: Mapping[str, Any], trace: Trace) -> list[str]:
+def links(run: Mapping[str, Any], trace: Trace, frame: Frame) -> list[str]:
     """A picture for each lane that moved bytes."""
     # Lanes run ahead for a pass that never comes: what they move after the last token served nobody.
     end = trace.marks[-1].time if len(trace.marks) > 1 else trace.end
@@ -29,7 +29,7 @@ def links(run: Mapping[str, Any], trace: Trace) -> list[str]:
     for lane, (title, rate) in LINKS.items():
         spans = [s for s in trace.spans if s.lane == lane and s.nbytes and s.start < end]
         if spans:
-            found.append(_link(title, lane, spans, trace.start, end, number(run, rate)))
+            found.append(_link(title, lane, spans, (trace.start, end), number(run, rate), frame))
     return found
 
 
@@ -47,25 +47,30 @@ def rates(spans: Iterable[Span], low: float, high: float, bins: int = BINS) -> l
     return [nbytes / width for nbytes in found]
 
 
-def _link(title: str, lane: str, spans: list[Span], low: float, high: float, limit: float | None) -> str:
-    values = rates(spans, low, high)
+def _link(
+    title: str, lane: str, spans: list[Span], window: tuple[float, float], limit: float | None, frame: Frame
+) -> str:
+    low, high = window
+    bins = frame.count(BINS)
+    values = rates(spans, low, high, bins)
     most = max(*values, limit or 0.0, 1.0) * 1.08
     top, bottom = 24.0, 24.0 + HEIGHT
-    svg = Svg(bottom + 24, f"{title} over time")
-    average = sum(values) / BINS
-    said = f"{title}: {format_bytes(average * (high - low))}, {format_rate(average)} on average"
+    svg = Svg(frame, bottom + 24, f"{title} over time")
+    average = sum(values) / bins
+    said = f"{title}: {format_rate(average)}"
+    said += "" if frame is NARROW else f" on average, {format_bytes(average * (high - low))} in all"
     if limit:
         said += f", {average / limit:.0%} of {format_rate(limit)}"
-    svg.text(LEFT, 14, said, "title")
+    svg.text(0, 14, said, "title")
 
     def y(value: float) -> float:
         return bottom - value / most * HEIGHT
 
-    amounts_axis(svg, ticks(most, 4), y, format_rate)
-    seconds_axis(svg, low, high, top, bottom)
-    x, width = scale(low, high), (high - low) / BINS
+    amounts_axis(svg, frame, ticks(most, 4), y, format_rate)
+    seconds_axis(svg, frame, low, high, top, bottom)
+    x, width = scale(frame, low, high), (high - low) / bins
     line = [(x(low + (k + side) * width), y(value)) for k, value in enumerate(values) for side in (0, 1)]
-    svg.path([(LEFT, bottom), *line, (RIGHT, bottom)], f"area {lane}")
+    svg.path([(frame.left, bottom), *line, (frame.right, bottom)], f"area {lane}")
     if limit:
-        svg.line(LEFT, y(limit), RIGHT, y(limit), "limit")
+        svg.line(frame.left, y(limit), frame.right, y(limit), "limit")
     return str(svg)
