@@ -11,126 +11,108 @@ from typing import Any
 import torch
 from numba import uint32
 
-from offload.kernels.cpu.convert import through_bf16
 from offload.kernels.cpu.helper import helper
-from offload.kernels.cpu.lanes import lane_numbers, where_less
 from offload.kernels.cpu.memory import (
     claim,
     get_f32,
     get_i32,
     get_i64,
-    load_bf16,
-    load_f32,
+    load_wide_bf16,
+    load_wide_f32,
     prefetch,
-    store_bf16,
-    store_f32,
-    stream_bf16,
+    scratch,
+    store_wide_bf16,
+    store_wide_f32,
+    stream_wide_bf16,
+    stream_wide_f32,
 )
 from offload.kernels.cpu.normal import normals, philox
 from offload.kernels.cpu.team import TeamFunction, team_function
-from offload.kernels.cpu.vector import fma, magnitude, splat_f32, splat_u32
+from offload.kernels.cpu.vector import wide_f32, wide_u32
+from offload.kernels.cpu.wide import wide_fma, wide_lane_numbers, wide_unless_larger
 from offload.kernels.reference.directions import BLOCK, Along, Sides
 
-PIECE = 256  # blocks that a thread claims
-AHEAD = 8 * BLOCK  # elements between those that are fetched and those that are moved
+PIECE = 64  # blocks that a thread claims
+AHEAD = 2 * BLOCK  # elements between those that are fetched and those that are moved
+SPARE_NBYTES = 4 * BLOCK
+PART = BLOCK // 4  # elements that one of Philox's four words is for
 
 
 @helper(inline=True)
 def _bits(block: int, step: int, words: int) -> Any:
     """Random bits of a block of elements: four vectors."""
-    first = splat_u32(uint32(block * 16)) + lane_numbers()
+    first = wide_u32(uint32(block * 64)) + wide_lane_numbers()
     k0, k1, c2, c3 = get_i64(words, 0), get_i64(words, 1), get_i64(words, 2), get_i64(words, 3)
-    return philox(first, splat_u32(uint32(step)), splat_u32(uint32(c2)), splat_u32(uint32(c3)), k0, k1)
+    return philox(first, wide_u32(uint32(step)), wide_u32(uint32(c2)), wide_u32(uint32(c3)), k0, k1)
 
 
-@helper(inline=True)
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
-@helper(inline=True)
-def _store_two_f32(address: int, k: int, low: Any, high: Any) -> None:
-    store_f32(address, k, low)
-    store_f32(address, k + 16, high)
-
-
-@helper(inline=True)
-def _store_two_bf16(address: int, k: int, low: Any, high: Any) -> None:
-    store_bf16(address, k, low)
-    store_bf16(address, k + 16, high)
-
-
-def _make(name: str, load: Any, rounded: Any, store_two: Any, stream_two: Any, nbytes: int) -> TeamFunction:
+def _make(name: str, load: Any, store: Any, stream: Any, nbytes: int) -> TeamFunction:
     @helper(inline=True)
-    def move(w: Any, z: Any, by: Any, limit: Any) -> Any:
-        return where_less(limit, magnitude(w), w, rounded(fma(by, z, w)))
+    def moved(w: Any, z: Any, by: Any, limit: Any) -> Any:
+        """Not rounded yet."""
+        return wide_unless_larger(w, limit, wide_fma(by, z, w), w)
 
     @helper(inline=True)
-    def to_sides(plus: int, minus: int, k: int, w: Any, v: Any, word: Any, eps: Any, back: Any, limit: Any) -> None:
-        """32 weights, in two vectors, to both sides."""
+    def move(source: int, kept: int, k: int, word: Any, by: Any, limit: Any) -> None:
         y, z = normals(word)
-        far, near = move(w, y, eps, limit), move(v, z, eps, limit)
-        if plus % 64 == 0:
-            stream_two(plus, k, far, near)
+        store(kept, k, moved(load(source, k), y, by, limit))
+        store(kept, k + 64, moved(load(source, k + 64), z, by, limit))
+
+    @helper(inline=True)
+    def to_sides(source: int, plus: int, minus: int, k: int, word: Any, eps: Any, back: Any, limit: Any) -> None:
+        y, z = normals(word)
+        w, v = load(source, k), load(source, k + 64)
+        if (plus | minus) % 64 == 0:
+            stream(plus, k, moved(w, y, eps, limit))
+            stream(plus, k + 64, moved(v, z, eps, limit))
+            stream(minus, k, moved(w, y, back, limit))
+            stream(minus, k + 64, moved(v, z, back, limit))
         else:
-            store_two(plus, k, far, near)
-        far, near = move(w, y, back, limit), move(v, z, back, limit)
-        if minus % 64 == 0:
-            stream_two(minus, k, far, near)
-        else:
-            store_two(minus, k, far, near)
+            store(plus, k, moved(w, y, eps, limit))
+            store(plus, k + 64, moved(v, z, eps, limit))
+            store(minus, k, moved(w, y, back, limit))
+            store(minus, k + 64, moved(v, z, back, limit))
 
     @team_function(name)
     def move_along(block: int) -> None:
         pieces, count, start = get_i64(block, 1), get_i64(block, 2), get_i64(block, 3)
         source, kept, plus, minus = get_i64(block, 4), get_i64(block, 5), get_i64(block, 6), get_i64(block, 7)
         words, moves, due, side_step = get_i64(block, 8), get_i64(block, 9), get_i64(block, 10), get_i64(block, 11)
-        numbers = get_i64(block, 12)
+        numbers, spare = get_i64(block, 12), scratch(SPARE_NBYTES)
         limit, eps, back = (
-            splat_f32(get_f32(numbers, 0)),
-            splat_f32(get_f32(numbers, 1)),
-            splat_f32(get_f32(numbers, 2)),
-        )
+            wide_f32(get_f32(numbers, 0)), wide_f32(get_f32(numbers, 1)), wide_f32(get_f32(numbers, 2))
+        )  # fmt: skip
         piece = claim(block)
         while piece < pieces:
             for b in range(piece * PIECE, min(count, (piece + 1) * PIECE)):
                 k = b * BLOCK
                 for line in range(0, BLOCK * nbytes, 64):
                     prefetch(source + (k + AHEAD) * nbytes + line)
-                a0, a1 = load(source, k), load(source, k + 16)
-                a2, a3 = load(source, k + 32), load(source, k + 48)
-                a4, a5 = load(source, k + 64), load(source, k + 80)
-                a6, a7 = load(source, k + 96), load(source, k + 112)
+                here = source + k * nbytes
+                there = kept + k * nbytes if kept != 0 else spare  # a block lies in the first cache between moves
                 for m in range(due):
                     r0, r1, r2, r3 = _bits(start + b, get_i32(moves, 2 * m), words)
-                    by = splat_f32(get_f32(moves, 2 * m + 1))
-                    y, z = normals(r0)
-                    a0, a1 = move(a0, y, by, limit), move(a1, z, by, limit)
-                    y, z = normals(r1)
-                    a2, a3 = move(a2, y, by, limit), move(a3, z, by, limit)
-                    y, z = normals(r2)
-                    a4, a5 = move(a4, y, by, limit), move(a5, z, by, limit)
-                    y, z = normals(r3)
-                    a6, a7 = move(a6, y, by, limit), move(a7, z, by, limit)
-                if kept != 0:
-                    store_two(kept, k, a0, a1)
-                    store_two(kept, k + 32, a2, a3)
-                    store_two(kept, k + 64, a4, a5)
-                    store_two(kept, k + 96, a6, a7)
+                    by = wide_f32(get_f32(moves, 2 * m + 1))
+                    move(here, there, 0, r0, by, limit)
+                    move(here, there, PART, r1, by, limit)
+                    move(here, there, 2 * PART, r2, by, limit)
+                    move(here, there, 3 * PART, r3, by, limit)
+                    here = there
                 if plus != 0:
                     r0, r1, r2, r3 = _bits(start + b, side_step, words)
-                    to_sides(plus, minus, k, a0, a1, r0, eps, back, limit)
-                    to_sides(plus, minus, k + 32, a2, a3, r1, eps, back, limit)
-                    to_sides(plus, minus, k + 64, a4, a5, r2, eps, back, limit)
-                    to_sides(plus, minus, k + 96, a6, a7, r3, eps, back, limit)
+                    far, near = plus + k * nbytes, minus + k * nbytes
+                    to_sides(here, far, near, 0, r0, eps, back, limit)
+                    to_sides(here, far, near, PART, r1, eps, back, limit)
+                    to_sides(here, far, near, 2 * PART, r2, eps, back, limit)
+                    to_sides(here, far, near, 3 * PART, r3, eps, back, limit)
             piece = claim(block)  # also orders the streamed stores before whatever this thread does next
 
     return move_along
 
 
 _FUNCTIONS = {
-    torch.bfloat16: _make("move_along_bf16", load_bf16, through_bf16, _store_two_bf16, stream_bf16, 2),
-    torch.float32: _make("move_along_f32", load_f32, _as_it_is, _store_two_f32, _store_two_f32, 4),
+    torch.bfloat16: _make("move_along_bf16", load_wide_bf16, store_wide_bf16, stream_wide_bf16, 2),
+    torch.float32: _make("move_along_f32", load_wide_f32, store_wide_f32, stream_wide_f32, 4),
 }
 
 

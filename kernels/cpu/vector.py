@@ -38,6 +38,7 @@ class Vector(types.Type):  # type: ignore[misc]
 
 
 F32, U32, U16 = Vector("F32", FLOAT, 16), Vector("U32", I32, 16), Vector("U16", I16, 32)
+WIDE_F32, WIDE_U32 = Vector("WIDE_F32", FLOAT, 64), Vector("WIDE_U32", I32, 64)  # four registers: see `wide`
 
 
 class _Bfloat(ir.Type):
@@ -117,7 +118,7 @@ for _operation, _float, _integer in (
     (operator.sub, "fsub", "sub"),
     (operator.mul, "fmul", "mul"),
 ):
-    _operator(_operation, {F32: _float, U32: _integer, U16: _integer})
+    _operator(_operation, {F32: _float, U32: _integer, U16: _integer, WIDE_F32: _float, WIDE_U32: _integer})
 _operator(operator.truediv, {F32: "fdiv"})
 for _operation, _integer in (
     (operator.and_, "and_"),
@@ -126,25 +127,13 @@ for _operation, _integer in (
     (operator.lshift, "shl"),
     (operator.rshift, "lshr"),
 ):
-    _operator(_operation, {U32: _integer, U16: _integer})
+    _operator(_operation, {U32: _integer, U16: _integer, WIDE_U32: _integer})
 
 
 @intrinsic
 def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c with one rounding."""
     return F32(F32, F32, F32), lambda context, b, signature, args: call(b, "fma.v16f32", F32.llvm, args)
-
-
-@intrinsic
-def upper_product(typing_context: Any, a: Any, b: Any) -> Any:
-    """The upper 32 bits of a * b, of whole numbers without a sign."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        wide = ir.VectorType(I64, LANES)
-        product = b.mul(*(b.zext(one, wide) for one in args))
-        return b.trunc(b.lshr(product, number(product, 32)), U32.llvm)
-
-    return U32(U32, U32), generate
 
 
 sqrt = unary(F32, F32, lambda b, v: call(b, "sqrt.v16f32", F32.llvm, [v]))
@@ -194,3 +183,5 @@ def _splatter(result: Vector, given: Any) -> Any:
 splat_f32 = _splatter(F32, types.float32)
 splat_u32 = _splatter(U32, types.uint32)
 splat_u16 = _splatter(U16, types.uint32)
+wide_f32 = _splatter(WIDE_F32, types.float32)
+wide_u32 = _splatter(WIDE_U32, types.uint32)

@@ -1,68 +1,97 @@
-"""Puts a zeroth-order trainer together: weights in memory and a log on disk."""
+"""Puts a zeroth-order trainer together: weights in memory as far as they fit, the rest streaming, and a log on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from offload.errors import UsageError
-from offload.finetune.assemble import check_memory
+from offload.checkpoint import Opened
+from offload.errors import ModelError, UsageError
+from offload.finetune.assemble import DTYPES
+from offload.finetune.export import export_checkpoint
+from offload.finetune.room import place_beside, spec_of
 from offload.finetune.trainer import Trainer
 from offload.io.engine import Engine
-from offload.runtime.discovery import Anatomy
-from offload.runtime.zeroth import Zeroth
-from offload.tiers.cells import Cells, Shapes, lay_out_cell
+from offload.kernels.chosen import Kernels
+from offload.kernels.reference.directions import Along, Sides
+from offload.runtime.discovery import dissect
+from offload.runtime.sides import sides_nbytes
+from offload.runtime.zeroth import Zeroth, uses
+from offload.specs import Budgets
 from offload.tiers.logfile import LogFile
 
 
 def assemble_zeroth(
-    root: nn.Module,
-    anatomy: Anatomy,
-    parameters: Shapes,
+    opened: Opened,
     engine: Engine,
+    kernels: Kernels,
     *,
-    fill: Callable[[Mapping[str, torch.Tensor]], None],
-    save: Callable[[Mapping[str, torch.Tensor], Path], None],
     learning_rate: float,
     eps: float,
-    cpu_memory: int,
+    write_every: int | None,
+    budgets: Budgets,
+    tokens: int,
     offload_dir: Path,
     seed: int,
     resume: bool,
     overwrite: bool,
 ) -> Trainer:
-    """A zeroth-order trainer: weights in memory, a log on disk. Arguments as for `assemble.assemble`."""
+    """A zeroth-order trainer. Arguments as for `finetuning.finetuning`."""
     if not eps > 0:
         raise UsageError(f"eps={eps}: weights are moved by a positive distance")
-    layouts = [lay_out_cell("weights", parameters)]
-    check_memory(layouts[0].nbytes, 0, cpu_memory)
+    if write_every is not None and write_every < 1:
+        raise UsageError(f"zo_write_every={write_every}: give a number of steps from 1 on, or None")
+    root, sources = opened.model, opened.sources
+    strange = sorted({str(s.dtype) for s in sources.values() if s.dtype not in DTYPES})
+    if strange:
+        raise ModelError(f"parameters in {', '.join(strange)} cannot be trained; load the model as bfloat16 or float32")
+    if any(s.form is not None for s in sources.values()):
+        raise ModelError(
+            f"the checkpoint is packed ({opened.weights}), and packed weights cannot move; take the plain one"
+        )
+    anatomy = dissect(root, shares=False)
+    _warm(kernels)
     identity = {
-        "parameters": sum(prod(shape) for _, shape in parameters.values()),
-        "dtype": sorted({str(dtype) for dtype, _ in parameters.values()}),
+        "parameters": sum(prod(s.shape) for s in sources.values()),
+        "dtype": sorted({str(s.dtype) for s in sources.values()}),
         "optimizer": "zo",
         "seed": seed,
     }
     state = LogFile(offload_dir, identity, resume=resume, overwrite=overwrite)
-    cells = Cells(layouts)
     try:
-        fill(cells.views)
-        training = Zeroth(root, anatomy, cells, state, eps=eps, seed=seed)
+        found = dict(sources)
+        for base in state.bases:
+            base.verify(state.folder, engine, lambda d: str(kernels.run("checksum", d)))
+            found |= base.sources(state.folder, sources)
+        spec = spec_of(anatomy, found, getattr(root, "config", None), by_rows=False)
+        sides = {"both sides of the largest unit": sides_nbytes(uses(anatomy), found)}
+        placement = place_beside(spec, budgets, tokens, sides)
+        training = Zeroth(
+            root, anatomy, found, placement, engine, kernels, state, eps=eps, seed=seed, write_every=write_every
+        )
     except BaseException:
         state.close()
         raise
+
+    def save(folder: Path) -> None:
+        export_checkpoint(root, sources, opened.checkpoint.entries, training.weights, folder, engine)
 
     def finish() -> None:
         training.close()
         state.close()
         engine.close()
-        cells.close()
 
     return Trainer(
         root, training, None, engine,
-        learning_rate=learning_rate, cpu_memory=cpu_memory, wishes=None,
-        save=lambda folder: save(cells.views, folder), finish=finish,
+        learning_rate=learning_rate, cpu_memory=budgets.cpu_memory, wishes=None, save=save, finish=finish,
     )  # fmt: skip
+
+
+def _warm(kernels: Kernels) -> None:
+    """Compiles what a step needs, before memory is counted."""
+    import torch
+
+    for dtype in DTYPES:
+        some = torch.zeros(256, dtype=dtype)
+        kernels.run("move_along", some, Along(0, ""), [(1, 0.0)], some, Sides(1, 0.0, some.clone(), some.clone()))
+    kernels.run("checksum", torch.zeros(4096, dtype=torch.uint8))

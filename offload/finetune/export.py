@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,16 +22,17 @@ from offload.tiers.sink import Sink
 SAFETENSORS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64",
                torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
 SHARD_NBYTES = 5 * 10**9
+_Piece = tuple[int, int, torch.dtype, Callable[[], torch.Tensor]]  # bytes of a file: first, end; and what goes there
 
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A tensor to write: runs of elements of the model's parameters, one after the other."""
+    """A tensor to write: runs of elements of the model's parameters, one after the other, asked for when it is time."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    runs: tuple[torch.Tensor, ...]
+    runs: tuple[Callable[[], torch.Tensor], ...]
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +53,7 @@ def export_checkpoint(
         root: the model, for its configuration and buffers.
         sources: where each parameter lay in the checkpoint.
         entries: the checkpoint's tensors.
-        weights: parameter name -> its present value.
+        weights: parameter name -> its present value, which is asked for once, when it is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
@@ -77,7 +78,7 @@ def export_module(root: Any, folder: Path, engine: Engine) -> None:
 
 def stored(name: str, tensor: torch.Tensor) -> _Stored:
     """A whole tensor, to be written under a name."""
-    return _Stored(name, tensor.dtype, tuple(tensor.shape), (tensor,))
+    return _Stored(name, tensor.dtype, tuple(tensor.shape), (lambda: tensor,))
 
 
 def export_tensors(
@@ -116,7 +117,7 @@ def _write_file(path: Path, tensors: Sequence[_Stored], engine: Engine) -> None:
     with Sink(path, engine, head, end) as sink:
         for t in tensors:
             for run in t.runs:
-                sink.append(run)
+                sink.append(run())
         path.unlink(missing_ok=True)
         sink.finish((head - 8).to_bytes(8, "little") + text.ljust(head - 8))
 
@@ -128,13 +129,15 @@ def _stored(
     weights: Mapping[str, torch.Tensor],
 ) -> list[_Stored]:
     """Every tensor of the checkpoint, made of the model's parameters. Copies of tied ones are left out."""
-    pieces: dict[str, list[tuple[int, int, torch.Tensor]]] = {}
+    pieces: dict[str, list[_Piece]] = {}
     for name, source in sources.items():
-        flat = weights[name].detach().reshape(-1)
         for piece in source.pieces:
-            extent = piece.extent
-            values = flat[piece.start : piece.start + piece.count]
-            pieces.setdefault(extent.path, []).append((extent.offset, extent.end, values))
+            extent, end = piece.extent, piece.start + piece.count
+
+            def run(name: str = name, start: int = piece.start, end: int = end) -> torch.Tensor:
+                return weights[name].detach().reshape(-1)[start:end]
+
+            pieces.setdefault(extent.path, []).append((extent.offset, extent.end, source.dtype, run))
     for here in pieces.values():
         here.sort(key=_start)
     found = []
@@ -145,14 +148,13 @@ def _stored(
         if inside:
             if [p[0] for p in inside] != [begin, *(p[1] for p in inside[:-1])] or inside[-1][1] != end:
                 raise CheckpointError(f"{name} is not made of whole parameters, so it cannot be written back")
-            runs = tuple(p[2] for p in inside)
-            found.append(_Stored(name, runs[0].dtype, entry.shape, runs))
+            found.append(_Stored(name, inside[0][2], entry.shape, tuple(p[3] for p in inside)))
         elif name in buffers:
-            found.append(_Stored(name, buffers[name].dtype, tuple(buffers[name].shape), (buffers[name],)))
+            found.append(stored(name, buffers[name]))
     return found
 
 
-def _start(piece: tuple[int, int, torch.Tensor]) -> int:
+def _start(piece: _Piece) -> int:
     return piece[0]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from offload.budgets import Size, resolve
+from offload.budgets import Size, parse_resident, resolve
 from offload.checkpoint import Opened, find, open_checkpoint
 from offload.errors import BudgetError, UsageError
 from offload.finetune.assemble import assemble
@@ -36,6 +37,7 @@ def finetuning(
     method: str = "full",
     lora: Mapping[str, Any] | None = None,
     zo_eps: float = 1e-3,
+    zo_write_every: int | None = None,
     optimizer: str = "adamw",
     learning_rate: float = 1e-5,
     max_grad_norm: float | None = 1.0,
@@ -49,6 +51,8 @@ def finetuning(
     dtype: str | torch.dtype = "auto",
     seed: int = 0,
     resident: Size = None,
+    resident_weights: Size = None,
+    tokens: int = 1024,
     activations: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
@@ -66,6 +70,7 @@ def finetuning(
         method: full; lora: low-rank adapters beside frozen weights, which stay in memory; or zo: MeZO, two forward
             passes a step and no optimizer, whose state on disk is a log of one number a step.
         zo_eps: how far zo moves weights to each side.
+        zo_write_every: steps after which zo writes back the weights that stream; None: as it pays.
         lora: r, lora_alpha, lora_dropout and target_modules of the adapters, as PEFT names them.
         optimizer: adamw, adamw_8bit (moments in 8 bits, half the bytes to move), sgd (with momentum 0.9), adafactor or
             apollo (a third of the bytes; see docs/finetuning.md).
@@ -79,6 +84,8 @@ def finetuning(
         dtype: of the model's weights: "auto" is the checkpoint's.
         seed: of dropout.
         resident: how much of the optimizer's state stays in memory: "auto", a fraction such as 0.25, or bytes.
+        resident_weights: how much of the weights stays in memory, in the same words; the rest streams.
+        tokens: of a micro-batch, padding included: what memory is set aside for before the rest is given to weights.
         activations: "auto" keeps those that fit in memory, the others are computed again in the backward pass, from
             inputs of units that wait in memory or, where that is short or the disk has time, on disk; "keep",
             "recompute", "disk".
@@ -125,14 +132,9 @@ def finetuning(
                 raise UsageError('method="zo" takes a checkpoint, from which its log goes on: a folder or a hub id')
             read = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
             return assemble_zeroth(
-                read.model, dissect(read.model, shares=False),
-                {n: (s.dtype, s.shape) for n, s in read.sources.items()}, engine,
-                fill=lambda views: bring_into(views, read.sources, engine),
-                save=lambda views, folder: export_checkpoint(
-                    read.model, read.sources, read.checkpoint.entries, views, folder, engine
-                ),
-                learning_rate=learning_rate, eps=zo_eps, cpu_memory=budgets.cpu_memory, offload_dir=Path(offload_dir),
-                seed=seed, resume=resume, overwrite=overwrite,
+                read, engine, kernels, learning_rate=learning_rate, eps=zo_eps, write_every=zo_write_every,
+                budgets=replace(budgets, resident=parse_resident(resident_weights)), tokens=tokens,
+                offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
             )  # fmt: skip
         if isinstance(model, nn.Module):
             root, anatomy = model, dissect(model, shares=False)

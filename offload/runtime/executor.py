@@ -144,6 +144,18 @@ class Executor:
                 self._stop()
                 self._start(order, 0)
 
+    def pause(self) -> None:
+        """Stops the lanes until `follow` says how to go on; nothing is in flight when it returns."""
+        self._stop()
+
+    def follow(self, order: Sequence[str]) -> None:
+        """The next pass runs in this order, from its beginning."""
+        self._trace.clear()
+        self._strayed = False
+        if self._is_stopping or tuple(order) != self._order or self._at:
+            self._stop()
+            self._start(tuple(order), 0)
+
     def statistics(self) -> ExecutorStatistics:
         return ExecutorStatistics(self._entered, self._passes, self._restarts)
 

@@ -1,38 +1,46 @@
 """Zeroth-order training (MeZO, Malladi et al., 2023): two forward passes along a random direction, and no gradient.
 
-Both passes visit a unit in one turn, as micro-batches of two signs do: its weights are moved to one side, then to the
-other, then back. The update along the same direction waits until the unit's next visit (ZO2, 2025), so that weights are
-touched once a step. Directions follow from seed, step and parameter; so the weights of any step are those of the
-checkpoint and a log of two numbers a step, and the log is all that a commit writes.
+Both passes visit a unit in one turn, as micro-batches of two signs do: from where its weights are, they are moved to
+one side and to the other. Updates wait until the unit's next visit (ZO2, 2025), so that weights travel once a step.
+Directions follow from seed, step and parameter; so the weights of any step are those of the checkpoint and a log of one
+number a step.
+
+    base (checkpoint, or written back) -> slot | the log's updates since then | + eps, - eps | both signs run |
+
+Weights that stay in memory are updated in place. Those that stream are as their base is on disk: what the log has since
+then is applied whenever they load, in order, rounded to their dtype after each step as if they had been in memory all
+the time. Now and then a pass writes them back as they are (`writeback`), to a new file that the next commit may name.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from offload.errors import ModelError
+from offload.io.engine import Engine
+from offload.kernels.chosen import Kernels
+from offload.kernels.reference.directions import Along, Sides
+from offload.planner.placement import Placement
 from offload.runtime.backprop import Backprop, Gradients, Loss
 from offload.runtime.discovery import Anatomy
-from offload.runtime.timeline import Timeline
+from offload.runtime.sides import TwoSides
+from offload.runtime.streams import Streams
+from offload.runtime.timeline import Timeline, now
 from offload.runtime.training import Pass
-from offload.tiers.cells import Cells
+from offload.runtime.writeback import WriteBack
+from offload.tiers.images import Base, Images
+from offload.tiers.layout import Source
 from offload.tiers.logfile import LogFile
 
-
-def direction(seed: int, step: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """The random direction of a step, for one parameter: standard normal, float32."""
-    mixed = (seed * 1_000_003 + step) * 1_000_003 + zlib.crc32(name.encode())
-    return torch.randn(shape, generator=torch.Generator().manual_seed(mixed % (1 << 62)))
-
-
-def moved(weights: torch.Tensor, along: torch.Tensor, by: float) -> torch.Tensor:
-    """`weights` moved, rounded once to their dtype."""
-    return torch.add(weights.float(), along, alpha=by).to(weights.dtype)
+TOGETHER = 8  # micro-batches of an evaluation that share a pass over weights
+REPLAYED = 64  # updates that a resumed run applies at most to weights that stay; with more, a commit writes them
+STAYING = "(staying)"
 
 
 class Zeroth:
@@ -41,106 +49,282 @@ class Zeroth:
     Args:
         root: the model; its parameters are replaced while this lives.
         anatomy: its units, from `dissect(root, shares=False)`.
-        cells: its weights, as the checkpoint has them.
-        state: the log.
+        sources: its weights, as the checkpoint or a base has them.
+        placement: which of them stay in memory.
+        engine: moves bytes; its owner closes it.
+        kernels: what computes.
+        state: the log and the bases.
         eps: how far weights are moved to each side.
         seed: of directions.
+        limits: parameter -> the magnitude above which its weights do not move; those that are not named all move.
+        write_every: steps after which what streams is written back; None: as it pays.
     """
 
     ring_nbytes = 0
 
     def __init__(
-        self, root: nn.Module, anatomy: Anatomy, cells: Cells, state: LogFile, *, eps: float, seed: int
+        self,
+        root: nn.Module,
+        anatomy: Anatomy,
+        sources: Mapping[str, Source],
+        placement: Placement,
+        engine: Engine,
+        kernels: Kernels,
+        state: LogFile,
+        *,
+        eps: float,
+        seed: int,
+        limits: Mapping[str, float] | None = None,
+        write_every: int | None = None,
     ) -> None:
-        self.root, self.cells, self.state = root, cells, state
-        self._eps, self._seed = eps, seed
+        self.root, self.state, self._engine, self._kernels = root, state, engine, kernels
+        self._eps, self._seed, self._sources = eps, seed, sources
         self.timeline = Timeline()
-        self._bound: list[tuple[nn.Module, str, nn.Parameter | None]] = []
-        for name, owners in anatomy.owners.items():
-            parameter = nn.Parameter(cells.views[name].data, requires_grad=False)
-            for owner in owners:
-                self._bound.append((owner.module, owner.attribute, owner.module._parameters[owner.attribute]))
-                owner.module._parameters[owner.attribute] = parameter
-        names = {id(p): n for n, p in root.named_parameters()}
-        self._used = {u.name: [names[id(p)] for p in u.module.parameters()] for u in anatomy.units}
-        outside = set(cells.views) - {n for used in self._used.values() for n in used}
+        self._along = {n: Along(seed, n, (limits or {}).get(n, float("inf"))) for n in sources}
+        self._stored = dict.fromkeys(sources, ("", 0))  # parameter -> its base, if not the checkpoint, and its updates
+        for base in state.bases:
+            self._stored |= dict.fromkeys(base.places, (base.file, base.step))
+        self._has = {n: step for n, (_, step) in self._stored.items()}  # updates that it has where it is loaded from
+        self._used = uses(anatomy)
+        outside = set(sources) - {n for used in self._used.values() for n in used}
         if outside:
             raise ModelError(f"{sorted(outside)[0]} is used outside every unit; such models cannot be trained yet")
-        self._loose = set(anatomy.loose)
-        self.backprop = Backprop(root, [(u.name, u.module) for u in anatomy.units], self, seed)
+        self._sides = TwoSides(self._used, sources)
+        self.streams = Streams(anatomy, sources, placement, engine, kernels, self.timeline, self._present)
+        self._bases = {base.file: base for base in state.bases}
+        self._travelling = [n for u in self.streams.travelling for n in self.streams.bundle(u)]
+        self._staying = [n for n in sources if n not in set(self._travelling)]
+        self._order = [u.name for u in anatomy.units]
+        self._rhythm = WriteBack(sum(sources[n].nbytes for n in self._travelling), write_every)
+        self._images: Images | None = None  # what this pass writes back to
+        self._current: Images | None = None  # what was written back last, while something is read from it
         self._step = 0  # the step whose direction is used; 0: weights stay as they are
-        self._due: dict[str, tuple[int, float]] = {}  # parameter -> step and distance of an update that is due
-        self._base: dict[str, torch.Tensor] = {}
-        self._along: dict[str, torch.Tensor] = {}
         self._half = 0
-        for step, by in enumerate(state.log, 1):  # a run that goes on
-            self._due = dict.fromkeys(cells.views, (step, by))
+        self._apply_s = 0.0
+        try:
+            self.streams.start()
             self.flush()
+        except BaseException:
+            self.streams.close()
+            raise
+        self.backprop = Backprop(root, [(u.name, u.module) for u in anatomy.units], self, seed)
+
+    # What a trainer calls.
 
     def run(self, losses: Sequence[Loss], scales: Sequence[float], numbers: Callable[[float], Any], step: int) -> Pass:
         """Two forward passes of all micro-batches; see Training.run. `grad_norm` is the projected gradient's size."""
         self.root.eval()  # both passes must see the same model
         self._half, self._step = len(losses), step
-        self._apply(self._loose)
-        found = self.backprop.run([*losses, *losses], None, step)
-        self._step = 0
+        found = self._pass([*losses, *losses], step)
         plus, minus = found[: self._half], found[self._half :]
         projected = sum((p - m) * s for p, m, s in zip(plus, minus, scales, strict=True)) / (2 * self._eps)
         if projected - projected != 0:
             raise ModelError(f"the loss of step {step} is not finite: {found}")
-        by = -numbers(1.0).learning_rate * projected
-        self.state.log.append(by)
-        self._due = dict.fromkeys(self.cells.views, (step, by))
+        self.state.log.append(-numbers(1.0).learning_rate * projected)
         return Pass([(p + m) / 2 for p, m in zip(plus, minus, strict=True)], abs(projected), 1.0)
 
     def evaluate(self, losses: Sequence[Loss], step: int) -> list[float]:
-        """Losses of micro-batches with the present weights, one after the other."""
-        self.flush()
-        return [self.backprop.run([loss], None, step)[0] for loss in losses]
+        """Losses of micro-batches with the present weights."""
+        self._step, found = 0, list[float]()
+        for first in range(0, len(losses), TOGETHER):
+            found += self._pass(losses[first : first + TOGETHER], step)
+        return found
 
     def flush(self) -> None:
-        """Applies every update that is due."""
-        self._apply(list(self._due))
+        """Applies every update that is due to weights that stay in memory."""
+        for name in self._staying:
+            self._apply(name, self.streams.store.kept(name))
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The present weights by name; those that stream are read when they are asked for."""
+        self.flush()
+        return _Present(self, list(self._sources))
 
     def commit(self, extra: Mapping[str, Any]) -> None:
         """Makes the present step the one that a later run finds."""
-        self.state.commit(extra)
+        if self._current is not None:
+            self._current.sync()
+        if len(self.state.log) - min((self._stored[n][1] for n in self._staying), default=0) > REPLAYED:
+            self._write_staying()
+        found = []
+        for file, base in self._bases.items():
+            places = {n: at for n, at in base.places.items() if self._stored[n][0] == file}
+            if places:
+                found.append(replace(base, places=places))
+        self.state.commit(extra, found)
+        self._bases = {base.file: base for base in found}
 
     def close(self) -> None:
-        """Gives the model its parameters back."""
+        """Gives the model its own forwards back and the memory to the system."""
         self.backprop.close()
-        for module, attribute, parameter in self._bound:
-            module._parameters[attribute] = parameter
-        self._bound.clear()
+        self.streams.close()
+        self._sides.close()
+        if self._images is not None:
+            self._images.abandon()
+
+    # Passes.
+
+    def _pass(self, losses: Sequence[Loss], step: int) -> list[float]:
+        updates = len(self.state.log) - min((self._has[n] for n in self._travelling), default=0)
+        is_writing = bool(self._step) and self._rhythm.is_due(updates)
+        if is_writing:
+            self._begin_images()
+        self.streams.follow(self._order)
+        self._apply_s = 0.0
+        found = self.backprop.run(losses, None, step)
+        self._order = list(self.backprop.order)
+        self._rhythm.add_pass(self._apply_s * updates / (updates + 1))
+        if is_writing:
+            self._end_images()
+        return found
 
     # The owner's side of Backprop.
 
     def enter(self, unit: str, *, is_backward: bool) -> None:
-        self._apply(self._used[unit])
-        if self._step:
-            for name in self._used[unit]:
-                view = self.cells.views[name]
-                self._base[name] = view.clone()
-                self._along[name] = direction(self._seed, self._step, name, tuple(view.shape))
+        in_slot = self.streams.enter(unit)
+        plus, minus = self._sides.of(unit)
+        start = now()
+        for name in self._used[unit]:
+            weights = in_slot.get(name)
+            stays = weights is None
+            if weights is None:
+                weights = self.streams.store.kept(name)
+            due = self._due(name)
+            is_kept = stays or not self._step or self._images is not None
+            sides = Sides(self._step, self._eps, plus[name], minus[name]) if self._step else None
+            if due or sides is not None:
+                kept = weights if due and is_kept else None
+                self._kernels.run("move_along", weights, self._along[name], due, kept, sides)
+            if stays:
+                self._has[name] = len(self.state.log)
+        end = now()
+        self.timeline.add("move", unit, start, end, 0)
+        if in_slot:
+            self._apply_s += end - start
+            if self._images is not None:
+                store = self.streams.store
+                image = self.streams.slot[: store.image_nbytes(unit)]
+                self._images.write(unit, image, store.places(unit))
 
     def visit(self, unit: str, number: int) -> None:
         """Before each micro-batch: to the one side for the first half of them, to the other for the second."""
         if self._step and number in (0, self._half):
-            by = self._eps if number == 0 else -self._eps
-            for name in self._used[unit]:
-                self.cells.views[name].copy_(moved(self._base[name], self._along[name], by))
+            self.streams.bind(self._sides.of(unit)[0 if number == 0 else 1])
 
     def add(self, unit: str, gradients: Gradients) -> None:
         raise AssertionError("there is no backward pass")
 
     def leave(self, unit: str, *, is_backward: bool) -> None:
-        for name, base in self._base.items():
-            self.cells.views[name].copy_(base)
-        self._base.clear()
-        self._along.clear()
+        if self._images is not None and self.streams.travels(unit):
+            start = now()
+            self._images.wait(unit)
+            self.timeline.stall("compute:write", unit, start, now())
+        store = self.streams.store
+        self.streams.bind({n: t for n in self._used[unit] if (t := store.resident(n)) is not None})
+        self.streams.leave(unit)
 
-    def _apply(self, names: Sequence[str] | set[str]) -> None:
-        for name in [n for n in names if n in self._due]:
-            step, by = self._due.pop(name)
-            view = self.cells.views[name]
-            view.copy_(moved(view, direction(self._seed, step, name, tuple(view.shape)), by))
+    # Updates.
+
+    def _due(self, name: str) -> list[tuple[int, float]]:
+        """What a parameter still lacks: steps and distances."""
+        has, log = self._has[name], self.state.log
+        return [(step, log[step - 1]) for step in range(has + 1, len(log) + 1)]
+
+    def _apply(self, name: str, weights: torch.Tensor) -> None:
+        due = self._due(name)
+        if due:
+            self._kernels.run("move_along", weights, self._along[name], due, weights)
+            self._has[name] = len(self.state.log)
+
+    def _present(self, name: str, weights: torch.Tensor) -> torch.Tensor:
+        """A parameter that streams, as read by somebody who wants it as it is now."""
+        due = self._due(name)
+        if due:
+            self._kernels.run("move_along", weights, self._along[name], due, weights)
+        return weights
+
+    # Writing back.
+
+    def _begin_images(self) -> None:
+        store = self.streams.store
+        sizes = {unit: store.image_nbytes(unit) for unit in self.streams.travelling}
+        self._images = Images(self.state.folder, len(self.state.log), sizes, self._engine, self._checksum)
+
+    def _end_images(self) -> None:
+        """What streams is read from the new file from now on."""
+        images, self._images = self._images, None
+        assert images is not None
+        base, store = images.finish(), self.streams.store
+        self.streams.pause()
+        for unit in self.streams.travelling:
+            store.reread(unit, images.file, images.offsets[unit])
+        self._has |= dict.fromkeys(base.places, base.step)
+        self._take(base)
+        self._current = images
+        self._rhythm.add_writes(images.write_s)
+
+    def _write_staying(self) -> None:
+        """Weights that stay are written too, so that a run which goes on need not apply the whole log to them."""
+        self.flush()
+        store = self.streams.store
+        area, nbytes = store.arena.buffer, store.arena.used_nbytes
+        places = {n: store.kept(n).data_ptr() - area.address for n in self._staying}
+        images = Images(self.state.folder, len(self.state.log), {STAYING: nbytes}, self._engine, self._checksum)
+        try:
+            images.write(STAYING, area.view[:nbytes], places)
+            images.wait(STAYING)
+            images.sync()
+        except BaseException:
+            images.abandon()
+            raise
+        images.file.close()
+        self._take(images.finish())
+
+    def _take(self, base: Base) -> None:
+        """A file is the base of its parameters; those that are nobody's any more, and not the last commit's, go."""
+        self._stored |= dict.fromkeys(base.places, (base.file, base.step))
+        self._bases[base.file] = base
+        used = {file for file, _ in self._stored.values()}
+        for file in self._bases.keys() - used:
+            self.streams.store.forget(os.path.abspath(self.state.folder / file))
+            del self._bases[file]
+        self.state.sweep(used)
+
+    def _checksum(self, data: torch.Tensor) -> str:
+        return str(self._kernels.run("checksum", data))
+
+
+class _Present(Mapping[str, torch.Tensor]):
+    """Present weights; of those that stream only the last one is held."""
+
+    def __init__(self, training: Zeroth, names: Sequence[str]) -> None:
+        self._streams, self._names = training.streams, dict.fromkeys(names)
+        self._last: tuple[str, torch.Tensor | None] = "", None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        kept = self._streams.store.resident(name)
+        if kept is not None:
+            return kept
+        if self._last[0] != name or self._last[1] is None:
+            self._last = "", None
+            self._last = name, self._streams.whole(name)
+        assert self._last[1] is not None
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def uses(anatomy: Anatomy) -> dict[str, list[str]]:
+    """Unit -> the parameters below it, those that it shares with others too."""
+    inside = {u.name: {id(module) for module in u.module.modules()} for u in anatomy.units}
+    return {
+        unit: [n for n, owners in anatomy.owners.items() if any(id(o.module) in modules for o in owners)]
+        for unit, modules in inside.items()
+    }

@@ -1,34 +1,46 @@
-"""The state of a run whose weights follow from a checkpoint and one number a step: the log of those numbers."""
+"""The state of a run whose weights follow from a base and one number a step: the log of those numbers, and the bases.
+
+    state.json           which files are bases, and the log; replaced as a whole by a commit
+    weights-120-0.bin    weights with 120 updates in them: those that were written back; all others are the checkpoint's
+
+A file is written before a commit names it and removed after one that does not; so a kill at any instant leaves the last
+commit with all its files.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from offload.errors import StorageError, UsageError
 from offload.tiers.commit import MANIFEST, Commit, read_commit, write_commit
 from offload.tiers.durable import sync_folder
+from offload.tiers.images import Base
 from offload.tiers.statefile import check_identity
+
+BASES = "weights-*.bin"
 
 
 class LogFile:
     """The log, and the manifest that commits it. Locks its folder until it is closed.
 
     Attributes:
+        folder: of the state.
         log: a number for each step, in order.
-        step, extra: of the last commit.
+        step, extra, bases: of the last commit.
 
     Raises:
         UsageError, CheckpointError, StorageError: as `open_state`.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-        self._folder, self._identity = folder, dict(identity)
+        self.folder, self._identity = folder, dict(identity)
         self.log: list[float] = []
         self.step, self.extra = 0, dict[str, Any]()
+        self.bases: tuple[Base, ...] = ()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(folder / "state.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -51,18 +63,34 @@ class LogFile:
                 check_identity(commit.identity, self._identity)
                 self.step, self.extra = commit.step, dict(commit.extra["extra"])
                 self.log = [float.fromhex(by) for by in commit.extra["log"]]
+                self.bases = tuple(map(Base.from_dict, commit.extra.get("bases", ())))
             else:
                 (folder / MANIFEST).unlink(missing_ok=True)
                 sync_folder(folder)
+            self.sweep(())
         except BaseException:
             os.close(self._lock)
             raise
 
-    def commit(self, extra: Mapping[str, Any]) -> None:
-        """Makes the log as it is now the one that a later run finds. Raises StorageError; the last commit holds."""
-        told = {"log": [by.hex() for by in self.log], "extra": dict(extra)}
-        write_commit(self._folder, Commit(step=len(self.log), shards={}, identity=self._identity, extra=told))
-        self.step, self.extra = len(self.log), dict(extra)
+    def commit(self, extra: Mapping[str, Any], bases: Sequence[Base] = ()) -> None:
+        """Makes the log as it is now the one that a later run finds. Raises StorageError; the last commit holds.
+
+        Args:
+            bases: files that are durable. Those of the last commit that are not among them are removed.
+        """
+        told = {"log": [by.hex() for by in self.log], "extra": dict(extra), "bases": [b.as_dict() for b in bases]}
+        if bases:
+            sync_folder(self.folder)  # their names, before a manifest that has them
+        write_commit(self.folder, Commit(step=len(self.log), shards={}, identity=self._identity, extra=told))
+        self.step, self.extra, self.bases = len(self.log), dict(extra), tuple(bases)
+        self.sweep(())
+
+    def sweep(self, used: Sequence[str]) -> None:
+        """Removes files of weights that neither the last commit has nor `used` names."""
+        known = {base.file for base in self.bases} | set(used)
+        for path in self.folder.glob(BASES):
+            if path.name not in known:
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Unlocks the folder."""

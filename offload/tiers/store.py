@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from math import prod
 
 import torch
 
 from offload.io.buffers import Buffer, BufferPool, Lease
 from offload.io.engine import Engine, File
-from offload.io.extents import ALIGNMENT
+from offload.io.extents import ALIGNMENT, Extent
 from offload.kernels.chosen import Kernels
 from offload.kernels.formats.form import Form, Weight, take_rows
 from offload.planner.placement import Placement, Tier
@@ -22,7 +23,7 @@ from offload.tiers import transit
 from offload.tiers.device import Device, Event
 from offload.tiers.futures import join
 from offload.tiers.host import HostArena, Scratch, as_tensor
-from offload.tiers.layout import Layout, Source, View, assemble, lay_out, view_of
+from offload.tiers.layout import Layout, Piece, ReadOp, Source, View, assemble, lay_out, view_of
 from offload.tiers.packing import pack_to
 from offload.tiers.rows import URGENT, read_packed_rows, read_rows
 from offload.tiers.slots import VIEW_ALIGNMENT
@@ -196,6 +197,34 @@ class Store:
     def device_tensors(self, unit: str, slot: int) -> Tensors:
         """The tensors of a unit that were uploaded to a device slot. The same objects every time."""
         return self._views(unit, 1, slot, self._uploads[unit][0], self._device_slots)
+
+    # Bundles that are stored anew.
+
+    def image_nbytes(self, unit: str) -> int:
+        """Bytes of a slot that hold the unit's part on disk once it has arrived: a multiple of 4096."""
+        return self._reads[unit].final_nbytes
+
+    def places(self, unit: str) -> dict[str, int]:
+        """Where each tensor of that part begins in a slot."""
+        return {name: view.at for name, view in self._reads[unit].views.items()}
+
+    def reread(self, unit: str, file: File, offset: int) -> None:
+        """The unit's part on disk is an image of its slot from now on. No lane may be reading."""
+        layout = self._reads[unit]
+        nbytes = layout.final_nbytes
+        read = ReadOp(file.path, offset, nbytes, nbytes, 0, False)
+        self._reads[unit] = Layout(nbytes, 0, (read,), (), layout.views)
+        for name, view in layout.views.items():
+            source = self.sources[name]
+            piece = Piece(Extent(file.path, offset + view.at, view.nbytes), source.dtype, 0, prod(source.shape))
+            self.sources[name] = replace(source, pieces=(piece,))
+        self._files[file.path] = file
+
+    def forget(self, path: str) -> None:
+        """Closes a file that nothing is read from any more."""
+        file = self._files.pop(path, None)
+        if file is not None:
+            file.close()
 
     # Single tensors.
 

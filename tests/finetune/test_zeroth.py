@@ -11,7 +11,7 @@ from models import MODELS
 from test_full import batches, plain
 
 import offload
-from offload.runtime.zeroth import direction, moved
+from offload.kernels.reference import Along, move_along
 from offload.tiers.commit import MANIFEST
 
 EPS, RATE, SEED = 1e-2, 1e-2, 7
@@ -40,8 +40,7 @@ class PlainMezo:
 
     def _move(self, base: dict[str, torch.Tensor], by: float) -> None:
         for name, parameter in self.model.named_parameters():
-            along = direction(SEED, self._steps, name, tuple(parameter.shape))
-            parameter.data.copy_(moved(base[name], along, by))
+            move_along(base[name], Along(SEED, name), [(self._steps, by)], parameter.data)
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "qwen3_moe"])

@@ -1,0 +1,68 @@
+"""How much of a checkpoint's weights stays in memory while it is trained, beside all else that a step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from offload.checkpoint.describe import describe
+from offload.errors import BudgetError
+from offload.hardware import rss_bytes
+from offload.planner.placement import Placement, TooSmall, place
+from offload.planner.workspace import LIBRARIES, MARGIN, workspace
+from offload.runtime.discovery import Anatomy
+from offload.specs import Budgets, ModelSpec, Workload
+from offload.tiers.layout import Source
+from offload.units import MIB, format_bytes
+
+LOSS = 1.5  # of the logits with generation's two float32 copies: what cross entropy over all tokens takes
+
+
+def spec_of(anatomy: Anatomy, sources: Mapping[str, Source], config: Any, *, by_rows: bool) -> ModelSpec:
+    """The model's stored weights as numbers, for training, which keeps no keys and values.
+
+    Args:
+        by_rows: whether tables are read by the row.
+    """
+    here = replace(
+        anatomy,
+        units=tuple(replace(u, tensors=tuple(n for n in u.tensors if n in sources)) for u in anatomy.units),
+        loose=tuple(n for n in anatomy.loose if n in sources),
+        tables=anatomy.tables if by_rows else frozenset(),
+    )
+    return replace(describe(here, sources, config), kv_bytes_per_token=0, kv_layers=0)
+
+
+def step_nbytes(spec: ModelSpec, tokens: int) -> dict[str, int]:
+    """What running one micro-batch forward takes, by purpose."""
+    work = workspace(spec, Workload(batch=1, prompt_tokens=tokens, total_tokens=tokens))
+    return {"activations": work.activations, "logits and loss": int(LOSS * tokens * spec.logits_nbytes)}
+
+
+def place_beside(spec: ModelSpec, budgets: Budgets, tokens: int, beside: Mapping[str, int]) -> Placement:
+    """Keeps as much as fits, and at most what the budgets ask for.
+
+    Args:
+        tokens: of a micro-batch.
+        beside: what else a step takes, by purpose.
+
+    Raises:
+        BudgetError: not even the ring fits; says which budget would do.
+    """
+    base = rss_bytes()
+    parts = {"the process itself": base, "libraries and margin": LIBRARIES + int(MARGIN * budgets.cpu_memory)}
+    parts |= {f"{name} ({tokens:,} tokens)": n for name, n in step_nbytes(spec, tokens).items()} | dict(beside)
+    left = budgets.cpu_memory - sum(parts.values())
+    target = budgets.resident
+    if isinstance(target, float):
+        target = int(target * spec.nbytes)
+    try:
+        return place(spec, host_nbytes=left, host_target=target)
+    except TooSmall as error:
+        taken = ", ".join(f"{name} {format_bytes(n)}" for name, n in parts.items() if n)
+        needed = (budgets.cpu_memory * (1 - MARGIN) + error.missing) / (1 - MARGIN) + 8 * MIB
+        raise BudgetError(
+            f"cpu_memory={format_bytes(budgets.cpu_memory)} is too small for this training, which takes: {taken}. "
+            f"{error} Give at least {format_bytes(int(needed))}, or shorter micro-batches"
+        ) from None
