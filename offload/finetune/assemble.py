@@ -12,7 +12,7 @@ from torch import nn
 
 from offload.errors import BudgetError, ModelError, UsageError
 from offload.finetune.activations import prepare
-from offload.finetune.memory import ACTIVATIONS, Wishes
+from offload.finetune.memory import ACTIVATIONS, Wishes, plan_first
 from offload.finetune.trainer import Trainer
 from offload.hardware import rss_bytes
 from offload.io.engine import Engine
@@ -20,7 +20,8 @@ from offload.kernels.chosen import Kernels
 from offload.optim.base import Optimizer
 from offload.runtime.discovery import Anatomy
 from offload.runtime.training import LOOSE, Training
-from offload.tiers.cells import SHARD_COUNT, Cells, Shapes, lay_out_cell
+from offload.tiers.cells import SHARD_COUNT, Cells, Shapes, lay_out_cell, page
+from offload.tiers.spill import Spill
 from offload.tiers.statefile import open_state
 from offload.units import MIB, format_bytes
 
@@ -41,6 +42,7 @@ def assemble(
     frozen: Mapping[str, torch.Tensor] | None = None,
     save: Callable[[Mapping[str, torch.Tensor], Path], None],
     put_back: Callable[[Mapping[str, torch.Tensor]], None] | None = None,
+    travels: bool = True,
     learning_rate: float,
     max_grad_norm: float | None,
     cpu_memory: int,
@@ -58,10 +60,11 @@ def assemble(
         root: the model; its parameters may be on meta.
         anatomy: from `dissect(root, shares=False)`.
         parameters: dtype and shape of each that is trained.
-        fill: puts the initial weights into tensors by name.
+        fill: puts initial weights into tensors by name; called several times, each with some of them.
         frozen: the values of all others.
         save: writes the model, given its weights, to a folder.
         put_back: gets the last weights when the trainer is closed.
+        travels: weights may travel where they do not fit in memory.
 
     Raises:
         BudgetError, ModelError, UsageError, StorageError, CheckpointError: see offload.errors.
@@ -83,7 +86,7 @@ def assemble(
         )
         for u, names in groups.items()
     ]
-    shards = {shard.name: _page(optimizer.state_nbytes(shard.shape)) for cell in layouts for shard in cell.shards}
+    shards = {shard.name: page(optimizer.state_nbytes(shard.shape)) for cell in layouts for shard in cell.shards}
     identity = {
         "parameters": sum(prod(shape) for _, shape in parameters.values()),
         "dtype": sorted({str(dtype) for dtype, _ in parameters.values()}),
@@ -91,24 +94,27 @@ def assemble(
         "shard": shard_count,
     }
     _warm(optimizer, kernels)
-    check_memory(sum(c.nbytes for c in layouts), min(slots, len(shards)) * max(shards.values()), cpu_memory)
-    state = open_state(
-        offload_dir, engine, shards, identity, lambda d: str(kernels.run("checksum", d)),
-        resume=resume, overwrite=overwrite,
-    )  # fmt: skip
-    cells = Cells(layouts)
+    ring = min(slots, len(shards)) * max(shards.values())
+    plan = plan_first(layouts, ring, cpu_memory, wishes, travels=travels)
+
+    def checksum(data: torch.Tensor) -> str:
+        return str(kernels.run("checksum", data))
+
+    state = open_state(offload_dir, engine, shards, identity, checksum, resume=resume, overwrite=overwrite)
+    spill = Spill(offload_dir, engine, {c.unit: c.nbytes for c in layouts}, checksum)
     is_new = state.step == 0 and not state.has_commit
     training: Training | None = None
     try:
-        if is_new:
-            fill(cells.views)
+        spill.take_room(c.unit for c in layouts if c.places and c.unit not in plan.kept)
+        cells = Cells(layouts, plan.kept)
         training = Training(
-            root, anatomy, cells, state, optimizer,
-            slots=slots, max_grad_norm=max_grad_norm, kernels=kernels, seed=seed, frozen=frozen,
+            root, anatomy, cells, state, spill, optimizer,
+            slots=slots, cell_slots=(plan.slots, plan.slot_nbytes), max_grad_norm=max_grad_norm, kernels=kernels,
+            seed=seed, frozen=frozen,
         )  # fmt: skip
         prepare(training.backprop, wishes.activations, cpu_memory, offload_dir, engine)
         if is_new:
-            training.create()
+            training.create(fill)
         else:
             training.restore()
     except BaseException:
@@ -120,19 +126,19 @@ def assemble(
     made = training
 
     def finish() -> None:
-        weights = dict(cells.views)
-        made.close()
-        if put_back is not None:
-            put_back(weights)
-        weights.clear()
-        state.close()
-        engine.close()
-        cells.close()
+        try:
+            if put_back is not None:
+                put_back(made.present)
+        finally:
+            made.close()
+            state.close()
+            engine.close()
+            cells.close()
 
     return Trainer(
         root, made, optimizer, engine,
-        learning_rate=learning_rate, cpu_memory=cpu_memory, wishes=wishes,
-        save=lambda folder: save(cells.views, folder), finish=finish,
+        learning_rate=learning_rate, cpu_memory=cpu_memory, wishes=wishes, travels=travels,
+        save=lambda folder: save(made.weights, folder), finish=finish,
     )  # fmt: skip
 
 
@@ -159,7 +165,3 @@ def check_memory(cells: int, ring: int, budget: int) -> None:
             f"{format_bytes(ring)}, and activations come on top. Give at least "
             f"{format_bytes(base + cells + ring + 256 * MIB)}"
         )
-
-
-def _page(nbytes: int) -> int:
-    return -(-nbytes // 4096) * 4096

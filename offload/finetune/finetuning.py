@@ -110,6 +110,7 @@ def finetuning(
     numbers = {"weight_decay": weight_decay, "betas": betas, "eps": eps} | dict(optimizer_args or {})
     rule = make_optimizer(optimizer, kernels, **numbers)
     budgets = resolve(cpu_memory=cpu_memory, resident=resident)
+    wishes = Wishes(budgets.resident, activations, parse_resident(resident_weights))
     engine = Engine(io, strict=strict)
     given: dict[str, nn.Parameter] = {}
     try:
@@ -124,7 +125,7 @@ def finetuning(
                 raise UsageError(f"lora={dict(lora or {})}: known are {known}") from error
             return _adapters(
                 opened, wanted, rule, engine, kernels, learning_rate=learning_rate, max_grad_norm=max_grad_norm,
-                cpu_memory=budgets.cpu_memory, wishes=Wishes(budgets.resident, activations),
+                cpu_memory=budgets.cpu_memory, wishes=wishes,
                 offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
             )  # fmt: skip
         if method == "zo":
@@ -167,8 +168,9 @@ def finetuning(
 
         return assemble(
             root, anatomy, parameters, rule, engine, kernels, fill=fill, save=save,
-            put_back=put_back if given else None, learning_rate=learning_rate, max_grad_norm=max_grad_norm,
-            cpu_memory=budgets.cpu_memory, wishes=Wishes(budgets.resident, activations), offload_dir=Path(offload_dir),
+            put_back=put_back if given else None, travels=not given,
+            learning_rate=learning_rate, max_grad_norm=max_grad_norm,
+            cpu_memory=budgets.cpu_memory, wishes=wishes, offload_dir=Path(offload_dir),
             seed=seed, resume=resume, overwrite=overwrite,
         )  # fmt: skip
     except BaseException:
@@ -196,6 +198,7 @@ def _adapters(
     bring_into(frozen.views, opened.sources, engine)
     return assemble(
         root, anatomy, shapes, rule, engine, kernels, fill=lambda views: begin(views, seed), frozen=frozen.views,
+        travels=False,
         save=lambda views, folder: save_adapters(root, lora, targets, views, folder, engine),
         seed=seed, cpu_memory=cpu_memory, **options,
     )  # fmt: skip

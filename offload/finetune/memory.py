@@ -1,17 +1,23 @@
-"""What to do with memory that the first step left: compute less twice, then read and write less."""
+"""What stays in memory in the first step, and what to do with memory that it left."""
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from offload.errors import BudgetError
 from offload.hardware import rss_bytes
-from offload.runtime.training import Training
-from offload.units import MIB
+from offload.planner.cells import FEWEST, CellPlan, plan_cells
+from offload.runtime.masters import STAGES
+from offload.runtime.training import LOOSE, Training
+from offload.tiers.cells import Cell, page
+from offload.units import MIB, format_bytes
 
 MARGIN = 0.02  # of the budget: allocators do not repeat themselves to the byte
 SLACK = 64 * MIB
 NEAR = 0.75  # of the budget
+RESERVE = 0.25  # of the budget: for activations, before they are measured
 UNLIMITED = 1 << 62
 ACTIVATIONS = ("auto", "keep", "recompute", "disk")
 
@@ -22,11 +28,13 @@ class Spare:
 
     Attributes:
         peak_nbytes: of the first step, which kept nothing.
+        weights_nbytes: of cells that stay in memory.
         graphs_nbytes: of units whose graphs are kept, so that they run once and not twice.
         state_nbytes: of optimizer state that stays in memory.
     """
 
     peak_nbytes: int
+    weights_nbytes: int
     graphs_nbytes: int
     state_nbytes: int
 
@@ -39,10 +47,12 @@ class Wishes:
         state: bytes, or a share of all, of optimizer state that stays in memory; None: as much as fits.
         activations: "keep", "recompute" or "disk" (computed again from inputs that wait on disk), or "auto": keep what
             fits.
+        weights: bytes, or a share of all, of weights that stay in memory; None: as much as fits.
     """
 
     state: float | int | None = None
     activations: str = "auto"
+    weights: float | int | None = None
 
 
 def give_back(budget: int) -> None:
@@ -57,21 +67,78 @@ def give_back(budget: int) -> None:
             trim(0)
 
 
-def plan_memory(training: Training, budget: int, peak: int, wishes: Wishes) -> Spare:
+def plan_first(layouts: Sequence[Cell], ring: int, budget: int, wishes: Wishes, *, travels: bool = True) -> CellPlan:
+    """Which cells stay in memory in the first step, whose activations nobody knows yet: a guess on the safe side.
+
+    Args:
+        ring: bytes of the ring of optimizer state.
+        budget: bytes for the whole process, which has nothing of the model yet.
+        travels: not all need to stay.
+
+    Raises:
+        BudgetError: it cannot be.
+    """
+    base = rss_bytes()
+    sizes = {cell.unit: page(cell.nbytes) for cell in layouts}
+    loose = sizes.pop(LOOSE, 0)
+    largest = max(sizes.values(), default=0)
+    free = budget - base - ring - loose
+    if not travels and sum(sizes.values()) <= free:
+        return _with_loose(plan_cells(sizes, sum(sizes.values())))
+    staging = STAGES * 4 * max((s.count for cell in layouts for s in cell.shards), default=0)
+    most = int(wishes.weights * sum(sizes.values())) if isinstance(wishes.weights, float) else wishes.weights
+    for reserve in (int(RESERVE * budget) + 3 * largest, 3 * largest):
+        try:
+            if travels:
+                return _with_loose(plan_cells(sizes, free - reserve - staging, most))
+        except BudgetError:
+            continue
+    total = sum(sizes.values())
+    least = FEWEST * largest + 3 * largest + staging if travels else total
+    what = (
+        f"{FEWEST} slots and the gradients of the largest part of the model" if travels else "one copy of the weights"
+    )
+    raise BudgetError(
+        f"cpu_memory={format_bytes(budget)} is too small for this training: the process itself takes "
+        f"{format_bytes(base)}, {what} {format_bytes(least)}, parameters that several parts use {format_bytes(loose)}, "
+        f"the ring of optimizer state {format_bytes(ring)}, and activations come on top. Give at least "
+        f"{format_bytes(base + least + loose + ring + 256 * MIB)}"
+    )
+
+
+def plan_memory(training: Training, budget: int, peak: int, wishes: Wishes, *, travels: bool = True) -> Spare:
     """Divides what is left of the budget, and tells the engine.
 
-    A byte of a graph saves more time than a byte of state: 40 MiB of a block's activations save a forward pass of it,
-    in which the disk moves several times as much.
+    Weights first: a byte of them that stays saves three or four of traffic in a step, and a byte of state two. Then
+    graphs: 40 MiB of a block's activations save a forward pass of it, in which the disk moves several times as much.
 
     Args:
         budget: bytes for the whole process.
         peak: its largest resident set in a step that kept nothing.
+        travels: not all weights need to stay.
     """
-    free = max(0, int(budget * (1 - MARGIN)) - SLACK - peak)
+    free = int(budget * (1 - MARGIN)) - SLACK - peak
+    cells = training.cells
+    sizes = {unit: page(cell.nbytes) for unit, cell in cells.layouts.items() if unit != LOOSE}
+    held = sum(n for unit, n in sizes.items() if cells.stays(unit))
+    if travels and wishes.weights is None and (held < sum(sizes.values()) or peak > budget):
+        room = held + training.cell_ring_nbytes + free
+        try:
+            plan = plan_cells(sizes, room)
+            training.keep_cells(plan.kept, (plan.slots, plan.slot_nbytes))
+            free = room - plan.nbytes
+            held = plan.nbytes - plan.slots * plan.slot_nbytes
+        except BudgetError:  # the guess was too small: all goes on as it began, and nothing more is kept
+            free = 0
+    free = max(0, free)
     graphs = training.keep_graphs({"auto": free, "keep": UNLIMITED, "recompute": 0, "disk": 0}[wishes.activations])
     left = max(0, free - graphs)
     if isinstance(wishes.state, float):
         left = int(wishes.state * training.state_nbytes)
     elif wishes.state is not None:
         left = wishes.state
-    return Spare(peak, graphs, training.keep_state(left))
+    return Spare(peak, held, graphs, training.keep_state(left))
+
+
+def _with_loose(plan: CellPlan) -> CellPlan:
+    return replace(plan, kept=plan.kept | {LOOSE})

@@ -64,12 +64,13 @@ class Trainer:
         learning_rate: float,
         cpu_memory: int,
         wishes: Wishes | None,
+        travels: bool = True,
         save: Callable[[Path], None],
         finish: Callable[[], None],
     ) -> None:
         self.training, self.optimizer, self.learning_rate = training, optimizer, learning_rate
         self._root, self._engine, self._save, self._finish = root, engine, save, finish
-        self._cpu_memory, self._wishes = cpu_memory, wishes
+        self._cpu_memory, self._wishes, self._travels = cpu_memory, wishes, travels
         self.extra: dict[str, Any] = dict(training.state.extra)
         self._step = training.state.step
         self._broken: str | None = None
@@ -88,8 +89,14 @@ class Trainer:
 
     @property
     def model(self) -> nn.Module:
-        """What is trained. After `flush` its parameters are the present weights."""
+        """What is trained. After `flush` its parameters are the present weights, where those are in memory."""
         return self._root
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The present weights by name, wherever they are; each is good until the next one is asked for."""
+        self._check()
+        self.training.flush()
+        return self.training.weights
 
     def flush(self) -> None:
         """Applies the updates that are due, so that the model's parameters are the present weights."""
@@ -144,7 +151,7 @@ class Trainer:
                 self.training.backprop, self._wishes.activations, self._cpu_memory, peak_rss_bytes(),
                 self.training.state_nbytes, len(learnt), time.perf_counter() - began, self._engine.statistics(),
             )  # fmt: skip
-            self._spare = plan_memory(self.training, self._cpu_memory, peak, self._wishes)
+            self._spare = plan_memory(self.training, self._cpu_memory, peak, self._wishes, travels=self._travels)
         give_back(self._cpu_memory)
         after = self._engine.statistics()
         return StepResult(

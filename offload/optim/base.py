@@ -57,6 +57,9 @@ class Cost:
 class Optimizer(Protocol):
     """Updates shards, each independently of all others. State is a run of bytes, which the engine stores.
 
+    It begins with the float32 master weights, four bytes a parameter: the engine reads these alone where it needs
+    weights and no update.
+
     Attributes:
         name: as users name it.
         cost: what a step takes.

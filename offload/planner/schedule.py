@@ -6,7 +6,10 @@ of the next pass may start as soon as the steps it names and the slot it takes a
     Read     disk -> a slot of the host ring
     Upload   host (resident or slot) -> a slot of the device ring
     Compute  the unit's forward; its parameters are bound while it runs
+    Write    a slot -> disk
     Release  the slot goes back to its ring
+
+A step of training is a tuple of the same kind: see `offload.planner.training`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Literal
 
 from offload.planner.placement import Placement, Tier
 
-RingName = Literal["host", "device"]
+RingName = Literal["host", "device", "state", "cells"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +31,13 @@ class Step:
         index: its place in the tuple.
         unit: the unit whose bundle it concerns.
         after: indices of steps of the same pass that must be done before it starts.
+        behind: indices of steps of the pass before that must be.
     """
 
     index: int
     unit: str
     after: tuple[int, ...] = ()
+    behind: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,13 @@ class Compute(Step):
 
     nbytes: int
     cpu_nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Write(Step):
+    """Writes a slot, or a part of one, to disk. The slot goes back when the write has ended, not when it has begun."""
+
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +120,10 @@ def explain(schedule: Schedule) -> str:
     lines = []
     for s in schedule:
         after = f"  after {', '.join(map(str, s.after))}" if s.after else ""
-        size = f"  {s.nbytes / 1e6:9.2f} MB" if isinstance(s, Read | Upload | Compute) else ""
+        after += f"  behind {', '.join(map(str, s.behind))}" if s.behind else ""
+        size = f"  {s.nbytes / 1e6:9.2f} MB" if isinstance(s, Read | Upload | Compute | Write) else ""
         ring = f"  {s.ring} ring" if isinstance(s, Read | Upload | Release) else ""
+        ring += f"  {what}" if (what := getattr(s, "shard", "") or getattr(s, "what", "")) else ""
         split = f"  {s.cpu_nbytes / 1e6:.2f} MB by the CPU" if isinstance(s, Compute) and s.cpu_nbytes else ""
-        lines.append(f"{s.index:4d}  {type(s).__name__:8s} {s.unit:32s}{size}{ring}{after}{split}")
+        lines.append(f"{s.index:4d}  {type(s).__name__:10s} {s.unit:32s}{size}{ring}{after}{split}")
     return "\n".join(lines)

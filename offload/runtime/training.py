@@ -1,44 +1,39 @@
-"""One model in training: its cells, the lane of its optimizer's state, and when each unit is updated.
+"""One model in training: walks the step tuple of each pass, with the model as the lane that computes.
 
-With a clip norm, the factor is known only when the last gradient is. So a unit is updated just before its next use, in
-the forward pass of the next step, while the disk brings the state of those behind it. Without one, a unit is updated as
-soon as its gradient is there, in the backward pass. Either way every number is the one a plain loop would have.
-
-    clip:     forward  | update embed, run it | update block 0, run it | ...      backward  | ... | block 0 | embed |
-    no clip:  forward  | embed | block 0 | ...      backward  | ... | block 0, update it | embed, update it |
+`planner/training.py` says when each unit is updated, and what is read and written for it. Entering a unit runs the
+steps up to its forward or backward; leaving it, those behind. Every number is the one that a plain loop would have,
+wherever weights, gradients and state are meanwhile.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from offload.errors import ModelError
+from offload.io.buffers import Lease
 from offload.kernels.chosen import Kernels
+from offload.planner.schedule import Schedule
+from offload.planner.training import TrainedShard, TrainedUnit, emit_training, has_copies
 from offload.runtime.backprop import Backprop, Gradients, Loss
 from offload.runtime.discovery import Anatomy
-from offload.runtime.shards import ShardLane
-from offload.runtime.timeline import Timeline, now
-from offload.tiers.cells import Cells, Shard
+from offload.runtime.gradients import GradientSums
+from offload.runtime.parameters import Parameters
+from offload.runtime.timeline import Timeline
+from offload.runtime.training_lanes import TrainingLanes
+from offload.runtime.training_walk import LazyWeights, Rule, Walk
+from offload.tiers.cells import Cells, Shard, page
 from offload.tiers.host import as_tensor
+from offload.tiers.spill import Spill
 from offload.tiers.statefile import StateFile
 
 LOOSE = "(loose)"
 EPSILON = 1e-6  # beside the norm, as torch.nn.utils.clip_grad_norm_ has it
-
-
-class Rule(Protocol):
-    """An optimizer, as far as it is needed here; see offload.optim."""
-
-    def state_nbytes(self, shape: tuple[int, ...]) -> int: ...
-    def start(self, state: torch.Tensor, weights: torch.Tensor) -> None: ...
-    def step(self, state: torch.Tensor, cell: torch.Tensor, numbers: Any, *, decays: bool) -> None: ...
-    def weights(self, state: torch.Tensor, cell: torch.Tensor) -> None: ...
+TOGETHER = 16  # micro-batches that are evaluated in one pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +56,13 @@ class Training:
 
     Args:
         root: the model; its parameters are replaced while this lives.
-        anatomy: its units, from `dissect(root, shares=True)`.
-        cells: its weights.
+        anatomy: its units, from `dissect(root, shares=False)`.
+        cells: its weights. Cells that do not stay in memory take turns in a ring.
         state: the optimizer's state on disk.
+        spill: gradients and weights of cells that do not stay.
         rule: the optimizer.
         slots: shards of state in memory at a time.
+        cell_slots: depth of the ring of cells and bytes of a slot.
         max_grad_norm: gradients whose global norm is larger are scaled down to it; None: no clipping.
         kernels: what computes.
         seed: of random numbers.
@@ -78,60 +75,78 @@ class Training:
         anatomy: Anatomy,
         cells: Cells,
         state: StateFile,
+        spill: Spill,
         rule: Rule,
         *,
         slots: int,
+        cell_slots: tuple[int, int] = (0, 0),
         max_grad_norm: float | None,
         kernels: Kernels,
         seed: int,
         frozen: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.root, self.cells, self.state = root, cells, state
-        self._rule, self._slots, self._max_norm, self._kernels = rule, slots, max_grad_norm, kernels
+        self._spill, self._rule, self._max_norm = spill, rule, max_grad_norm
         self.timeline = Timeline()
-        self._anatomy, self._frozen = anatomy, dict(frozen or {})
-        self._bound: list[tuple[nn.Module, str, nn.Parameter | None]] = []
-        self._bind()
-        units = [(u.name, u.module) for u in anatomy.units]
-        self.backprop = Backprop(root, units, self, seed)
+        layouts = cells.layouts.values()
+        shapes = {n: (p.dtype, p.shape) for cell in layouts for n, p in cell.places.items()}
+        self._parameters = Parameters(anatomy, shapes, frozen or {})
+        self._parameters.show(cells.views)
+        self.backprop = Backprop(root, [(u.name, u.module) for u in anatomy.units], self, seed)
         self._loose = set(cells.layouts[LOOSE].places) if LOOSE in cells.layouts else set[str]()
-        self._shards = {shard.name: shard for cell in cells.layouts.values() for shard in cell.shards}
-        self._nbytes = {name: state.nbytes(name) for name in self._shards}
-        self._lane = self._make_lane(list(cells.layouts))
-        self._order: list[str] = []  # cells in the order of their updates; empty before the first pass
-        self._due: set[str] = set()  # cells that hold a gradient
-        self._numbers: Any = None
-        self._generation = 0
+        self._sums = GradientSums(cells, self._loose, kernels)
+        self._shards: dict[str, Shard] = {shard.name: shard for cell in layouts for shard in cell.shards}
+        self._lanes = TrainingLanes(state, spill, cells, slots, self.timeline)
+        self._lanes.use_cell_ring(*cell_slots)
+        self._walk = Walk(cells, self._lanes, self._parameters, rule, self.timeline)
+        self._writes_copies = has_copies(max_grad_norm is not None, max(d.itemsize for d, _ in shapes.values()))
+        self._order = [u.name for u in anatomy.units]  # in which units run forward: as they stand, until it is seen
+        self._is_seen = False
+        self._is_due = False  # every cell holds a gradient
+        self._has_copies = False  # the weights of every cell that does not stay are stored
+        self._emitted: dict[tuple[bool, ...], Schedule] = {}
+        self._has_backward = True  # of the pass that runs
+        self._backward_of: set[str] = set()  # units whose backward has run in it
         self._micro_batches = 1
-        self._sums: dict[str, torch.Tensor] = {}
-        self._squares: dict[str, float] = {}
-        self._seen: set[str] = set()  # units whose backward has run in this pass
 
     # Start and end.
 
-    def create(self) -> None:
-        """Makes the state of step 0 out of the weights in the cells and commits it."""
+    def create(self, fill: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
+        """Makes the state of step 0 out of the first weights and commits it.
 
-        def make(name: str, view: memoryview) -> None:
-            as_tensor(view)[self._rule.state_nbytes(self._shards[name].shape) :].zero_()
-            self._rule.start(self._state_of(name, view), self._cell(name))
-
-        self._lane.fill(make, 0)
+        Args:
+            fill: puts first weights into tensors by name.
+        """
+        if self.cells.views:
+            fill(dict(self.cells.views))
+        for unit, cell in self.cells.layouts.items():
+            if self._travels(unit):
+                lease = self._slot()
+                as_tensor(lease.view).zero_()  # padding
+                self._walk.lend(unit, lease)
+                fill({name: self.cells.views[name] for name in cell.places})
+            for shard in cell.shards:
+                self._lanes.make_shard(shard.name, lambda view, shard=shard: self._first_state(shard, view))
+            if self._travels(unit):
+                self._walk.let_go(unit).release()
         self.state.commit(0, {})
 
     def restore(self) -> None:
-        """Reads the committed state, checks all of it, and puts its weights into the cells."""
-        self._lane.look(lambda name, view: self._rule.weights(self._state_of(name, view), self._cell(name)))
-        self._generation = self.state.step
+        """Reads the committed state, checks all of it, and puts its weights into the cells that stay."""
+
+        def see(name: str, view: memoryview) -> None:
+            if self.cells.stays(self._shards[name].unit):
+                self._rule.weights(self._walk.state_of(name, view), self.cells.shard(self._shards[name]))
+
+        self._lanes.look(see)
+        self._walk.generation = self.state.step
 
     def close(self) -> None:
-        """Stops the lane and gives the model its parameters back."""
-        self._lane.close()
+        """Stops the lanes and gives the model its parameters back."""
+        self._lanes.close()
         self.backprop.close()
-        for module, attribute, parameter in self._bound:
-            module._parameters[attribute] = parameter
-        self._bound.clear()
-        self._sums.clear()
+        self._parameters.close()
+        self._sums.close()
 
     # Passes.
 
@@ -147,212 +162,257 @@ class Training:
             ModelError: a gradient is not finite, or the model's units run in a way that cannot be trained.
         """
         self._micro_batches = len(losses)
-        self._squares.clear()
-        self._seen.clear()
+        self._sums.begin()
+        self._backward_of.clear()
         if self._max_norm is None:
-            self._numbers, self._generation = numbers(1.0), step
+            self._walk.numbers, self._walk.generation = numbers(1.0), step
+        self._begin(forward=True, backward=True)
         found = self.backprop.run(losses, scales, step)
-        self._learn_order()
         self._check_uses()
         if self._loose:
-            self._finish_loose()
-        norm = math.sqrt(math.fsum(self._squares.values()))
-        if not math.isfinite(norm):
-            raise ModelError(f"the gradient of step {step} is not finite (its norm is {norm}); losses were {found}")
+            self._sums.finish_loose(LOOSE, self._parameters.trained)
+        norm = self._sums.norm(step, found)
+        self._walk.finish()
+        self._is_seen, self._is_due = True, self._max_norm is not None
+        self._has_copies = self._writes_copies
         clip = 1.0
         if self._max_norm is not None:
             clip = min(1.0, self._max_norm / (norm + EPSILON))
-            self._numbers, self._generation = numbers(clip), step
+            self._walk.numbers, self._walk.generation = numbers(clip), step
         return Pass(found, norm, clip)
 
     def evaluate(self, losses: Sequence[Loss], step: int) -> list[float]:
-        """Losses of micro-batches with the present weights, one after the other."""
-        return [self.backprop.run([loss], None, step)[0] for loss in losses]
+        """Losses of micro-batches with the present weights."""
+        found = []
+        for first in range(0, len(losses), TOGETHER):
+            self._begin(forward=True, backward=False)
+            found += self.backprop.run(losses[first : first + TOGETHER], None, step)
+            self._walk.finish()
+            self._is_due = False
+        return found
 
     def flush(self) -> None:
         """Applies every update that is due."""
-        for unit in self._order:
-            self._update(unit)
+        if self._is_due:
+            self._begin(forward=False, backward=False)
+            self._walk.finish()
+            self._is_due = False
 
     def commit(self, extra: Mapping[str, Any]) -> None:
         """Makes the present step the one that a later run finds."""
         self.flush()
-        self._lane.write_kept(self._generation)
-        self.state.commit(self._generation, extra)
+        for name in [n for n in self._shards if n in self._walk.dirty]:
+            self.state.write(name, self._lanes.kept[name], self._walk.generation)
+            self._walk.dirty.discard(name)
+        self.state.commit(self._walk.generation, extra)
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The present weights by name, brought in as they are asked for; a tensor is good until the next one is."""
+        self.flush()
+        return self.present
+
+    @property
+    def present(self) -> Mapping[str, torch.Tensor]:
+        """The same without what is due: cells that stay may hold gradients."""
+        return LazyWeights(self.cells, self._bring)
 
     # Memory that is left: for what is then not read, or not computed twice.
 
     def keep_graphs(self, nbytes: int) -> int:
-        """Keeps the graphs of as many units as fit, the last ones first; returns the bytes that they take."""
+        """Keeps the graphs of as many units as fit, the last ones first; returns the bytes that they take.
+
+        Of units whose weights stay: a graph refers to them.
+        """
         taken = 0
         for unit in reversed(self.backprop.order):
             part = self.backprop.parts[unit]
             is_last = unit == self.backprop.order[-1]  # its backward follows at once: its graph is there anyway
             need = 0 if is_last else part.graph_nbytes * self._micro_batches
-            part.keeps = taken + need <= nbytes
+            part.keeps = taken + need <= nbytes and (is_last or not self._travels(unit))
             taken += need if part.keeps else 0
         return taken
 
     def keep_state(self, nbytes: int) -> int:
         """Keeps as many shards in memory as fit, spread evenly; returns the bytes that they take."""
-        names = [s.name for unit in self._order for s in self.cells.layouts[unit].shards]
-        total = sum(self._nbytes.values())
-        share = min(1.0, nbytes / max(1, total))
+        lanes, order = self._lanes, [LOOSE, *self._order]
+        names = [s.name for unit in order if unit in self.cells.layouts for s in self.cells.layouts[unit].shards]
+        share = min(1.0, nbytes / max(1, self.state_nbytes))
         taken = wanted = 0.0
+        lanes.rest()
         for name in names:
-            wanted += self._nbytes[name] * share
-            if taken + self._nbytes[name] / 2 <= wanted and taken + self._nbytes[name] <= nbytes:
-                self._lane.keep(name)
-                taken += self._nbytes[name]
+            wanted += lanes.nbytes[name] * share
+            if name in lanes.kept:
+                taken += lanes.nbytes[name]
+            elif taken + lanes.nbytes[name] / 2 <= wanted and taken + lanes.nbytes[name] <= nbytes:
+                lanes.keep(name)
+                taken += lanes.nbytes[name]
+        self._emitted.clear()
         return int(taken)
+
+    def keep_cells(self, kept: Collection[str], cell_slots: tuple[int, int]) -> None:
+        """Keeps these cells in memory from now on, and no others; those of no unit stay in any case.
+
+        Args:
+            cell_slots: depth of the ring for the others, and bytes of a slot.
+        """
+        self._lanes.rest()
+        self._walk.put_away()
+        for unit in self.cells.layouts:
+            if self.cells.stays(unit) and unit not in kept and unit != LOOSE:
+                if self._is_due or self._has_copies:
+                    self._spill.write(unit, self.cells.memory(unit)).result()
+                self._parameters.hide(self.cells.layouts[unit].places)
+                self.cells.drop(unit)
+            elif unit in kept and not self.cells.stays(unit):
+                view = self.cells.keep(unit)
+                if self._is_due:
+                    self._spill.read(unit, view).result()
+                    self._spill.verify(unit, view)
+                else:
+                    self._lanes.weights(unit, view).result()
+                self._parameters.show({n: self.cells.views[n] for n in self.cells.layouts[unit].places})
+        self._lanes.use_cell_ring(*cell_slots)
+        self._emitted.clear()
 
     @property
     def state_nbytes(self) -> int:
         """Bytes of the optimizer's state, master weights included."""
-        return sum(self._nbytes.values())
-
-    @property
-    def kept_nbytes(self) -> int:
-        return self._lane.kept_nbytes
+        return sum(self._lanes.nbytes.values())
 
     @property
     def ring_nbytes(self) -> int:
-        return self._lane.ring.buffer.nbytes
+        return self._lanes.ring_nbytes
+
+    @property
+    def cell_ring_nbytes(self) -> int:
+        ring = self._lanes.cell_ring
+        return ring.buffer.nbytes if ring is not None else 0
+
+    def schedule(self) -> Schedule:
+        """The steps of a step of training, as it will be from the second on."""
+        is_due = self._max_norm is not None
+        return self._emit(is_due, self._writes_copies, forward=True, backward=True)
 
     # The owner's side of Backprop.
 
     def enter(self, unit: str, *, is_backward: bool) -> None:
-        if not is_backward:
-            if self._due:
-                self._update(LOOSE)
-            self._update(unit)
+        if self.cells.layouts[unit].places:
+            self._meet(unit, is_backward=is_backward)
+            self._walk.enter(unit)
+        else:  # it may use parameters of no unit
+            self._walk.is_before(unit, is_backward=is_backward)
 
     def visit(self, unit: str, number: int) -> None:
         """Every micro-batch finds the same weights."""
 
     def add(self, unit: str, gradients: Gradients) -> None:
-        own = {}
-        for name, gradient in gradients.items():
-            if name in self._loose:
-                self._sum(name, gradient)
-            elif self._micro_batches == 1:
-                own[name] = gradient
-            else:
-                self._sum(name, gradient)
-        if self._micro_batches == 1:
-            self._finish(unit, own)
+        self._sums.add(unit, gradients, is_only=self._micro_batches == 1)
 
     def leave(self, unit: str, *, is_backward: bool) -> None:
-        if not is_backward:
+        if not self.cells.layouts[unit].places:
             return
-        self._seen.add(unit)
-        if self._micro_batches > 1:
-            names = [n for n in self.cells.layouts[unit].places if n in self._sums]
-            self._finish(unit, {n: self._sums.pop(n) for n in names})
-        if self._max_norm is None and self.cells.layouts[unit].places:
-            self._learn_order()
-            self._update(unit)
+        if is_backward:
+            self._walk.turn(unit)
+            self._meet(unit, is_backward=True)
+            self._backward_of.add(unit)
+            if self._micro_batches > 1:
+                self._sums.finish(unit)
+        self._walk.leave(unit)
 
-    def _sum(self, name: str, gradient: torch.Tensor) -> None:
-        """Adds to a parameter's gradient in float32."""
-        if name in self._sums:
-            self._sums[name] += gradient
-        else:
-            self._sums[name] = gradient.float().clone()
+    # The tuple.
 
-    def _finish(self, unit: str, gradients: Gradients) -> None:
-        """Puts the gradient of a cell in place of its weights, rounded once."""
-        for name in self.cells.layouts[unit].places:
-            if name in gradients:
-                self.cells.views[name].copy_(gradients[name])
-            else:
-                self.cells.views[name].zero_()
-        for name, padded in self.cells.padded(unit):
-            self._squares[name] = self._kernels.run("square_sum", padded)
-        self._due.add(unit)
+    def _begin(self, *, forward: bool, backward: bool) -> None:
+        self._has_backward = backward
+        schedule = self._emit(self._is_due, self._has_copies, forward=forward, backward=backward)
+        self._walk.begin(schedule, repeats=schedule is self.schedule())
 
-    def _check_uses(self) -> None:
-        """Every unit has its gradient, and no parameter has one that went past its unit."""
-        asleep = [u for u in self.backprop.order if u not in self._seen and self.cells.layouts[u].places]
-        if asleep:
-            raise ModelError(f"the loss does not depend on {', '.join(asleep[:4])}; that cannot be trained yet")
-        for module, attribute, _ in self._bound:
-            parameter = module._parameters[attribute]
-            name = self._names[id(parameter)]
-            if parameter is not None and parameter.grad is not None and name not in self._loose:
-                raise ModelError(f"{name} is used outside its unit; such models cannot be trained yet")
+    def _meet(self, unit: str, *, is_backward: bool) -> None:
+        """The model enters a unit: it must be the one that comes next, except in the first pass, which shows the order.
 
-    def _finish_loose(self) -> None:
-        for module, attribute, _ in self._bound:  # uses outside every unit
-            parameter = module._parameters[attribute]
-            name = self._names[id(parameter)]
-            if parameter is not None and parameter.grad is not None and name in self._loose:
-                self._sum(name, parameter.grad)
-                parameter.grad = None
-        self._finish(LOOSE, {n: self._sums.pop(n) for n in list(self._sums)})
-        if self._max_norm is None:
-            self._update(LOOSE)
-
-    # Updates.
-
-    def _update(self, unit: str) -> None:
-        """Applies the update of a cell, if one is due: gradient and state become weights and state."""
-        if unit not in self._due:
+        There, no update is due, so that nothing has happened to the units that were expected before this one.
+        """
+        if self._walk.is_before(unit, is_backward=is_backward):
             return
-        for shard in self.cells.layouts[unit].shards:
-            held = self._lane.take(shard.name)
-            start = now()
-            state = self._state_of(shard.name, held.view)
-            self._rule.step(state, self.cells.shard(shard), self._numbers, decays=shard.decays)
-            self.timeline.add("update", shard.name, start, now(), len(held.view))
-            self._lane.give(held, self._generation)
-        self._due.discard(unit)
+        seen = self.backprop.order
+        if is_backward and not self._is_seen:
+            self._check_order()
+            raise ModelError(f"the loss does not depend on what runs behind {unit}; that cannot be trained yet")
+        if is_backward or self._is_seen or self._is_due:
+            raise ModelError(
+                "the model's units ran in another order than in the first step; that cannot be trained yet"
+            )
+        self._order = [*seen, unit, *(u for u in self._order if u not in (*seen, unit))]
+        self._emitted.clear()
+        schedule = self._emit(False, self._has_copies, forward=True, backward=self._has_backward)
+        self._walk.begin(schedule, repeats=False, at=next(s.index for s in schedule if s.unit == unit))
+        assert self._walk.is_before(unit, is_backward=False)
 
-    def _learn_order(self) -> None:
-        """The order of the first pass is that of all updates; the lane starts with it."""
-        units = self.backprop.order
-        missing = [u.name for u in self._anatomy.units if u.name not in units and self.cells.layouts[u.name].places]
+    def _check_order(self) -> None:
+        """Every unit has run."""
+        seen = self.backprop.order
+        missing = [u for u in self._order if u not in seen and self.cells.layouts[u].places]
         if missing:
             raise ModelError(
                 f"{', '.join(missing[:4])} did not run in the first step, so there is nothing to train there"
             )
-        used = [u for u in units if self.cells.layouts[u].places]
-        loose = [LOOSE] if self._loose else []
-        order = [*loose, *used] if self._max_norm is not None else [*reversed(used), *loose]
-        if not self._order:
-            self._order = order
-            self._lane.close()
-            self._lane = self._make_lane(order)
-            self._lane.start()
-        elif order != self._order:
-            raise ModelError(
-                "the model's units ran in another order than in the first step; that cannot be trained yet"
+
+    def _check_uses(self) -> None:
+        """Every unit has its gradient, and no parameter has one that went past its unit."""
+        self._check_order()
+        asleep = [u for u in self.backprop.order if u not in self._backward_of and self.cells.layouts[u].places]
+        if asleep:
+            raise ModelError(f"the loss does not depend on {', '.join(asleep[:4])}; that cannot be trained yet")
+        for name, parameter in self._parameters.trained.items():
+            if parameter.grad is not None and name not in self._loose:
+                raise ModelError(f"{name} is used outside its unit; such models cannot be trained yet")
+
+    def _emit(self, is_due: bool, has_copies: bool, *, forward: bool, backward: bool) -> Schedule:
+        key = (is_due, has_copies, forward, backward)
+        if key not in self._emitted:
+            self._emitted[key] = emit_training(
+                [self._unit(u) for u in self._order],
+                self._unit(LOOSE) if LOOSE in self.cells.layouts else None,
+                clips=self._max_norm is not None, is_due=is_due, reads="weights" if has_copies else "masters",
+                writes_copies=self._writes_copies, forward=forward, backward=backward,
+            )  # fmt: skip
+        return self._emitted[key]
+
+    def _unit(self, name: str) -> TrainedUnit:
+        """A unit in the planner's words."""
+        cell = self.cells.layouts[name]
+        shards = tuple(
+            TrainedShard(
+                name=s.name, nbytes=self._lanes.nbytes[s.name], masters_nbytes=page(4 * s.count),
+                stays=s.name in self._lanes.kept,
             )
+            for s in cell.shards
+        )  # fmt: skip
+        return TrainedUnit(name=name, nbytes=page(cell.nbytes), shards=shards, stays=not self._travels(name))
 
-    def _make_lane(self, cells: Sequence[str]) -> ShardLane:
-        names = [shard.name for cell in cells for shard in self.cells.layouts[cell].shards]
-        return ShardLane(self.state, names, self._nbytes, min(self._slots, len(names)), self.timeline)
+    def _travels(self, unit: str) -> bool:
+        return bool(self.cells.layouts[unit].places) and not self.cells.stays(unit)
 
-    def _state_of(self, name: str, view: memoryview) -> torch.Tensor:
-        """A shard's state without what fills its last page."""
-        return as_tensor(view)[: self._rule.state_nbytes(self._shards[name].shape)]
+    # Weights outside passes.
 
-    def _cell(self, name: str) -> torch.Tensor:
-        shard: Shard = self._shards[name]
-        return self.cells.shard(shard)
+    def _bring(self, unit: str) -> None:
+        """Puts the weights of a cell that travels into a slot, in place of the one before."""
+        if self.cells.has(unit):
+            return
+        self._lanes.rest()
+        self._walk.put_away()
+        lease = self._slot()
+        try:
+            self._lanes.weights(unit, lease.view).result()
+        except BaseException:
+            lease.release()
+            raise
+        self._walk.lend(unit, lease)
 
-    def _bind(self) -> None:
-        """Makes the cells' views the model's parameters."""
-        self._names: dict[int, str] = {}
-        for name in self._anatomy.owners:
-            if name in self._frozen:
-                self._bind_one(name, nn.Parameter(self._frozen[name], requires_grad=False))
-                continue
-            # .data: autograd counts changes of a tensor and all its views, and cells are views of one area.
-            self._bind_one(name, nn.Parameter(self.cells.views[name].data, requires_grad=True))
+    def _slot(self) -> Lease:
+        assert self._lanes.cell_ring is not None
+        return self._lanes.cell_ring.lease()
 
-    def _bind_one(self, name: str, parameter: nn.Parameter) -> None:
-        self._names[id(parameter)] = name
-        for owner in self._anatomy.owners[name]:
-            self._bound.append((owner.module, owner.attribute, owner.module._parameters[owner.attribute]))
-            owner.module._parameters[owner.attribute] = parameter
+    def _first_state(self, shard: Shard, view: memoryview) -> None:
+        as_tensor(view)[self._rule.state_nbytes(shard.shape) :].zero_()
+        self._rule.start(self._walk.state_of(shard.name, view), self.cells.shard(shard))

@@ -12,7 +12,7 @@ decay or all without. Where an optimizer's numbers follow from rows and columns,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -126,21 +126,66 @@ def _rows(place: Place) -> tuple[int, int, int]:
 
 
 class Cells:
-    """The memory of all cells, in huge pages, and the parameters as views of it."""
+    """The memory of cells, in huge pages, and the parameters as views of it.
 
-    def __init__(self, cells: Sequence[Cell]) -> None:
+    A cell stays in memory, or is lent a slot of somebody's ring for the time of its use.
+
+    Attributes:
+        views: parameter name -> its tensor, of cells that are in memory now.
+
+    Args:
+        kept: cells that stay; None: all.
+    """
+
+    def __init__(self, cells: Sequence[Cell], kept: Collection[str] | None = None) -> None:
         self.layouts = {cell.unit: cell for cell in cells}
-        self._buffer = Buffer(sum(_page(cell.nbytes) for cell in cells))
+        self.views: dict[str, torch.Tensor] = {}
         self._areas: dict[str, torch.Tensor] = {}
-        at, whole = 0, as_tensor(self._buffer.view)
+        self._kept: dict[str, Buffer] = {}
         for cell in cells:
-            self._areas[cell.unit] = whole[at : at + cell.nbytes]
-            at += _page(cell.nbytes)
-        self.views = {n: p.of(self._areas[c.unit]) for c in cells for n, p in c.places.items()}
+            if kept is None or cell.unit in kept:
+                self.keep(cell.unit)
 
     @property
     def nbytes(self) -> int:
-        return self._buffer.nbytes
+        """Of the cells that stay."""
+        return sum(buffer.nbytes for buffer in self._kept.values())
+
+    def stays(self, unit: str) -> bool:
+        return unit in self._kept
+
+    def keep(self, unit: str) -> memoryview:
+        """Takes memory for a cell that stays from now on; returns it, to be filled."""
+        self._kept[unit] = buffer = Buffer(page(self.layouts[unit].nbytes))
+        self.lend(unit, buffer.view)
+        return buffer.view
+
+    def drop(self, unit: str) -> None:
+        """Gives up the memory of a cell, which ends with the last view of it."""
+        self.take_back(unit)
+        self._kept.pop(unit).close()
+
+    def memory(self, unit: str) -> memoryview:
+        """Of a cell that stays."""
+        return self._kept[unit].view
+
+    def lend(self, unit: str, view: memoryview) -> None:
+        """The cell lies here from now on."""
+        cell = self.layouts[unit]
+        self._areas[unit] = area = as_tensor(view)[: cell.nbytes]
+        self.views |= {name: place.of(area) for name, place in cell.places.items()}
+        for place in cell.places.values():  # no shard need hold the padding
+            place.padded_of(area)[prod(place.shape) :].zero_()
+
+    def take_back(self, unit: str) -> None:
+        """The cell is not in memory any more."""
+        del self._areas[unit]
+        for name in self.layouts[unit].places:
+            del self.views[name]
+
+    def has(self, unit: str) -> bool:
+        """Whether it is in memory now."""
+        return unit in self._areas
 
     def shard(self, shard: Shard) -> torch.Tensor:
         """The elements of a shard, weights or gradient, as they are in its cell."""
@@ -154,8 +199,9 @@ class Cells:
         """Lets go of the memory, which ends with the last view of it: a user may still hold one."""
         self.views.clear()
         self._areas.clear()
-        self._buffer = Buffer(0)
+        self._kept.clear()
 
 
-def _page(nbytes: int) -> int:
+def page(nbytes: int) -> int:
+    """Rounded up to whole pages."""
     return -(-nbytes // 4096) * 4096

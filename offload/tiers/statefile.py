@@ -97,13 +97,17 @@ class StateFile:
         """Of a shard."""
         return self._shards[name].nbytes
 
-    def read(self, name: str, view: memoryview) -> Future[int]:
-        """Starts reading the newest bytes of a shard. Waits for the write that brings them, if it is under way."""
+    def read(self, name: str, view: memoryview, nbytes: int | None = None) -> Future[int]:
+        """Starts reading the newest bytes of a shard. Waits for the write that brings them, if it is under way.
+
+        Args:
+            nbytes: the first so many, in whole pages; None: all.
+        """
         shard = self._shards[name]
         assert shard.slot is not None, f"{name} was never written"
         if shard.pending is not None:
             shard.pending.result()
-        return self._engine.read(self._file, self._offset(shard, shard.slot), view[: shard.nbytes])
+        return self._engine.read(self._file, self._offset(shard, shard.slot), view[: nbytes or shard.nbytes])
 
     def verify(self, name: str, view: memoryview) -> None:
         """Compares what was read with what was written.

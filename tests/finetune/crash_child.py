@@ -71,6 +71,7 @@ def train(folder: Path, k: int | None) -> None:
         max_grad_norm=clip,
         learning_rate=1e-2,
         resident=0.3,
+        resident_weights=0.4 if "travel" in folder.name else None,
         resume=True,
     ) as trainer:  # fmt: skip
         while trainer.step_number < STEPS:

@@ -47,10 +47,9 @@ def check(trainer: Trainer, loop: ReferenceLoop, micro_batches: int, steps: int 
         loop.step(given, rate(step))
         assert result.loss == loop.losses[-1], step
         assert result.grad_norm == loop.norms[-1], step
-    trainer.flush()
-    mine = {n: p.detach() for n, p in trainer.model.named_parameters()}
+    mine = trainer.weights()
     for name, parameter in loop.model.named_parameters():
-        assert torch.equal(mine[name], parameter.detach()), name
+        assert torch.equal(mine[name].detach(), parameter.detach()), name
 
 
 B, F = torch.bfloat16, torch.float32

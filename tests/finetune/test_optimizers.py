@@ -49,6 +49,8 @@ def test_state_is_what_it_costs(name: str, dtype: torch.dtype) -> None:
     after = torch.empty_like(cell)
     optimizer.weights(state, after)
     assert torch.equal(after, cell), "what a step leaves in the cell is what the state holds"
+    masters = state[: 4 * math.prod(shape)].view(torch.float32).view(shape)
+    assert torch.equal(after, masters.to(dtype)), "the state begins with the masters"
     assert float(((after - weights) * gradient).float().sum()) < 0, "downhill"
 
 

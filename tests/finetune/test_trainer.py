@@ -106,7 +106,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(offload.BudgetError, match=r"one copy of the weights"):
+    with pytest.raises(offload.BudgetError, match=r"slots and the gradients of the largest part"):
         trainer(tmp_path, cpu_memory="300MiB")
     with pytest.raises(offload.UsageError, match="method='half'"):
         trainer(tmp_path, method="half")

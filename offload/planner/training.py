@@ -1,0 +1,245 @@
+"""The schedule of training: one step over the model, forward and backward, as a tuple of small frozen steps.
+
+With a clip norm, the factor is known only when the last gradient is, so a unit is updated just before its next use, in
+the forward pass of the next step. Without one, it is updated in the backward pass. What lies in cells that do not stay
+in memory, and in state that does not, travels:
+
+                  forward                                              backward
+    clip          read gradient, state; update; write state; forward   read masters; backward; write gradient
+    no clip       read weights; forward                                read weights, state; backward; update; write both
+
+Weights are read as a copy in the model's dtype, which the update before wrote, or as the float32 masters that the state
+begins with, rounded on the way: whichever moves fewer bytes (see `has_copies`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from offload.planner.schedule import Compute, Read, Release, Schedule, Step, Write
+
+What = Literal["gradient", "weights", "masters"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadShard(Read):
+    """Reads the optimizer's state of a shard; takes a slot of the state's ring."""
+
+    shard: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadCell(Read):
+    """Brings a unit's gradient or weights; takes a slot of the cells' ring."""
+
+    what: What
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward(Compute):
+    """The forward of the unit, of all micro-batches. If it is the pass's last, its cell stays for the backward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backward(Compute):
+    """The backward of the unit, of all micro-batches: the gradient takes the place of the weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update(Compute):
+    """The optimizer's step of one shard: gradient and state become weights and state."""
+
+    shard: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteShard(Write):
+    """Writes the state of a shard back."""
+
+    shard: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteCell(Write):
+    """Writes a unit's gradient, or its weights."""
+
+    what: What
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedShard:
+    """What the optimizer updates at a time.
+
+    Attributes:
+        nbytes: of its state.
+        masters_nbytes: of the part of it that holds the float32 weights.
+        stays: the state is kept in memory.
+    """
+
+    name: str
+    nbytes: int
+    masters_nbytes: int
+    stays: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedUnit:
+    """A unit, or what belongs to none.
+
+    Attributes:
+        nbytes: of its cell: of its weights, and of its gradient.
+        stays: the cell is kept in memory.
+    """
+
+    name: str
+    nbytes: int
+    shards: tuple[TrainedShard, ...] = ()
+    stays: bool = True
+
+    @property
+    def masters_nbytes(self) -> int:
+        """What reading its masters moves."""
+        return sum(s.masters_nbytes for s in self.shards if not s.stays)
+
+
+def has_copies(clips: bool, itemsize: int) -> bool:
+    """Whether weights are best stored a second time, in the model's dtype.
+
+    Without clipping, weights are used twice between two updates: a copy costs a write and two reads of `itemsize` bytes
+    a parameter; the masters, two reads of 4. With it they are used once more after the update, so that a write and a
+    read of a copy move no less than one read of masters, and wear the disk.
+    """
+    return not clips and 3 * itemsize < 8
+
+
+def emit_training(
+    order: Sequence[TrainedUnit],
+    loose: TrainedUnit | None,
+    *,
+    clips: bool,
+    is_due: bool = False,
+    reads: What = "masters",
+    writes_copies: bool = False,
+    forward: bool = True,
+    backward: bool = True,
+) -> Schedule:
+    """The steps of one step of training, or of a part of it.
+
+    Args:
+        order: units in the order of the forward pass.
+        loose: parameters of no unit, which stay in memory.
+        clips: whether updates wait for the next forward pass.
+        is_due: gradients of the last step wait to be applied.
+        reads: where the weights of cells that travel are, while no update is due.
+        writes_copies: weights are written after an update in the backward pass.
+        forward, backward: what is run; neither: only the updates that are due.
+    """
+    made = _Emitter()
+    if is_due and loose is not None:
+        made.update(loose)
+    for unit in order:
+        is_last = unit is order[-1]
+        if is_due:
+            made.bring(unit, "gradient")
+            made.update(unit)
+        elif forward:
+            made.bring(unit, reads)
+        if forward:
+            made.compute(Forward(index=0, unit=unit.name, after=made.ready(unit), nbytes=unit.nbytes))
+        if not (is_last and forward and backward):
+            made.release(unit)
+    for unit in reversed(order) if backward else ():
+        if unit is not order[-1]:
+            made.bring(unit, "masters" if is_due else reads)
+        made.compute(Backward(index=0, unit=unit.name, after=made.ready(unit), nbytes=unit.nbytes))
+        if clips:
+            made.write(unit, "gradient")
+            continue
+        made.update(unit)
+        if writes_copies:
+            made.write(unit, "weights")
+        else:
+            made.release(unit)
+    if backward and not clips and loose is not None:
+        made.update(loose)
+    return made.finish()
+
+
+def moved(schedule: Iterable[Step]) -> tuple[int, int]:
+    """Bytes that are read from disk and written to it."""
+    steps = list(schedule)
+    return sum(s.nbytes for s in steps if isinstance(s, Read)), sum(s.nbytes for s in steps if isinstance(s, Write))
+
+
+class _Emitter:
+    """Steps one after the other, and who waits for whom: a read for the last change of what it reads."""
+
+    def __init__(self) -> None:
+        self._steps: list[Step] = []
+        self._changed: dict[str, int] = {}  # shard or cell -> step that changed it last
+        self._first: list[tuple[int, tuple[str, ...]]] = []  # reads of what no step before them changed
+        self._ready: dict[str, int] = {}  # unit -> step after which its cell is as the next one wants it
+
+    def add(self, step: Step) -> int:
+        self._steps.append(replace(step, index=len(self._steps)))
+        return len(self._steps) - 1
+
+    def compute(self, step: Compute) -> int:
+        self._ready[step.unit] = at = self.add(step)
+        return at
+
+    def ready(self, unit: TrainedUnit) -> tuple[int, ...]:
+        return (self._ready[unit.name],) if unit.name in self._ready else ()
+
+    def bring(self, unit: TrainedUnit, what: What) -> None:
+        if unit.stays or not unit.shards:
+            return
+        if what == "masters":
+            read = ReadCell(index=0, unit=unit.name, nbytes=unit.masters_nbytes, ring="cells", what=what)
+            at = self._read(read, [s.name for s in unit.shards])
+        else:
+            read = ReadCell(index=0, unit=unit.name, nbytes=unit.nbytes, ring="cells", what=what)
+            at = self._read(read, [unit.name])
+        self._ready[unit.name] = at
+
+    def update(self, unit: TrainedUnit) -> None:
+        for shard in unit.shards:
+            after = self.ready(unit)
+            if not shard.stays:
+                read = ReadShard(index=0, unit=unit.name, shard=shard.name, nbytes=shard.nbytes, ring="state")
+                after = (*after, self._read(read, [shard.name]))
+            update = Update(index=0, unit=unit.name, shard=shard.name, after=after, nbytes=shard.nbytes)
+            self._changed[shard.name] = done = self.compute(update)
+            if not shard.stays:
+                write = WriteShard(index=0, unit=unit.name, shard=shard.name, after=(done,), nbytes=shard.nbytes)
+                self._changed[shard.name] = written = self.add(write)
+                self.add(Release(index=0, unit=unit.name, after=(written,), ring="state"))
+
+    def write(self, unit: TrainedUnit, what: What) -> None:
+        if unit.stays or not unit.shards:
+            return
+        cell = WriteCell(index=0, unit=unit.name, after=self.ready(unit), nbytes=unit.nbytes, what=what)
+        at = self.add(cell)
+        self._changed[unit.name] = at
+        self.add(Release(index=0, unit=unit.name, after=(at,), ring="cells"))
+
+    def release(self, unit: TrainedUnit) -> None:
+        if not unit.stays and unit.shards:
+            self.add(Release(index=0, unit=unit.name, after=self.ready(unit), ring="cells"))
+
+    def finish(self) -> Schedule:
+        """A read of what only later steps change follows those of the pass before."""
+        for index, names in self._first:
+            self._steps[index] = replace(self._steps[index], behind=self._changes(names))
+        return tuple(self._steps)
+
+    def _read(self, read: Read, names: Sequence[str]) -> int:
+        at = self.add(replace(read, after=self._changes(names)))
+        if rest := tuple(n for n in names if n not in self._changed):
+            self._first.append((at, rest))
+        return at
+
+    def _changes(self, names: Sequence[str]) -> tuple[int, ...]:
+        return tuple(sorted({self._changed[name] for name in names if name in self._changed}))

@@ -1,0 +1,289 @@
+"""The lanes of training: they walk the step tuple's reads ahead of the model, and write behind it.
+
+    read lane        wait for what a read comes after, lease a slot, start it     as far ahead as rings have slots
+    model's thread   take what arrived, change it in place, give it               the slot goes back when its write ends
+
+A pass that repeats is walked on beyond its end, into the next one. When another one begins, what was read ahead is
+dropped: nothing of it was changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from offload.io.buffers import Buffer, BufferPool, Interrupted, Lease
+from offload.planner.schedule import Read, Schedule
+from offload.planner.training import ReadCell, ReadShard
+from offload.runtime.masters import Masters
+from offload.runtime.timeline import Timeline, now
+from offload.tiers.cells import Cells, page
+from offload.tiers.host import as_tensor
+from offload.tiers.spill import Spill
+from offload.tiers.statefile import StateFile
+
+_Key = tuple[str, str]  # "state" or "cells", and which
+
+
+class TrainingLanes:
+    """Belongs to the model's thread. Shards that are kept in memory, and cells that are, do not pass here.
+
+    Args:
+        state, spill: where shards and cells are stored.
+        cells: how cells lie.
+        slots: depth of the ring of shards.
+        timeline: receives spans and stalls.
+    """
+
+    def __init__(self, state: StateFile, spill: Spill, cells: Cells, slots: int, timeline: Timeline) -> None:
+        self._state, self._spill, self._cells, self._timeline = state, spill, cells, timeline
+        self._shards = {s.name: s for cell in cells.layouts.values() for s in cell.shards}
+        self.nbytes = {name: state.nbytes(name) for name in self._shards}
+        self.ring = BufferPool(max(1, min(slots, len(self.nbytes))), max(self.nbytes.values(), default=0))
+        self.cell_ring: BufferPool | None = None
+        self.kept: dict[str, memoryview] = {}  # shards that stay in memory
+        self._masters: Masters | None = None
+        self._changed = threading.Condition()
+        self._arrived: dict[_Key, deque[tuple[Read, Lease, Future[int]]]] = {}  # bounded by the rings
+        self._schedule: Schedule = ()
+        self._at = self._number = 0  # where the model is: step and pass
+        self._repeats = False
+        self._failure: BaseException | None = None
+        self._is_stopping = False
+        self._thread: threading.Thread | None = None
+
+    def use_cell_ring(self, slots: int, nbytes: int) -> None:
+        """Makes the ring of cells. No pass is under way."""
+        self.rest()
+        if self.cell_ring is not None:
+            self.cell_ring.close()
+        self.cell_ring = BufferPool(slots, nbytes) if slots else None
+
+    @property
+    def ring_nbytes(self) -> int:
+        """Of all rings."""
+        rings = (self.ring, self.cell_ring) if self.cell_ring is not None else (self.ring,)
+        return sum(r.buffer.nbytes for r in rings) + (self._masters.nbytes if self._masters is not None else 0)
+
+    # Passes.
+
+    def begin(self, schedule: Schedule, *, repeats: bool, at: int = 0) -> None:
+        """The model begins a pass.
+
+        Args:
+            repeats: the same pass is likely to come next.
+            at: the step to begin with; one before it is done.
+        """
+        if schedule is self._schedule and self._repeats and at == 0 and self._thread is not None:
+            with self._changed:
+                self._number, self._at = self._number + 1, 0
+                self._changed.notify_all()
+            return
+        self.rest()
+        self._schedule, self._repeats, self._at = schedule, repeats, at
+        self._number += 1
+        if any(isinstance(s, Read) for s in schedule[at:]):
+            self._thread = threading.Thread(
+                target=self._run, args=(self._number, at), name="offload-reads", daemon=True
+            )
+            self._thread.start()
+
+    def done(self, at: int) -> None:
+        """All steps before this one are done, or, if they are writes, have begun."""
+        with self._changed:
+            self._at = at
+            self._changed.notify_all()
+
+    def rest(self) -> None:
+        """Stops reading and gives back what was read ahead."""
+        if self._thread is None:
+            return
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+        pools = [p for p in (self.ring, self.cell_ring, self._masters) if p is not None]
+        for pool in pools:
+            pool.interrupt()
+        self._thread.join()
+        for arrivals in self._arrived.values():
+            for _, lease, future in arrivals:
+                future.exception()
+                lease.release()
+        self._arrived.clear()
+        for pool in pools:
+            pool.resume()
+        self._thread, self._is_stopping, self._schedule = None, False, ()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Stops reading, waits for what is in flight and frees the memory."""
+        with contextlib.suppress(Exception):  # whoever needed the bytes was told, or nobody needs them any more
+            self.rest()
+        if self._masters is not None:
+            self._masters.close()
+        self._state.drain()
+        self._spill.close()
+        self.ring.close()
+        if self.cell_ring is not None:
+            self.cell_ring.close()
+
+    # What the model's thread asks for.
+
+    def take_shard(self, name: str) -> tuple[memoryview, Lease | None]:
+        """Waits for a shard; its bytes are those that were given last, or a CheckpointError says that they are not."""
+        if name in self.kept:
+            return self.kept[name], None
+        _, lease = self._wait(("state", name))
+        view = lease.view[: self.nbytes[name]]
+        self._state.verify(name, view)
+        return view, lease
+
+    def give_shard(self, name: str, lease: Lease, generation: int) -> None:
+        """Writes a shard back; its slot is free when that is done."""
+        nbytes = self.nbytes[name]
+        start, future = now(), self._state.write(name, lease.view[:nbytes], generation)
+        future.add_done_callback(self._written(name, start, nbytes, lease))
+
+    def take_cell(self, unit: str) -> Lease:
+        """Waits for a cell. What was written in this run is compared with what comes back."""
+        step, lease = self._wait(("cells", unit))
+        assert isinstance(step, ReadCell)
+        if step.what != "masters":
+            self._spill.verify(unit, lease.view)
+        return lease
+
+    def give_cell(self, unit: str, lease: Lease) -> None:
+        """Writes a cell; its slot is free when that is done."""
+        nbytes = page(self._cells.layouts[unit].nbytes)
+        start, future = now(), self._spill.write(unit, lease.view)
+        future.add_done_callback(self._written(unit, start, nbytes, lease))
+
+    def make_shard(self, name: str, make: Callable[[memoryview], None]) -> None:
+        """Writes a shard for the first time.
+
+        Args:
+            make: fills its bytes.
+        """
+        lease = self.ring.lease()
+        view = lease.view[: self.nbytes[name]]
+        make(view)
+        self._state.write(name, view, 0).add_done_callback(lambda _: lease.release())
+
+    def look(self, see: Callable[[str, memoryview], None]) -> None:
+        """Reads every shard once and checks it. No pass is under way.
+
+        Args:
+            see: gets a shard's bytes, for as long as it runs.
+        """
+        ahead: deque[tuple[str, Lease, Future[int]]] = deque()
+        names = deque(self.nbytes)
+        while names or ahead:
+            while names and (lease := self.ring.try_lease()) is not None:
+                name = names.popleft()
+                ahead.append((name, lease, self._state.read(name, lease.view)))
+            name, lease, future = ahead.popleft()
+            future.result()
+            view = lease.view[: self.nbytes[name]]  # a shard's room may be larger
+            self._state.verify(name, view)
+            see(name, view)
+            lease.release()
+
+    def weights(self, unit: str, view: memoryview) -> Future[int]:
+        """Starts filling memory with a cell's weights, out of the masters. No pass is under way."""
+        cell = self._cells.layouts[unit]
+        return self._masters_of().load(cell.shards, as_tensor(view)[: cell.nbytes])
+
+    def keep(self, name: str) -> None:
+        """Reads a shard that stays in memory from now on. No pass is under way."""
+        buffer = Buffer(self.nbytes[name])
+        self._state.read(name, buffer.view).result()
+        self._state.verify(name, buffer.view)
+        self.kept[name] = buffer.view
+
+    # The read lane.
+
+    def _run(self, number: int, at: int) -> None:
+        schedule = self._schedule
+        reads = [s for s in schedule if isinstance(s, Read)]
+        try:
+            for step in reads:
+                if step.index >= at:
+                    self._read(step, number)
+            while self._repeats:
+                number += 1
+                for step in reads:
+                    self._read(step, number)
+        except Interrupted:
+            return
+        except BaseException as error:
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def _read(self, step: Read, number: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._may_start(step, number) or self._is_stopping)
+            if self._is_stopping:
+                raise Interrupted("the lane is stopping")
+        if isinstance(step, ReadShard):
+            key, ring = ("state", step.shard), self.ring
+        else:
+            assert self.cell_ring is not None
+            key, ring = ("cells", step.unit), self.cell_ring
+        lease, start = ring.lease(), now()
+        try:
+            future = self._start(step, lease)
+        except BaseException:
+            lease.release()
+            raise
+        future.add_done_callback(lambda _: self._timeline.add("read", key[1], start, now(), step.nbytes))
+        with self._changed:
+            self._arrived.setdefault(key, deque()).append((step, lease, future))
+            self._changed.notify_all()
+
+    def _start(self, step: Read, lease: Lease) -> Future[int]:
+        if isinstance(step, ReadShard):
+            return self._state.read(step.shard, lease.view)
+        assert isinstance(step, ReadCell)
+        if step.what != "masters":
+            return self._spill.read(step.unit, lease.view)
+        cell = self._cells.layouts[step.unit]
+        return self._masters_of().load(cell.shards, as_tensor(lease.view)[: cell.nbytes])
+
+    def _may_start(self, step: Read, number: int) -> bool:
+        """The steps that it comes after are done: the model does its own in their order."""
+        here = (self._number, self._at)
+        return all((number, k) < here for k in step.after) and all((number - 1, k) < here for k in step.behind)
+
+    def _wait(self, key: _Key) -> tuple[Read, Lease]:
+        start = now()
+        with self._changed:
+            self._changed.wait_for(lambda: self._arrived.get(key) or self._failure is not None)
+            if not self._arrived.get(key):
+                assert self._failure is not None
+                raise self._failure
+            step, lease, future = self._arrived[key].popleft()
+        try:
+            future.result()
+        except BaseException:
+            lease.release()
+            raise
+        self._timeline.stall("compute:read", key[1], start, now())
+        return step, lease
+
+    def _masters_of(self) -> Masters:
+        if self._masters is None:
+            self._masters = Masters(self._state, self.kept, max(s.count for s in self._shards.values()))
+        return self._masters
+
+    def _written(self, name: str, start: float, nbytes: int, lease: Lease) -> Callable[[Future[int]], None]:
+        def ended(_: Future[int]) -> None:
+            self._timeline.add("write", name, start, now(), nbytes)
+            lease.release()
+
+        return ended
