@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import headers
 import pytest
 from models import MODELS
 from test_outline import without_weights
@@ -53,6 +54,45 @@ def test_json(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
         sum(found["bytes"]["weights"].values()) + sum(found["bytes"].get("embedding", {}).values())
         == (found["weights_bytes"])
     )
+
+
+@pytest.mark.parametrize("options", [("--cpu-memory", "4GiB"), ("--hardware", "rtx4060-gen4-nvme4")])
+@pytest.mark.parametrize("resident", ["0.25", "0", "auto"])
+def test_the_bytes_of_a_tier_add_up_to_its_peak(
+    bare: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], resident: str
+) -> None:
+    found = planned(capsys, str(bare), *options, *(() if "--hardware" in options else ("--resident", resident)))
+    sums = {"host": 0, "device": 0}
+    for row in found["bytes"].values():
+        for tier in sums:
+            sums[tier] += row.get(tier, 0)
+    assert sums["host"] == found["predicted"]["peak_rss_bytes"] <= found["budgets"]["cpu_memory"]
+    assert sums["device"] == found["predicted"]["device_peak_bytes"]
+
+
+def test_rows_that_the_cpu_keeps_are_counted_where_they_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = headers.write(tmp_path / "large", headers.LLAMA_70B)
+    found = planned(capsys, str(folder), "--hardware", "rtx4090-gen4-nvme4")
+    assert "by the CPU" in found["plan"]
+    assert sum(found["bytes"]["weights"].values()) == pytest.approx(
+        found["weights_bytes"] - sum(found["bytes"]["embedding"].values()), rel=1e-6
+    )
+    assert sum(row.get("host", 0) for row in found["bytes"].values()) == found["predicted"]["peak_rss_bytes"]
+    assert sum(row.get("device", 0) for row in found["bytes"].values()) == found["predicted"]["device_peak_bytes"]
+    assert found["lanes"]["read"]["bytes"] == found["predicted"]["read_bytes_per_token"]
+    assert found["lanes"]["upload"]["bytes"] == found["predicted"]["upload_bytes_per_token"]
+    assert max(lane["busy"] for lane in found["lanes"].values()) <= 1 + 1e-9
+
+
+def test_text_says_where_how_fast_why_and_what_else(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--cpu-memory", "4GiB", "--resident", "0.25", "--what-if", "disk=3x", "--batch", "2")
+    assert plan(str(bare), *options, "--prompt-tokens", "16", "--new-tokens", "8") == 0
+    text = capsys.readouterr().out
+    for said in (
+        "keys and values", "buffers", "process, margin", "total", "disk to memory", "tokens/s of 2 sequences", "binds",
+        "disk 3x", "cpu-memory +1.00 GiB", "rejected", "slower by", "chosen: ", "not measured",
+    ):  # fmt: skip
+        assert said in text, said
 
 
 def test_it_may_decline(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,8 +167,8 @@ def test_a_run_follows_its_plan_and_says_what_was_predicted(tmp_path: Path, caps
     assert not end.value.code
     result = json.loads(capsys.readouterr().out)
     assert result["budgets"]["cpu_memory"] == 4 * GIB
-    assert set(result["predicted"]) >= PREDICTED
     kept = load_plan(file)
+    assert set(result["predicted"]) == set(kept.predicted) >= PREDICTED
     assert result["streamed_bytes"] > 0
     assert result["predicted"]["read_bytes_per_token"] == kept.predicted["read_bytes_per_token"]
     assert set(result["prediction_error"]) >= {"prefill_s", "decode_s_per_token", "peak_rss_bytes"}

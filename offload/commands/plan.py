@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from offload.budgets import resolve
 from offload.checkpoint import find
 from offload.checkpoint.numbers import numbers
+from offload.commands.plan_text import show
 from offload.errors import UsageError
 from offload.hardware import gpus
 from offload.plan import (
@@ -23,15 +22,13 @@ from offload.plan import (
     digest,
     machine,
     make,
+    predicted_of,
     process_nbytes,
     save,
-    tiers_of,
 )
 from offload.planner.whatif import parse_change
 from offload.specs import Workload, check_length
-from offload.units import format_bytes, format_rate, format_seconds, parse_bytes, parse_rate
-
-SHOWN = 6  # rejected plans, best first; --json has them all
+from offload.units import parse_bytes, parse_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +137,7 @@ def _saved(plan: Plan, request: PlanRequest) -> SavedPlan:
         | {"batch": plan.ask.work.batch, "cpu_memory": str(plan.ask.budgets.cpu_memory)},
         placement=plan.placement,
         work=plan.ask.work,
-        predicted=plan.prediction.as_dict(),
+        predicted=predicted_of(plan.prediction, plan.ask.profile),
     )
 
 
@@ -151,80 +148,3 @@ def _here() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def show(plan: Plan, console: Console) -> None:
-    """The plan for a reader."""
-    ask, found, prediction = plan.ask, plan.found, plan.prediction
-    spec, profile = ask.spec, ask.profile
-    console.print(
-        f"{spec.params / 1e9:.2f} B parameters, {format_bytes(spec.nbytes)} of weights"
-        + (f" ({ask.weights})" if ask.weights != "none" else "")
-        + f"; {profile.name} ({'measured' if profile.source == 'measured' else 'estimate'})",
-        highlight=False,
-    )
-    if ask.basis == "config":
-        console.print("note: there are no headers; sizes follow from config.json", style="yellow", highlight=False)
-    for note in profile.notes if profile.source == "estimate" else ():
-        console.print(f"note: {note}", style="yellow", highlight=False)
-    if found.fits:
-        console.print("It fits in memory: nothing streams, no offloading is needed.", highlight=False)
-    kinds = plan.classes()
-    tiers = tiers_of(kinds)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("bytes")
-    for tier in tiers:
-        table.add_column(tier, justify="right")
-    for kind, row in kinds.items():
-        if any(row.values()):
-            table.add_row(kind, *(format_bytes(row[t]) if row.get(t) else "" for t in tiers))
-    console.print(table)
-    for line in _figures(plan):
-        console.print(line, highlight=False)
-    rows = [(v.label, v.decode_s_per_token, v.tokens_per_s) for v in (*plan.asked, *plan.buys)]
-    if rows or found.rejected:
-        console.print()
-        console.print(_compared(plan, rows))
-    origin = "" if prediction.origin == "measured" else " Estimate: not all of it was measured."
-    console.print(f"Planned in {format_seconds(plan.planned_s)}.{origin}", style="dim", highlight=False)
-
-
-def _figures(plan: Plan) -> list[str]:
-    prediction, ask = plan.prediction, plan.ask
-    low, high = prediction.interval
-    each = " for each sequence" if ask.work.batch > 1 else ""
-    lines = [
-        "",
-        f"first token after  {format_seconds(prediction.prefill_s)}   (prompts: {ask.work.batch} x "
-        f"{ask.work.prompt_tokens} tokens)",
-        f"then a token{each}  {format_seconds(prediction.decode_s_per_token)}   "
-        f"({format_seconds(low)} to {format_seconds(high)}), {prediction.tokens_per_s:.2f} tokens/s",
-        f"bound              {format_seconds(prediction.bound_s_per_token)}   ({prediction.binding})",
-    ]
-    moved: list[tuple[str, float, float]] = [
-        ("read", prediction.read_bytes_per_token, prediction.decode.bound.disk_s),
-        ("uploaded", prediction.upload_bytes_per_token, prediction.decode.bound.link_s),
-    ]
-    for verb, nbytes, seconds in moved:
-        if nbytes:
-            lines.append(f"{verb:18s} {nbytes / 1e9:.2f} GB a token at {format_rate(nbytes / seconds)}")
-    device = f", device {format_bytes(prediction.device_peak_bytes)}" if prediction.device_peak_bytes else ""
-    lines.append(f"peak memory        {format_bytes(prediction.peak_rss_bytes)}{device}")
-    return lines
-
-
-def _compared(plan: Plan, rows: list[tuple[str, float | None, float | None]]) -> Table:
-    """What else there is, beside the plan."""
-    now = plan.prediction.decode_s_per_token
-    table = Table(box=None, pad_edge=False)
-    for name in ("instead", "a token", "times as fast"):
-        table.add_column(name, justify="left" if name == "instead" else "right")
-    others: list[tuple[str, float | None, Any]] = [
-        (f"plan: {c.label}", c.decode.seconds, None) for c in plan.found.rejected[:SHOWN]
-    ]
-    for label, seconds, _ in [*others, *rows]:
-        if seconds is None:
-            table.add_row(label, "does not fit", "")
-        else:
-            table.add_row(label, format_seconds(seconds), f"{now / seconds:.2f}")
-    return table

@@ -21,7 +21,7 @@ from offload.errors import UsageError
 from offload.generate import Generated, check_ids, check_length, encode, generate, tokenizer_of
 from offload.hardware import peak_rss_bytes, rss_bytes, versions
 from offload.kernels.chosen import compile_seconds
-from offload.plan import beside, load_plan, predict_run, roofline
+from offload.plan import beside, load_plan, predict_run, predicted_of, roofline
 from offload.planner.prediction import Prediction
 from offload.planner.schedule import explain
 from offload.profile import Profile
@@ -119,7 +119,7 @@ def report(
     }
     if predicted is not None:
         prediction, profile = predicted
-        found["predicted"] = prediction.as_dict() | {"hardware": profile.name}
+        found["predicted"] = predicted_of(prediction, profile)
         found["prediction_error"] = beside(prediction, found)
         if not handle.session.device.name.startswith("cuda"):  # where a block's forward ends with its computing
             found["roofline"] = roofline(handle.spec, handle.work, profile, "cpu")

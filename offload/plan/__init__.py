@@ -1,8 +1,9 @@
 """Plans: what a run would take and why, for models and machines that need not be here."""
 
+from offload.plan.classes import tiers_of, totals
 from offload.plan.machine import budgets_of, machine, with_disk_rate
 from offload.plan.offline import plan_offline, work_of
-from offload.plan.planning import Ask, Plan, Variant, best_batch, make, tiers_of
+from offload.plan.planning import Ask, Plan, Variant, best_batch, make, predicted_of
 from offload.plan.process import process_nbytes, remember_process
 from offload.plan.roofline import roofline
 from offload.plan.running import beside, predict_run
@@ -23,11 +24,13 @@ __all__ = [
     "make",
     "plan_offline",
     "predict_run",
+    "predicted_of",
     "process_nbytes",
     "remember_process",
     "roofline",
     "save",
     "tiers_of",
+    "totals",
     "with_disk_rate",
     "work_of",
 ]

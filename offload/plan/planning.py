@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from offload.budgets import TRANSIT, Division, divide
 from offload.errors import BudgetError
-from offload.planner.placement import Placement, Tier
+from offload.plan.classes import Classes, classes
+from offload.planner.placement import Placement
 from offload.planner.predict import Computer, Pricer
 from offload.planner.prediction import PassCost, Prediction
 from offload.planner.processors import balanced_share
@@ -98,23 +99,27 @@ class Plan:
     buys: tuple[Variant, ...] = ()
     planned_s: float = field(default=0.0, compare=False)
 
-    def classes(self) -> dict[str, dict[str, int]]:
-        """Bytes by kind of tensor and tier."""
-        spec, home = self.ask.spec, self.placement.home
-        where = "device" if self.ask.budgets.gpu_memory is not None else "host"
-        kinds: dict[str, dict[str, int]] = {}
-        for tensor in (*spec.loose, *(t for u in spec.units for t in u.tensors)):
-            kind = "embedding" if tensor.is_table else "experts" if tensor.experts else "weights"
-            row = kinds.setdefault(kind, {})
-            tier = str(home[tensor.name])
-            row[tier] = row.get(tier, 0) + (tensor.read_nbytes if tier == "disk" else tensor.nbytes)
-        need = self.division.workspace
-        kinds["keys and values"] = {where: need.kv}
-        kinds["activations"] = {where: need.activations + need.logits}
-        rings = (("host", self.placement.host_ring), ("device", self.placement.device_ring))
-        kinds["buffers"] = {tier: ring.nbytes for tier, ring in rings if ring.slots}
-        kinds["process"] = {"host": self.division.base_nbytes + LIBRARIES}
-        return kinds
+    def classes(self) -> Classes:
+        """Bytes by class of tensor and tier."""
+        ask = self.ask
+        return classes(ask.spec, self.placement, self.division, ask.budgets, ask.extra_nbytes)
+
+    def lanes(self) -> dict[str, dict[str, float]]:
+        """Of each lane that works: bytes and seconds of a step at its own rate, and the part of the step it is busy.
+
+        A lane may run ahead in the passes that were replayed, by which its mean would exceed a step.
+        """
+        cost = self.prediction.decode
+        work = {
+            "read": (cost.read_bytes, cost.bound.disk_s),
+            "upload": (cost.upload_bytes, cost.bound.link_s),
+            "compute": (0, cost.bound.compute_s),
+        }
+        return {
+            lane: {"bytes": nbytes, "seconds": seconds, "busy": min(1.0, cost.busy_s.get(lane, 0.0) / cost.seconds)}
+            for lane, (nbytes, seconds) in work.items()
+            if seconds
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -141,7 +146,8 @@ class Plan:
                 "host": [self.placement.host_ring.slots, self.placement.host_ring.slot_nbytes],
                 "device": [self.placement.device_ring.slots, self.placement.device_ring.slot_nbytes],
             },
-            "predicted": self.prediction.as_dict(),
+            "lanes": self.lanes(),
+            "predicted": predicted_of(self.prediction, ask.profile),
             "alternatives": [
                 {
                     "plan": other.label,
@@ -154,6 +160,11 @@ class Plan:
             "buys": [vars_of(v) for v in self.buys],
             "planned_s": self.planned_s,
         }
+
+
+def predicted_of(prediction: Prediction, profile: Profile) -> dict[str, Any]:
+    """The object `predicted`, which `plan --json` and `run --json` share."""
+    return prediction.as_dict() | {"hardware": profile.name}
 
 
 def vars_of(variant: Variant) -> dict[str, Any]:
@@ -278,8 +289,3 @@ def _steps(ask: Ask) -> list[Change]:
     if ask.link_bytes_per_s is not None:
         used = {"disk", "link", "cpu"}
     return memories + [Change(what, 2.0) for what in RATES if what in used]
-
-
-def tiers_of(kinds: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Tiers that hold something, fastest first."""
-    return [str(tier) for tier in Tier if any(str(tier) in row for row in kinds.values())]

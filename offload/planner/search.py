@@ -165,9 +165,10 @@ def _judged(pricer: Pricer, placement: Placement, seen: dict[object, Candidate],
 
 def _label(placement: Placement) -> str:
     rings: Sequence[tuple[str, int]] = (("host", placement.host_ring.slots), ("device", placement.device_ring.slots))
-    said = [f"{slots} {name} slots" for name, slots in rings if slots]
+    depths = " and ".join(f"{slots} {name}" for name, slots in rings if slots)
+    said = [f"{depths} slots"] if depths else []
     apart = sum(t.nbytes for ts in placement.host_parts.values() for t in ts)
     if apart:
         travelling = sum(t.nbytes for ts in placement.bundles.values() for t in ts)
-        said.append(f"{apart / (apart + travelling):.0%} of what would travel by the CPU")
+        said.append(f"{apart / (apart + travelling):.0%} by the CPU")
     return ", ".join(said) if said else "all in memory"

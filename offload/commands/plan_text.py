@@ -1,0 +1,129 @@
+"""A plan for a reader: where everything lives, what a step takes and why, what would help, what was rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from offload.plan import Plan, Variant, tiers_of, totals
+from offload.units import format_bytes, format_rate, format_seconds
+
+SHOWN = 6  # rejected plans, best first; --json has them all
+LANES = {
+    "read": ("disk to memory", "the disk"),
+    "upload": ("memory to device", "the link"),
+    "compute": ("computing", "computing"),
+}
+BINDING = {"disk": "the disk", "link": "the link", "compute": "computing"}
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Prints the plan."""
+    ask, prediction = plan.ask, plan.prediction
+    spec, profile = ask.spec, ask.profile
+    weights = f"{format_bytes(spec.nbytes)} of weights" + (f" ({ask.weights})" if ask.weights != "none" else "")
+    known = "measured" if profile.source == "measured" else "estimate"
+    console.print(
+        f"{spec.params / 1e9:.2f} B parameters, {weights}; machine: {profile.name} ({known})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    notes = ["there are no headers; sizes follow from config.json"] if ask.basis == "config" else []
+    for note in (*notes, *(profile.notes if profile.source == "estimate" else ())):
+        console.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
+    if plan.found.fits:
+        console.print("It fits in memory: nothing streams, no offloading is needed.", highlight=False)
+    for table in (_places(plan), _times(plan), _lanes(plan), _helps(plan), _rejected(plan)):
+        if table is not None:
+            console.print()
+            console.print(table)
+    origin = "" if prediction.origin == "measured" else " Estimate: not all of it was measured."
+    console.print()
+    console.print(f"Planned in {format_seconds(plan.planned_s)}.{origin}", style="dim", highlight=False)
+
+
+def _table(*names: str) -> Table:
+    """The first column is text, the others are figures."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for k, name in enumerate(names):
+        table.add_column(name, justify="left" if k == 0 else "right", no_wrap=k > 0)
+    return table
+
+
+def _places(plan: Plan) -> Table:
+    kinds = plan.classes()
+    tiers = tiers_of(kinds)
+    table = _table("bytes", *tiers)
+    for kind, row in kinds.items():
+        table.add_row(kind, *(format_bytes(row[t]) if row.get(t) else "" for t in tiers))
+    sums, budgets = totals(kinds), plan.ask.budgets
+    of = {"host": budgets.cpu_memory, "device": budgets.gpu_memory}
+    table.add_row("total", *(format_bytes(sums[t]) for t in tiers), style="bold")
+    table.add_row("of", *(format_bytes(size) if (size := of.get(t)) else "" for t in tiers), style="dim")
+    return table
+
+
+def _times(plan: Plan) -> Table:
+    prediction, work = plan.prediction, plan.ask.work
+    batch = work.batch > 1
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for k in range(4):
+        table.add_column(justify="right" if k == 1 else "left", no_wrap=k < 3)
+    prompts = f"{work.batch} prompts of" if batch else "prompt of"
+    table.add_row(
+        "first token",
+        format_seconds(prediction.prefill_s),
+        _range(prediction.prefill_interval),
+        f"{prompts} {work.prompt_tokens} tokens",
+    )
+    rate = f"{prediction.tokens_per_s:.3g} tokens/s" + (f" of {work.batch} sequences" if batch else "")
+    step = prediction.decode_s_per_token
+    table.add_row("each step" if batch else "each token", format_seconds(step), _range(prediction.interval), rate)
+    bound = prediction.bound_s_per_token
+    table.add_row("bound", format_seconds(bound), f"{bound / step:.0%} reached", f"{BINDING[prediction.binding]} binds")
+    return table
+
+
+def _lanes(plan: Plan) -> Table:
+    table = _table("a step", "bytes", "at", "takes", "busy")
+    for lane, found in plan.lanes().items():
+        nbytes, seconds = found["bytes"], found["seconds"]
+        moved = (f"{nbytes / 1e9:.2f} GB", format_rate(nbytes / seconds)) if nbytes else ("", "")
+        table.add_row(LANES[lane][0], *moved, format_seconds(seconds), f"{found['busy']:.0%}")
+    return table
+
+
+def _helps(plan: Plan) -> Table | None:
+    """What the user asked about, and what more of each memory or rate would buy."""
+    names = {variant.label for variant in plan.asked}
+    return _variants(plan, [*plan.asked, *(v for v in plan.buys if v.label not in names)])
+
+
+def _variants(plan: Plan, variants: Iterable[Variant]) -> Table | None:
+    table = _table("what if", "a step", "tokens/s", "times as fast")
+    for variant in variants:
+        seconds, rate = variant.decode_s_per_token, variant.tokens_per_s
+        if seconds is None or rate is None:
+            table.add_row(variant.label, "does not fit", "", "")
+        else:
+            times = plan.prediction.decode_s_per_token / seconds
+            table.add_row(variant.label, format_seconds(seconds), f"{rate:.3g}", f"{times:.2f}")
+    return table if table.row_count else None
+
+
+def _rejected(plan: Plan) -> Table | None:
+    if not plan.found.rejected:
+        return None
+    table = _table("rejected", "a step", "slower by")
+    for other in plan.found.rejected[:SHOWN]:
+        seconds = other.decode.seconds
+        slower = seconds / plan.prediction.decode_s_per_token - 1
+        table.add_row(other.label, format_seconds(seconds), f"{max(slower, 0):.1%}")
+    table.add_row(f"chosen: {plan.found.best.label}", format_seconds(plan.prediction.decode_s_per_token), "")
+    return table
+
+
+def _range(interval: tuple[float, float]) -> str:
+    return f"{format_seconds(interval[0])} to {format_seconds(interval[1])}"
