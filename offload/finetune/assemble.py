@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from offload.hardware import rss_bytes
 from offload.io.engine import Engine
 from offload.kernels.chosen import Kernels
 from offload.optim.base import Optimizer
+from offload.runtime.adapted import Adapted
 from offload.runtime.discovery import Anatomy
+from offload.runtime.streams import Streams
 from offload.runtime.training import LOOSE, Training
 from offload.tiers.cells import SHARD_COUNT, Cells, Shapes, lay_out_cell, page
 from offload.tiers.spill import Spill
@@ -39,7 +42,7 @@ def assemble(
     kernels: Kernels,
     *,
     fill: Callable[[Mapping[str, torch.Tensor]], None],
-    frozen: Mapping[str, torch.Tensor] | None = None,
+    streams: Streams | None = None,
     save: Callable[[Mapping[str, torch.Tensor], Path], None],
     put_back: Callable[[Mapping[str, torch.Tensor]], None] | None = None,
     travels: bool = True,
@@ -61,7 +64,7 @@ def assemble(
         anatomy: from `dissect(root, shares=False)`.
         parameters: dtype and shape of each that is trained.
         fill: puts initial weights into tensors by name; called several times, each with some of them.
-        frozen: the values of all others.
+        streams: all others, which are frozen; filled.
         save: writes the model, given its weights, to a folder.
         put_back: gets the last weights when the trainer is closed.
         travels: weights may travel where they do not fit in memory.
@@ -107,10 +110,11 @@ def assemble(
     try:
         spill.take_room(c.unit for c in layouts if c.places and c.unit not in plan.kept)
         cells = Cells(layouts, plan.kept)
-        training = Training(
+        make = Training if streams is None else partial(Adapted, streams=streams)
+        training = make(
             root, anatomy, cells, state, spill, optimizer,
             slots=slots, cell_slots=(plan.slots, plan.slot_nbytes), max_grad_norm=max_grad_norm, kernels=kernels,
-            seed=seed, frozen=frozen,
+            seed=seed,
         )  # fmt: skip
         prepare(training.backprop, wishes.activations, cpu_memory, offload_dir, engine)
         if is_new:

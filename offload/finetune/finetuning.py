@@ -12,23 +12,20 @@ import torch
 from torch import nn
 
 from offload.budgets import Size, parse_resident, resolve
-from offload.checkpoint import Opened, find, open_checkpoint
-from offload.errors import BudgetError, UsageError
+from offload.checkpoint import find, open_checkpoint
+from offload.errors import UsageError
 from offload.finetune.assemble import assemble
+from offload.finetune.assemble_lora import assemble_lora
 from offload.finetune.assemble_zeroth import assemble_zeroth
 from offload.finetune.export import export_checkpoint, export_module
-from offload.finetune.lora import A, B, Lora, adapt, begin, save_adapters
+from offload.finetune.lora import Lora
 from offload.finetune.memory import Wishes
 from offload.finetune.trainer import Trainer
-from offload.hardware import rss_bytes
 from offload.io.engine import Engine
 from offload.kernels.chosen import Kernels
 from offload.optim import make as make_optimizer
-from offload.optim.base import Optimizer
 from offload.runtime.discovery import dissect
-from offload.tiers.cells import Cells, lay_out_cell
 from offload.tiers.transit import bring_into
-from offload.units import format_bytes
 
 
 def finetuning(
@@ -123,9 +120,9 @@ def finetuning(
             except TypeError as error:
                 known = "r, lora_alpha, lora_dropout, target_modules"
                 raise UsageError(f"lora={dict(lora or {})}: known are {known}") from error
-            return _adapters(
+            return assemble_lora(
                 opened, wanted, rule, engine, kernels, learning_rate=learning_rate, max_grad_norm=max_grad_norm,
-                cpu_memory=budgets.cpu_memory, wishes=wishes,
+                budgets=replace(budgets, resident=wishes.weights), wishes=replace(wishes, weights=None), tokens=tokens,
                 offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
             )  # fmt: skip
         if method == "zo":
@@ -134,7 +131,7 @@ def finetuning(
             read = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
             return assemble_zeroth(
                 read, engine, kernels, learning_rate=learning_rate, eps=zo_eps, write_every=zo_write_every,
-                budgets=replace(budgets, resident=parse_resident(resident_weights)), tokens=tokens,
+                budgets=replace(budgets, resident=wishes.weights), tokens=tokens,
                 offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
             )  # fmt: skip
         if isinstance(model, nn.Module):
@@ -176,29 +173,3 @@ def finetuning(
     except BaseException:
         engine.close()
         raise
-
-
-def _adapters(
-    opened: Opened, lora: Lora, rule: Optimizer, engine: Engine, kernels: Kernels, *, seed: int, cpu_memory: int,
-    **options: Any,
-) -> Trainer:  # fmt: skip
-    """A trainer of adapters; the checkpoint's weights are read to memory and stay as they are."""
-    root = opened.model
-    targets = adapt(root, lora)
-    anatomy = dissect(root, shares=False)
-    shapes = {n: (p.dtype, tuple(p.shape)) for n, p in root.named_parameters() if n.rpartition(".")[2] in (A, B)}
-    kept = [lay_out_cell("frozen", {n: (s.dtype, s.shape) for n, s in opened.sources.items()})]
-    need = rss_bytes() + kept[0].nbytes
-    if need > cpu_memory:
-        raise BudgetError(
-            f"cpu_memory={format_bytes(cpu_memory)} is too small: the frozen weights take "
-            f"{format_bytes(kept[0].nbytes)} and the process itself {format_bytes(need - kept[0].nbytes)}"
-        )
-    frozen = Cells(kept)
-    bring_into(frozen.views, opened.sources, engine)
-    return assemble(
-        root, anatomy, shapes, rule, engine, kernels, fill=lambda views: begin(views, seed), frozen=frozen.views,
-        travels=False,
-        save=lambda views, folder: save_adapters(root, lora, targets, views, folder, engine),
-        seed=seed, cpu_memory=cpu_memory, **options,
-    )  # fmt: skip

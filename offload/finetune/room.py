@@ -40,6 +40,16 @@ def step_nbytes(spec: ModelSpec, tokens: int) -> dict[str, int]:
     return {"activations": work.activations, "logits and loss": int(LOSS * tokens * spec.logits_nbytes)}
 
 
+def backward_nbytes(spec: ModelSpec, tokens: int) -> dict[str, int]:
+    """What a backward pass of one micro-batch takes beside its forward pass, when units run again in it."""
+    graph = tokens * (6 * spec.widest_nbytes + 12 * spec.hidden_nbytes)
+    return {
+        "the graph of a unit": graph,
+        "inputs of units": tokens * spec.hidden_nbytes * len(spec.units),
+        "gradients of logits": int(LOSS * tokens * spec.logits_nbytes),
+    }
+
+
 def place_beside(spec: ModelSpec, budgets: Budgets, tokens: int, beside: Mapping[str, int]) -> Placement:
     """Keeps as much as fits, and at most what the budgets ask for.
 

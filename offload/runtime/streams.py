@@ -18,7 +18,7 @@ from offload.planner.placement import Placement
 from offload.planner.schedule import Schedule, emit
 from offload.runtime.binding import Binder
 from offload.runtime.discovery import Anatomy
-from offload.runtime.executor import Executor
+from offload.runtime.executor import Executor, ExecutorStatistics
 from offload.runtime.packed import Packed
 from offload.runtime.timeline import Timeline
 from offload.tiers.devices import CpuDevice
@@ -37,7 +37,6 @@ class Streams:
         placement: where each of them shall live, on a machine without an accelerator.
         engine: reads files; its owner closes it.
         kernels: what unpacks.
-        timeline: receives reads and stalls.
         present: makes, of a stored tensor that something touches outside a visit, its present value.
     """
 
@@ -48,10 +47,9 @@ class Streams:
         placement: Placement,
         engine: Engine,
         kernels: Kernels,
-        timeline: Timeline,
         present: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
     ) -> None:
-        self.placement, self._kernels, self._timeline, self._present = placement, kernels, timeline, present
+        self.placement, self._kernels, self._present = placement, kernels, present
         names = {u.name: [n for n in u.tensors if n in sources] for u in anatomy.units}
         names[LOOSE] = [n for n in anatomy.loose if n in sources]
         self.names = tuple(n for ns in names.values() for n in ns)
@@ -65,13 +63,20 @@ class Streams:
         self._lease: Lease | None = None
         self._order = [u.name for u in anatomy.units if self.travels(u.name)]
 
-    def start(self) -> None:
-        """Reads what stays and binds it, and lets the lanes run ahead."""
+    def fill(self) -> None:
+        """Reads what stays."""
         self.store.fill()
+
+    def start(self, timeline: Timeline) -> None:
+        """Binds what stays, which has been read, and lets the lanes run ahead.
+
+        Args:
+            timeline: receives reads and stalls.
+        """
         self._binder.unbind(self.names)
         self._binder.bind({n: t for n in self.names if (t := self.store.resident(n)) is not None})
         if self._order:
-            self._executor = Executor(self._order, self._emit, self.store, self._timeline)
+            self._executor = Executor(self._order, self._emit, self.store, timeline)
 
     def travels(self, unit: str) -> bool:
         """Whether some weights of a unit are not there between visits."""
@@ -116,6 +121,10 @@ class Streams:
             self._binder.unbind(self.bundle(unit))
             self._lease = None
             self._executor.leave()
+
+    def statistics(self) -> ExecutorStatistics:
+        """Visits, passes and restarts so far."""
+        return self._executor.statistics() if self._executor is not None else ExecutorStatistics(0, 0, 0)
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Makes `tensors` the model's parameters of those names; the same objects every time."""

@@ -90,7 +90,7 @@ class Zeroth:
         if outside:
             raise ModelError(f"{sorted(outside)[0]} is used outside every unit; such models cannot be trained yet")
         self._sides = TwoSides(self._used, sources)
-        self.streams = Streams(anatomy, sources, placement, engine, kernels, self.timeline, self._present)
+        self.streams = Streams(anatomy, sources, placement, engine, kernels, self._present)
         self._bases = {base.file: base for base in state.bases}
         self._travelling = [n for u in self.streams.travelling for n in self.streams.bundle(u)]
         self._staying = [n for n in sources if n not in set(self._travelling)]
@@ -102,7 +102,8 @@ class Zeroth:
         self._half = 0
         self._apply_s = 0.0
         try:
-            self.streams.start()
+            self.streams.fill()
+            self.streams.start(self.timeline)
             self.flush()
         except BaseException:
             self.streams.close()
