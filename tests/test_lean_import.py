@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import headers
 import pytest
 
 HEAVY = ("torch", "numpy", "transformers", "numba", "scipy", "safetensors", "pynvml", "psutil", "rich", "typer")
@@ -39,6 +41,18 @@ def test_import_starts_no_thread() -> None:
 
 def test_an_error_can_be_named_without_torch() -> None:
     assert "torch" not in run("import offload\ntry:\n    raise offload.UsageError('x')\nexcept ValueError:\n    pass")
+
+
+def test_a_plan_of_a_known_decoder_loads_no_torch(tmp_path: Path) -> None:
+    folder = headers.write(tmp_path / "model", headers.LLAMA_70B)
+    loaded = run(
+        "import io\nsys.stdout = io.StringIO()\n"
+        f"sys.argv = ['offload', 'plan', {str(folder)!r}, '--cpu-memory', '24GiB']\n"
+        "from offload.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "assert 'the disk binds' in sys.stdout.getvalue()"
+    )
+    assert not loaded.intersection(("torch", "transformers", "numpy", "scipy"))
 
 
 def test_help_loads_no_torch() -> None:
