@@ -22,16 +22,17 @@ from offload.commands.training import Progress, announce, note, say, summarise
 from offload.errors import UsageError
 from offload.finetune import finish, reading
 from offload.finetune.config import Config
+from offload.finetune.disk import Finished, check_room, finish_state, forget_finished, read_finished
 from offload.finetune.journal import Journal, check_journal, read_journal
 from offload.finetune.loop import Run, Stop, finishing_steps, run
-from offload.finetune.outlook import Outlook
+from offload.finetune.outlook import Outlook, foresee
 from offload.finetune.prepare import Prepared, excerpt, prepare
 from offload.finetune.protocol import Trainer
 from offload.generate import tokenizer_of
 from offload.hardware import peak_rss_bytes, versions
 from offload.io.safetensors import read_checkpoint
-from offload.kernels.chosen import Kernels
-from offload.optim import make, options_of
+from offload.optim import options_of
+from offload.units import parse_bytes
 
 STATE = "state"  # folder in output_dir, where budgets.offload_dir names none
 
@@ -59,17 +60,25 @@ def execute(request: Request) -> int:
     with bar(console) as progress:
         prepared = prepare(config, tokenizer, read_config(directory), progress=progress)
         total = 0 if request.resume else prepared.feed.count(config.train, _records(progress))
-    outlook = _outlook(config, directory, total)
+    outlook = foresee(config, outline(directory, read_checkpoint(directory)).spec, total)
     announce(config, prepared, total, outlook, console)
+    output, limit = Path(config.train.output_dir), config.budgets.disk_limit
+    state = Path(config.budgets.offload_dir or output / STATE)
+    finished = read_finished(state) if request.resume else None
+    if finished is not None:
+        return _already_finished(request, config, prepared, finished, state, console)
+    check_room(outlook, state, output, parse_bytes(limit, "disk_limit") if limit else None, resume=request.resume)
     if request.dry_run:
         return _rehearse(request, config, prepared, outlook, tokenizer, console)
-    output = Path(config.train.output_dir)
     check_journal(output, report_to=config.train.report_to, resume=request.resume)
+    forget_finished(state)
     with finishing_steps() as stop, _open(request, config, directory) as trainer:
         if not total:
             total = _total(trainer, config, prepared)
         report = _train(request, config, prepared, total, trainer, stop, console, tokenizer, directory)
         report["plan"] = outlook.as_dict()
+    if report["is_complete"] and not config.budgets.keep_state:
+        finish_state(state, Finished(step=report["steps"], model=config.train.output_dir))
     if request.json:
         print(json.dumps(report))
     else:
@@ -108,14 +117,22 @@ def engine_arguments(config: Config, *, resume: bool) -> dict[str, Any]:
     return arguments
 
 
-def _outlook(config: Config, directory: Path, total: int) -> Outlook:
-    """What it takes, from the checkpoint's headers."""
-    spec = outline(directory, read_checkpoint(directory)).spec
-    rule = make(config.train.optim, Kernels("cpu", exact=False), **config.train.optim_args)
-    tensors = (*spec.loose, *(t for unit in spec.units for t in unit.tensors))
-    shapes = [(t.elements // t.width, t.width) if t.width else (t.elements,) for t in tensors]
-    state = sum(rule.state_nbytes(shape) for shape in shapes)
-    return Outlook(params=spec.params, weight_nbytes=spec.nbytes, state_nbytes=state, steps=total)
+def _already_finished(
+    request: Request, config: Config, prepared: Prepared, finished: Finished, state: Path, console: Console
+) -> int:
+    """Says so; or that a longer run cannot go on from it."""
+    total = prepared.feed.count(config.train)
+    if total > finished.step:
+        raise UsageError(
+            f"the run was finished at step {finished.step}, and its optimizer state removed from {state}, so it cannot "
+            f"go on to step {total}. Train the model in {finished.model} in another train.output_dir; "
+            "budgets.keep_state=true keeps the state next time"
+        )
+    finish_state(state, finished)  # in case that removing was cut off
+    if request.json:
+        print(json.dumps({"is_complete": True, "steps": finished.step, "total_steps": total}))
+    say(console, f"the run is finished: {finished.step} steps; the model is in {finished.model}")
+    return 0
 
 
 def _records(progress: Any) -> Any:

@@ -10,7 +10,7 @@ from rich import progress as rich_progress
 from rich.console import Console
 
 from offload.finetune.config import Config
-from offload.finetune.outlook import DRIVE_BYTES, Outlook
+from offload.finetune.outlook import Outlook
 from offload.finetune.prepare import Prepared
 from offload.units import format_bytes, format_seconds
 
@@ -41,16 +41,21 @@ def announce(config: Config, prepared: Prepared, total: int, outlook: Outlook, c
 
 def _plan(outlook: Outlook) -> str:
     """Bytes per tier, and what they mean for the drive."""
-    wear = (
-        f"a step writes at most {format_bytes(outlook.write_bytes_per_step)}; a drive rated for "
-        f"{DRIVE_BYTES / 1e12:.0f} TB lasts {outlook.drive_steps:,} such steps"
+    text = f"{outlook.params / 1e6:,.1f} M parameters to train; weights of {format_bytes(outlook.weight_nbytes)}"
+    if outlook.state_nbytes:
+        text += f", optimizer state of {format_bytes(outlook.state_nbytes)} on disk, twice"
+    if outlook.activation_nbytes:
+        text += f", activations of {format_bytes(outlook.activation_nbytes)} on disk"
+    if not outlook.write_bytes_per_step:
+        return text
+    text += (
+        f"; a step writes at most {format_bytes(outlook.write_bytes_per_step)}, and a drive rated for "
+        f"{outlook.drive_bytes / 1e12:g} TB lasts {outlook.drive_steps:,} such steps"
     )
     if outlook.steps:
-        wear += f", and this run takes {min(1.0, outlook.steps / outlook.drive_steps):.2%} of it"
-    return (
-        f"{outlook.params / 1e6:,.1f} M parameters: weights of {format_bytes(outlook.weight_nbytes)} in memory, "
-        f"optimizer state of {format_bytes(outlook.state_nbytes)} on disk, twice; {wear}"
-    )
+        share = outlook.write_bytes / outlook.drive_bytes
+        text += f"; {outlook.steps:,} steps write at most {format_bytes(outlook.write_bytes)}, {share:.2%} of its life"
+    return text
 
 
 class Progress:

@@ -25,7 +25,7 @@ from offload.runtime.streams import Streams
 from offload.runtime.training import LOOSE, Training
 from offload.tiers.cells import SHARD_COUNT, Cells, Shapes, lay_out_cell, page
 from offload.tiers.spill import Spill
-from offload.tiers.statefile import open_state
+from offload.tiers.statefile import open_state, room
 from offload.units import MIB, format_bytes
 
 SLOTS = 8  # shards of state in memory: four being read, one being updated, and those being written
@@ -103,6 +103,8 @@ def assemble(
     def checksum(data: torch.Tensor) -> str:
         return str(kernels.run("checksum", data))
 
+    travelling = 0 if all(c.unit in plan.kept for c in layouts) else sum(c.nbytes for c in layouts)
+    left = _check_disk(room(shards), travelling, wishes.disk_limit)
     state = open_state(offload_dir, engine, shards, identity, checksum, resume=resume, overwrite=overwrite)
     spill = Spill(offload_dir, engine, {c.unit: c.nbytes for c in layouts}, checksum)
     is_new = state.step == 0 and not state.has_commit
@@ -116,7 +118,7 @@ def assemble(
             slots=slots, cell_slots=(plan.slots, plan.slot_nbytes), max_grad_norm=max_grad_norm, kernels=kernels,
             seed=seed,
         )  # fmt: skip
-        prepare(training.backprop, wishes.activations, cpu_memory, offload_dir, engine)
+        prepare(training.backprop, wishes.activations, cpu_memory, offload_dir, engine, left)
         if is_new:
             training.create(fill)
         else:
@@ -157,6 +159,19 @@ def _warm(optimizer: Any, kernels: Kernels) -> None:
         optimizer.step(state, cell, Numbers(step=1, learning_rate=0.0), decays=True)
         kernels.run("square_sum", cell.view(-1))
     kernels.run("checksum", torch.zeros(4096, dtype=torch.uint8))
+
+
+def _check_disk(state: int, travelling: int, limit: int | None) -> int | None:
+    """What is left of the limit when state and weights that travel are there."""
+    if limit is None:
+        return None
+    if state + travelling > limit:
+        raise BudgetError(
+            f"disk_limit={format_bytes(limit)} is too small: optimizer state, in two slots, takes {format_bytes(state)}"
+            f", and weights that do not fit in memory {format_bytes(travelling)}. Raise it, or take an optimizer with "
+            "less state: adamw_8bit has half, adafactor a third"
+        )
+    return limit - state - travelling
 
 
 def check_memory(cells: int, ring: int, budget: int) -> None:

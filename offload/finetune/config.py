@@ -88,6 +88,8 @@ class Budgets(Section):
         cpu_memory: peak resident memory of the whole process; default: what the machine has free.
         offload_dir: a folder on a fast disk for weights and optimizer state; default: a folder in train.output_dir.
         disk_limit: bytes that may be taken there; default: what is free.
+        keep_state: leave the optimizer's state there when the run is finished, so that more steps can follow.
+        drive_tbw: bytes that the drive is rated to have written in its life (TBW in its data sheet), such as 600TB.
         activations: what is left of the forward pass for the backward one: keep everything in memory; recompute units
             from their inputs; the same with the inputs on disk; auto decides by memory and what the disk has to do.
         device: cpu, cuda, cuda:N or emulated; default: cuda when there is one.
@@ -97,11 +99,13 @@ class Budgets(Section):
     cpu_memory: Size = None
     offload_dir: str | None = None
     disk_limit: Size = None
+    keep_state: bool = False
+    drive_tbw: str | int = "600TB"
     activations: Literal["auto", "keep", "recompute", "disk"] = "auto"
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("gpu_memory", "cpu_memory", "disk_limit"):
+        for name in ("gpu_memory", "cpu_memory", "disk_limit", "drive_tbw"):
             if (value := getattr(self, name)) is not None:
                 parse_bytes(value, name)
 

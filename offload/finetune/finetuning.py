@@ -26,6 +26,7 @@ from offload.kernels.chosen import Kernels
 from offload.optim import make as make_optimizer
 from offload.runtime.discovery import dissect
 from offload.tiers.transit import bring_into
+from offload.units import parse_bytes
 
 
 def finetuning(
@@ -51,6 +52,7 @@ def finetuning(
     resident_weights: Size = None,
     tokens: int = 1024,
     activations: str = "auto",
+    disk_limit: Size = None,
     resume: bool = False,
     overwrite: bool = False,
     io: str = "threads",
@@ -86,6 +88,7 @@ def finetuning(
         activations: "auto" keeps those that fit in memory, the others are computed again in the backward pass, from
             inputs of units that wait in memory or, where that is short or the disk has time, on disk; "keep",
             "recompute", "disk".
+        disk_limit: bytes that state, and what does not fit in memory, may take in offload_dir; default: what is free.
         resume: go on from the last commit in offload_dir, if there is one.
         overwrite: replace a state that is there.
         io: I/O backend: threads, uring or aiofiles.
@@ -107,7 +110,8 @@ def finetuning(
     numbers = {"weight_decay": weight_decay, "betas": betas, "eps": eps} | dict(optimizer_args or {})
     rule = make_optimizer(optimizer, kernels, **numbers)
     budgets = resolve(cpu_memory=cpu_memory, resident=resident)
-    wishes = Wishes(budgets.resident, activations, parse_resident(resident_weights))
+    limit = parse_bytes(disk_limit, "disk_limit") if disk_limit is not None else None
+    wishes = Wishes(budgets.resident, activations, parse_resident(resident_weights), limit)
     engine = Engine(io, strict=strict)
     given: dict[str, nn.Parameter] = {}
     try:

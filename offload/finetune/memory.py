@@ -48,11 +48,13 @@ class Wishes:
         activations: "keep", "recompute" or "disk" (computed again from inputs that wait on disk), or "auto": keep what
             fits.
         weights: bytes, or a share of all, of weights that stay in memory; None: as much as fits.
+        disk_limit: bytes that may be taken in offload_dir; None: what is free.
     """
 
     state: float | int | None = None
     activations: str = "auto"
     weights: float | int | None = None
+    disk_limit: int | None = None
 
 
 def give_back(budget: int) -> None:

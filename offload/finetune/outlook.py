@@ -1,8 +1,15 @@
-"""What full fine-tuning takes of memory, disk and the disk's life, before it begins: bytes from counts alone."""
+"""What fine-tuning takes of memory, disk and the disk's life, before it begins: bytes from counts alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from offload.finetune.config import Config
+from offload.kernels.chosen import Kernels
+from offload.optim import make
+from offload.specs import ModelSpec, TensorSpec
+from offload.units import parse_bytes
 
 DRIVE_BYTES = 600 * 10**12  # what a consumer drive of 1 TB is commonly rated for in its life (TBW)
 SLOTS = 2  # of every shard of state: the last commit's and the one being written
@@ -14,30 +21,50 @@ class Outlook:
 
     Attributes:
         params: parameters that are trained.
-        weight_nbytes: of the weights in the model's dtype, which stay in memory; gradients take their place.
+        weight_nbytes: of the weights in the model's dtype; gradients take their place.
         state_nbytes: of master weights and moments, once.
         steps: of the run; 0 when nobody has counted.
+        activation_nbytes: of inputs of units that are sure to wait on disk, at most.
+        export_nbytes: of one copy of what comes out.
+        exports: copies that lie in output_dir at once, at most.
+        exports_written: copies that are written in the whole run.
+        drive_bytes: what the drive is rated to have written in its life.
     """
 
     params: int
     weight_nbytes: int
     state_nbytes: int
     steps: int
+    activation_nbytes: int = 0
+    export_nbytes: int = 0
+    exports: int = 1
+    exports_written: int = 1
+    drive_bytes: int = DRIVE_BYTES
 
     @property
     def disk_nbytes(self) -> int:
         """Taken in offload_dir."""
-        return SLOTS * self.state_nbytes
+        return SLOTS * self.state_nbytes + self.activation_nbytes
+
+    @property
+    def output_nbytes(self) -> int:
+        """Taken in output_dir."""
+        return self.exports * self.export_nbytes
 
     @property
     def write_bytes_per_step(self) -> int:
         """Written in a step, and read, at most: what stays in memory is written for commits only."""
-        return self.state_nbytes
+        return self.state_nbytes + self.activation_nbytes
+
+    @property
+    def write_bytes(self) -> int:
+        """Written in the whole run, at most; the first state counts too."""
+        return self.state_nbytes + self.steps * self.write_bytes_per_step + self.exports_written * self.export_nbytes
 
     @property
     def drive_steps(self) -> int:
-        """Steps in which a drive rated for DRIVE_BYTES would be worn out, at most bytes a step."""
-        return DRIVE_BYTES // max(1, self.write_bytes_per_step)
+        """Steps in which the drive would be worn out, at most bytes a step."""
+        return self.drive_bytes // max(1, self.write_bytes_per_step)
 
     def as_dict(self) -> dict[str, int]:
         """For JSON."""
@@ -45,7 +72,59 @@ class Outlook:
             "params": self.params,
             "weight_bytes": self.weight_nbytes,
             "state_bytes": self.state_nbytes,
+            "activation_bytes": self.activation_nbytes,
             "disk_bytes": self.disk_nbytes,
+            "output_bytes": self.output_nbytes,
             "write_bytes_per_step_at_most": self.write_bytes_per_step,
+            "write_bytes_at_most": self.write_bytes,
             "drive_steps_at_least": self.drive_steps,
         }
+
+
+def foresee(config: Config, spec: ModelSpec, steps: int) -> Outlook:
+    """The plan of a configuration, for a model that is known in numbers.
+
+    Args:
+        steps: of the run; 0 when nobody has counted.
+    """
+    train, budgets = config.train, config.budgets
+    shapes = _trained(config, spec)
+    params = sum(rows * columns for rows, columns in shapes)
+    state = activations = 0
+    if config.method != "zo":
+        rule = make(train.optim, Kernels("cpu", exact=False), **train.optim_args)
+        state = sum(rule.state_nbytes((rows, columns) if columns > 1 else (rows,)) for rows, columns in shapes)
+        if budgets.activations == "disk":
+            rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+            blocks = sum(unit.layers for unit in spec.units) or len(spec.units)
+            activations = (blocks + 1) * rows * config.data.max_length * spec.hidden_nbytes
+    copies = (steps - 1) // train.export_steps if train.export_steps and steps else 0
+    kept = copies if train.save_total_limit is None else min(copies, train.save_total_limit)
+    export = params * spec.nbytes // max(1, spec.params)
+    return Outlook(
+        params=params,
+        weight_nbytes=spec.nbytes,
+        state_nbytes=state,
+        steps=steps,
+        activation_nbytes=activations,
+        export_nbytes=export,
+        exports=1 + kept + (1 if copies > kept else 0),  # a new copy is whole before the oldest one goes
+        exports_written=1 + copies,
+        drive_bytes=parse_bytes(budgets.drive_tbw, "budgets.drive_tbw"),
+    )
+
+
+def _trained(config: Config, spec: ModelSpec) -> list[tuple[int, int]]:
+    """Rows and columns of everything that is trained; vectors have one column."""
+    tensors = [(t, False) for t in spec.loose] + [(t, u.is_head) for u in spec.units for t in u.tensors]
+    if config.method != "lora":
+        return [(t.elements // t.width, t.width) if t.width > 1 else (t.elements, 1) for t, _ in tensors]
+    found: list[tuple[int, int]] = []
+    for tensor, is_head in tensors:
+        if tensor.outputs and not is_head and _is_target(tensor, config.lora.target_modules):
+            found += [(config.lora.r, tensor.inputs), (tensor.outputs, config.lora.r)]
+    return found
+
+
+def _is_target(tensor: TensorSpec, targets: Any) -> bool:
+    return targets == "all-linear" or tensor.name.removesuffix(".weight").rpartition(".")[2] in targets

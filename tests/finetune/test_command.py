@@ -190,16 +190,17 @@ def test_a_signal_finishes_the_step_and_commits(
     assert facts(tmp_path / "out") == facts(tmp_path / "whole")
 
 
-def test_resume_of_a_complete_run_changes_nothing(config: Path, tmp_path: Path) -> None:
-    assert run(config) == 0
+@pytest.mark.parametrize("keep", ["false", "true"])
+def test_resume_of_a_complete_run_changes_nothing(keep: str, config: Path, tmp_path: Path) -> None:
+    assert run(config, f"budgets.keep_state={keep}") == 0
     before = facts(tmp_path / "out"), weights(tmp_path / "out")
-    assert run(config, "--resume") == 0
+    assert run(config, f"budgets.keep_state={keep}", "--resume") == 0
     assert facts(tmp_path / "out") == before[0]
     assert same(weights(tmp_path / "out"), before[1])
 
 
 def test_resume_with_other_data_is_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(config, "train.max_steps=3") == 0
+    assert run(config, "train.max_steps=3", "budgets.keep_state=true") == 0
     assert run(config, "train.max_steps=6", "--resume", "train.seed=1", "data.max_length=32") == 2
     said = capsys.readouterr().err
     assert "data.max_length was 64 and is 32" in said
@@ -239,6 +240,33 @@ def test_a_loss_that_is_no_number(
     assert run(config, "--resume") == 0
 
 
+def test_a_finished_run_leaves_no_state(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its resume says that it is finished; a longer one says what to do."""
+    assert run(config, "train.max_steps=3") == 0
+    state = tmp_path / "out" / "state"
+    assert [p.name for p in state.iterdir() if p.suffix != ".pt"] == ["finished.json"]  # the stand-in keeps its own
+    before = weights(tmp_path / "out")
+    capsys.readouterr()
+    assert run(config, "train.max_steps=3", "--resume") == 0
+    assert "the run is finished: 3 steps" in capsys.readouterr().err
+    assert same(before, weights(tmp_path / "out"))
+    assert run(config, "train.max_steps=5", "--resume") == 2
+    assert "keep_state=true" in capsys.readouterr().err
+    kept = [f"train.output_dir={tmp_path / 'kept'}", "budgets.keep_state=true"]
+    assert run(config, "train.max_steps=3", *kept) == 0
+    assert not (tmp_path / "kept" / "state" / "finished.json").exists()
+    assert run(config, "train.max_steps=5", *kept, "--resume") == 0
+    assert read_journal(tmp_path / "kept" / "log.jsonl")[-1]["step"] == 5
+
+
+def test_a_small_disk_is_met_before_the_start(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(config, "budgets.disk_limit=1MiB") == 1
+    said = capsys.readouterr().err
+    assert "disk_limit=1.0" in said
+    assert "optimizer state, twice" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_dry_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(config, "--dry-run", "data.shuffle=false") == 0
     assert capsys.readouterr().out == "<s>User: Which is number 0?\nAssistant: ⟦It is 0.</s>⟧\n\n"
@@ -251,8 +279,11 @@ def test_dry_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         "params": params,
         "weight_bytes": 4 * params,
         "state_bytes": 12 * params,
+        "activation_bytes": 0,
         "disk_bytes": 24 * params,
+        "output_bytes": 4 * params,
         "write_bytes_per_step_at_most": 12 * params,
+        "write_bytes_at_most": (1 + 12) * 12 * params + 4 * params,
         "drive_steps_at_least": 600 * 10**12 // (12 * params),
     }
     assert not (tmp_path / "out").exists()
