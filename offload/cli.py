@@ -16,6 +16,10 @@ app = typer.Typer(
 )
 
 
+benches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure how good offload is on this machine.")
+app.add_typer(benches, name="bench")
+
+
 @app.callback()
 def _root() -> None:
     """Keeps `offload run` a command of its own while there are few of them."""
@@ -171,16 +175,35 @@ def probe(
     out: Annotated[
         str | None, typer.Option("-o", "--output", help="write the profile (TOML) to this file, too")
     ] = None,
+    forget: Annotated[bool, typer.Option("--forget", help="forget what runs have taught, and measure nothing")] = False,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
 ) -> None:
     """Measure this machine once: what plans rest on. Shows what was measured before unless told to measure anew."""
-    from offload.commands.probe import execute
+    from offload.commands.probe import execute, forget_runs
     from offload.errors import UsageError
 
+    if forget:
+        raise typer.Exit(forget_runs(model))
     if quick and full:
         raise UsageError("--quick and --full were both given; give one of them")
     effort = "quick" if quick else "full" if full else None
     raise typer.Exit(execute(model, effort, offload_dir, weights, out, as_json=json))
+
+
+@benches.command("plan")
+def bench_plan(
+    out: Annotated[str, typer.Option("-o", "--output", help="writes OUTPUT.jsonl, .json and .md; goes on with them")],
+    cells: Annotated[int | None, typer.Option(help="only so many of the grid's 64 configurations")] = None,
+    folder: Annotated[
+        str | None, typer.Option(help="for 2.6 GB of checkpoints, and profiles; default: in the temporary folder")
+    ] = None,
+    regret: Annotated[int, typer.Option(help="cells whose rejected plans are measured, too")] = 6,
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a page")] = False,
+) -> None:
+    """Predict a grid of runs, then measure them: how far predictions and chosen plans are from the truth."""
+    from offload.commands.bench import execute
+
+    raise typer.Exit(execute(out, cells, folder, regret, as_json=json))
 
 
 @app.command()

@@ -13,8 +13,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from offload.api import probe
+from offload.bench.rehearsal import rehearse
+from offload.checkpoint import find
 from offload.errors import UsageError
-from offload.profile import OpTable, Profile, dump
+from offload.profile import OpTable, Profile, dump, forget, load_profile, own_profile
 from offload.units import format_bytes, format_rate, format_seconds
 
 Row = tuple[str, str, str, str]
@@ -39,7 +41,11 @@ def execute(
         def show(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
+        known = effort is None and own_profile(find(model) if model is not None else None) is not None
         profile = probe(model, effort=effort, offload_dir=offload_dir, weights=weights, progress=show)
+        if model is not None and not known:
+            rehearse(model, lambda what: show(what, 1, 1))
+            profile = load_profile(find(model)) or profile
     if out is not None:
         try:
             Path(out).write_text(dump(profile))
@@ -53,6 +59,13 @@ def execute(
         console.print(f"note: {note}", style="yellow" if note.startswith("not quiet") else "dim", highlight=False)
     drift = f"key figures moved by {profile.drift:.1%} while it was measured"
     console.print(f"{profile.describe()}; {profile.versions.get('effort', '')}, {profile.date}; {drift}", style="dim")
+    return 0
+
+
+def forget_runs(model: str | None) -> int:
+    """`offload probe --forget`: removes what runs have taught; returns the exit status."""
+    count = forget(find(model) if model is not None else None)
+    Console(stderr=True).print(f"forgot what runs have taught of {count} profile{'s' * (count != 1)}", highlight=False)
     return 0
 
 
@@ -108,6 +121,9 @@ def _figure(op: OpTable, amount: float, seconds: float) -> str:
 def _rest(profile: Profile) -> Iterator[Row]:
     for name, seconds in profile.costs.items():
         yield "software", name, f"{seconds * 1e6:,.1f} us", ""
+    for family, residual in profile.learned.families.items():
+        what = f"as predicted x {residual.factor:.2f}" if family not in ("prefill", "decode") else ""
+        yield "learned", f"{family}, {residual.runs:.0f} runs", what, _part(residual.deviation(0.0))
     for who, others in profile.interference.items():
         for other, kept in others.items():
             yield f"{who} keeps", f"beside {other}", f"{kept:.0%}", ""

@@ -17,10 +17,11 @@ from offload.planner.processors import balanced_share
 from offload.planner.search import DEPTHS, Found, Known, Room, search
 from offload.planner.whatif import MEMORIES, RATES, Change, change_budgets, change_profile
 from offload.planner.workspace import LIBRARIES, MARGIN
-from offload.profile import Profile
+from offload.profile import FORMAT_BITS, Profile
 from offload.specs import Budgets, ModelSpec, Workload
-from offload.units import GIB
+from offload.units import GIB, MIB
 
+PASSING = 16 * MIB  # of a matrix at a time, as in runtime/linears.py
 BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -218,17 +219,17 @@ def best_batch(ask: Ask, batches: Sequence[int] = BATCHES) -> Ask:
 
 
 def _solve(ask: Ask, known: Known, *, depths: Sequence[int] = DEPTHS, refines: bool = False) -> tuple[Division, Found]:
-    spec, extra = ask.spec, ask.extra_nbytes
+    spec, extra, shares = ask.spec, ask.extra_nbytes, _shares(ask)
     division = divide(
         spec,
         ask.budgets,
         ask.work,
         slots=ask.slots,
         extra_nbytes=extra,
-        extra_device_nbytes=extra,
+        extra_device_nbytes=extra + (passing_nbytes(spec) if any(shares) else 0),
         base_nbytes=ask.base_nbytes,
     )
-    room = replace(room_of(spec, ask.budgets, division, ask.slots), shares=_shares(ask))
+    room = replace(room_of(spec, ask.budgets, division, ask.slots), shares=shares)
     return division, search(Pricer(spec, ask.work, ask.computer), room, known, depths=depths, refines=refines)
 
 
@@ -241,6 +242,13 @@ def _shares(ask: Ask) -> tuple[float, ...]:
     cpu = ask.profile.processors["cpu"]
     balanced = balanced_share(cpu.bytes_per_s * cpu.efficiency, link)
     return (0.0, *(round(balanced * part, 3) for part in (0.5, 0.75, 1.0)))
+
+
+def passing_nbytes(spec: ModelSpec) -> int:
+    """Device memory through which the CPU's rows go up where there are many of activations; see runtime/apart.py."""
+    tensors = (t for u in spec.units for t in u.tensors)
+    largest = max((t.elements for t in tensors), default=0) * int(FORMAT_BITS.get(spec.dtype, 16)) // 8
+    return 2 * min(PASSING, largest)
 
 
 def room_of(spec: ModelSpec, budgets: Budgets, division: Division, slots: int | None) -> Room:
@@ -261,11 +269,12 @@ def predict(
     The margin that a run sets aside counts as taken: the peak is never to be more than was said.
     """
     need, has_device = division.workspace.nbytes, ask.budgets.gpu_memory is not None
+    passing = passing_nbytes(ask.spec) if placement.host_parts else 0
     beside = division.base_nbytes + LIBRARIES + int(MARGIN * ask.budgets.cpu_memory) + ask.extra_nbytes
     return pricer.predict(
         placement,
         host_beside=beside + (TRANSIT if has_device else need),
-        device_beside=need + ask.extra_nbytes if has_device else 0,
+        device_beside=need + ask.extra_nbytes + passing if has_device else 0,
         later=later,
     )
 

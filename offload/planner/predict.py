@@ -76,8 +76,9 @@ class Pricer:
         schedule = self.schedule(placement)
         on_disk = placement.names(Tier.DISK)
         costs: dict[str, Sum] = {}
+        beside = profile.learned.factor(family_of(placement, phase)) if streams(placement) else 1.0
         for unit, _ in self._order:
-            costs[unit] = self.compute(unit, phase, on_disk, placement.first_rows)
+            costs[unit] = self.compute(unit, phase, on_disk, placement.first_rows).times(beside)
         submit, sources = profile.cost("read_submit"), self._sources(placement)
         reading, uploading = profile.learned.factor("read"), profile.learned.factor("upload")
         upload_submit = profile.cost("handoff")
@@ -126,9 +127,8 @@ class Pricer:
         return seconds
 
     def once_s(self, phase: Phase) -> float:
-        """What only the first pass takes: the loop's own beginning, kernels for its rows, memory that is new."""
-        profile = self.computer.profile
-        seconds = profile.cost("start")
+        """What computing takes in the first pass only: libraries make kernels for its rows, and memory is new."""
+        profile, seconds = self.computer.profile, 0.0
         if self.computer.processor != "cpu":
             return seconds
         if phase.rows > VERY_FEW:
@@ -192,7 +192,10 @@ class Pricer:
         """One phase: the first pass after loading, with full rings, or one of many in the steady state."""
         clock, computing = self.clock(placement, phase)
         run = clock.run(1 if is_first else STEADY, head_start=True, stop_when_steady=not is_first)
-        seconds = _steady(run) + (self.between_s(placement, phase) + self.once_s(phase) if is_first else 0.0)
+        once = self.once_s(phase) if is_first else 0.0
+        seconds = _steady(run)
+        if is_first:
+            seconds += self.computer.profile.cost("start") + self.between_s(placement, phase) + once
         steps = self.schedule(placement)
         read_bytes = sum(s.nbytes for s in steps if isinstance(s, Read))
         upload_bytes = sum(s.nbytes for s in steps if isinstance(s, Upload))
@@ -217,6 +220,7 @@ class Pricer:
             estimated=computing.estimated_s / computing.seconds if computing.seconds else 0.0,
             read_bytes=read_bytes,
             upload_bytes=upload_bytes,
+            once_s=once,
             busy_s={lane: busy / max(1, len(run.pass_s)) for lane, busy in run.busy_s.items()},
         )
 
@@ -258,6 +262,16 @@ class Pricer:
             prefill=first,
             decode=later,
         )
+
+
+def streams(placement: Placement) -> bool:
+    """Whether anything is read from disk in every pass."""
+    return placement.host_ring.slots > 0
+
+
+def family_of(placement: Placement, phase: Phase) -> str:
+    """Of the residuals that computing a phase leaves, beyond those of its ops: beside reading it is slower."""
+    return f"{phase.family}.streaming" if streams(placement) else phase.family
 
 
 def resident(spec: ModelSpec, placement: Placement) -> dict[Tier, int]:

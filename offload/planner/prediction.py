@@ -27,6 +27,7 @@ class PassCost:
         estimated: the part of the seconds of computing that no measured table gave.
         read_bytes, upload_bytes: of a pass.
         busy_s: lane -> seconds in which it works, slowed down by the others.
+        once_s: of computing, what only the first pass takes.
     """
 
     seconds: float
@@ -38,6 +39,7 @@ class PassCost:
     read_bytes: int
     upload_bytes: int
     busy_s: Mapping[str, float] = field(default_factory=dict)
+    once_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

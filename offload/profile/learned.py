@@ -58,8 +58,9 @@ class Learned:
     """Residuals by family.
 
     The families: compute.few, compute.some and compute.many (products of up to 4, up to 64 and more rows, with all that
-    a unit does beside), read, upload; and prefill and decode, which are of the calibrated whole and only widen or
-    narrow intervals.
+    a unit does beside) where all weights are in memory; the same with `.streaming`, for what comes on top where the
+    disk writes to memory meanwhile; read, upload; and prefill and decode, which are of the calibrated whole and only
+    widen or narrow intervals.
     """
 
     families: Mapping[str, Residual] = field(default_factory=dict)

@@ -1,0 +1,60 @@
+"""The benchmark of predictions as a page of Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def page(found: dict[str, Any]) -> str:
+    """Tables of what `scores` found."""
+    lines = [
+        "# Predictions beside what was measured",
+        "",
+        f"{found['measured']} of {found['cells']} cells measured, {found['held_out']} of them held out: nothing "
+        "that was measured of those, nor of a model that is held out as a whole, has taught what they are judged by. "
+        "Every prediction was on the disk before its cell was measured.",
+    ]
+    if found["noise"] is not None:
+        lines.append(f"Two rounds of one process lie {found['noise']:.1%} apart in the median.")
+    header = ["", "cells", "tokens/s: mean", "p95", "worst", "bias", "first token: mean", "p95", "bias"]
+    header += ["memory, predicted/measured", "bottleneck right", "in its interval", "first token in its"]
+    lines += ["", *_table(header, [_row(kind, e) for kind, e in found["errors"].items()])]
+    if found["regret"] is not None:
+        regret = found["regret"]
+        lines += [
+            "",
+            f"By the chosen plans tokens took {regret['mean']:.1%} longer than by the best of the alternatives "
+            f"that were measured, at worst {regret['max']:.1%} ({len(regret['cells'])} cells).",
+        ]
+    if found["failed"]:
+        lines += ["", "Not measured:", "", *(f"- {cell}: {why}" for cell, why in found["failed"].items())]
+    header = ["cell", "held out", "first token: predicted, s", "calibrated", "at start", "measured"]
+    header += ["a token: predicted, s", "calibrated", "at start", "measured"]
+    lines += ["", *_table(header, [_cell(one) for one in found["each"]])]
+    return "\n".join(lines) + "\n"
+
+
+def _row(kind: str, e: dict[str, Any]) -> list[str]:
+    rate, first = e["tokens_per_s"], e["first_token"]
+    row = [kind, str(e["count"]), *(f"{rate[n]:.1%}" for n in ("mean", "p95", "max")), f"{e['tokens_per_s_bias']:+.1%}"]
+    row += [f"{first['mean']:.1%}", f"{first['p95']:.1%}", f"{e['first_token_bias']:+.1%}"]
+    if "memory" in e:
+        low, middle, high = e["memory"]
+        row += [f"{low:.3f} to {high:.3f}, median {middle:.3f}", f"{e['binding_right']:.0%}"]
+        row += [f"{e['interval_holds']:.0%}", f"{e['prefill_interval_holds']:.0%}"]
+    else:
+        row += [""] * 4
+    return row
+
+
+def _cell(one: dict[str, Any]) -> list[str]:
+    row = [one["cell"], "yes" if one["held_out"] else ""]
+    for name in ("prefill_s", "decode_s_per_token"):
+        for kind in ("predicted", "calibrated", "at_start", "measured"):
+            row.append(f"{one[kind][name]:.4f}" if one[kind] else "")
+    return row
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]

@@ -1,0 +1,81 @@
+"""A short run of a model after its machine was measured: what no probe of single parts sees is learned from it.
+
+Weights that the disk has just written are slower to multiply by than those that have lain in memory, threads that
+waited are slow to wake, and requests wait for processors that are busy: such things belong to the whole, and one run
+shows them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from offload.api import load
+from offload.bench.trial import expect, observe
+from offload.checkpoint import find
+from offload.checkpoint.outline import sketch
+from offload.hardware import auto_cpu_budget, host_memory, rss_bytes
+from offload.planner.workspace import LIBRARIES, MARGIN, workspace
+from offload.profile import learn
+from offload.profile.learned import WHOLE
+from offload.specs import ModelSpec, Workload
+from offload.units import GIB, MIB
+
+STREAMED = 0.6  # of the weights, but no more than
+STREAMED_NBYTES = 1.25 * GIB  # a pass, so that it takes a second
+ROOM = 1.3  # times the weights, so that nothing streams
+NEW_TOKENS = 5
+WORK = ((1, 96), (1, 96), (8, 16), (8, 16))  # batch, tokens of a prompt; the second of each is no longer a first one
+
+
+def rehearse(model: str | os.PathLike[str], progress: Callable[[str], None] = lambda _: None) -> int:
+    """Runs a model with some of its weights streaming and, if it fits, with none; learns from both.
+
+    Returns:
+        Runs that were learned from: 0 where there is too little memory for them, or no profile.
+    """
+    folder = find(model)
+    spec = sketch(folder).spec
+    count = 0
+    for cpu_memory in _budgets(spec):
+        progress("a short run")
+        count += _rehearse(folder, cpu_memory)
+    return count
+
+
+def _budgets(spec: ModelSpec) -> Iterator[int]:
+    most, _ = auto_cpu_budget(host_memory())
+    batch, prompt = max(b for b, _ in WORK), max(p for _, p in WORK)
+    need = workspace(spec, Workload(batch=batch, prompt_tokens=prompt, total_tokens=prompt + NEW_TOKENS)).nbytes
+    beside = rss_bytes() + LIBRARIES + need + 64 * MIB
+    streamed = min(STREAMED * spec.nbytes, STREAMED_NBYTES)
+    for kept in (spec.nbytes - streamed, ROOM * spec.nbytes):
+        cpu_memory = int((beside + kept) / (1 - MARGIN))
+        if cpu_memory < most:
+            yield cpu_memory
+
+
+def _rehearse(folder: Path, cpu_memory: int) -> int:
+    batch, prompt = max(b for b, _ in WORK), max(p for _, p in WORK)
+    handle = load(
+        folder,
+        cpu_memory=cpu_memory,
+        device="cpu",
+        batch=batch,
+        context=prompt + NEW_TOKENS,
+        prompt_tokens=prompt,
+    )
+    count = 0
+    with handle:
+        for number, (batch, prompt) in enumerate(WORK):
+            work = Workload(batch=batch, prompt_tokens=prompt, total_tokens=prompt + NEW_TOKENS)
+            handle.measure_disk()
+            prediction, profile = expect(handle, folder, work)
+            _, left = observe(handle, prediction, profile, work, is_first=not number)
+            parts = {
+                family: value for family, value in left.items() if family not in WHOLE
+            }  # of what is not calibrated
+            if number % 2 and learn(folder, parts):
+                count += 1
+    return count

@@ -1,0 +1,142 @@
+"""How good predictions were: errors by kind of cell, beside those of simpler models, and what a plan's choice cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil
+from statistics import mean, median
+from typing import Any
+
+from offload.bench.cells import Cell
+from offload.bench.ledger import Ledger, Line
+
+Pair = tuple[Line, Line]
+"""What was predicted of a cell, and what was measured."""
+
+
+def scores(ledger: Ledger, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Everything that the page shows, from a ledger's lines."""
+    measured = {name: line for name, line in ledger.of("measured").items() if "failed" not in line}
+    before, after, at_start = ledger.of("predicted"), ledger.of("calibrated"), ledger.of("at start")
+
+    def pairs(lines: Mapping[str, Line], wanted: Callable[[Cell], bool]) -> list[Pair]:
+        return [
+            (lines[c.name], measured[c.name])
+            for c in cells
+            if wanted(c) and c.name in measured and c.name in lines and "failed" not in lines[c.name]
+        ]
+
+    def held(cell: Cell) -> bool:
+        return cell.is_held_out
+
+    def fitted(cell: Cell) -> bool:
+        return not cell.is_held_out
+
+    kinds = {
+        "all cells, not calibrated": pairs(before, lambda _: True),
+        "fitted cells, not calibrated": pairs(before, fitted),
+        "held-out cells, not calibrated": pairs(before, held),
+        "held-out cells, calibrated by the fitted ones": pairs(after, held),
+        "fitted cells, at the start of each run": pairs(at_start, fitted),
+        "held-out cells, at the start of each run": pairs(at_start, held),
+        "held-out cells, sum of times": [(_as(p, "sum"), m) for p, m in pairs(before, held)],
+        "held-out cells, slowest resource": [(_as(p, "max"), m) for p, m in pairs(before, held)],
+        "all cells, sum of times": [(_as(p, "sum"), m) for p, m in pairs(before, lambda _: True)],
+        "all cells, slowest resource": [(_as(p, "max"), m) for p, m in pairs(before, lambda _: True)],
+    }
+    return {
+        "cells": len(cells),
+        "held_out": sum(map(held, cells)),
+        "measured": len(measured),
+        "failed": {n: line["failed"] for n, line in ledger.of("measured").items() if "failed" in line}
+        | {n: line["failed"] for n, line in before.items() if "failed" in line},
+        "errors": {kind: errors(found) for kind, found in kinds.items() if found},
+        "noise": noise(list(measured.values())),
+        "regret": regret(ledger.all_of("alternative")),
+        "each": [_each(c, before, after, at_start, measured[c.name]) for c in cells if c.name in measured],
+    }
+
+
+def errors(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Relative errors of one kind of cells; `of_p95` is the 95th percentile (nearest rank)."""
+    rate = [abs(m["decode_s_per_token"] / p["decode_s_per_token"] - 1) for p, m in pairs]
+    first = [abs(p["prefill_s"] / m["prefill_s"] - 1) for p, m in pairs]
+    found: dict[str, Any] = {
+        "count": len(pairs),
+        "tokens_per_s": spread(rate),
+        "tokens_per_s_bias": mean(m["decode_s_per_token"] / p["decode_s_per_token"] - 1 for p, m in pairs),
+        "first_token": spread(first),
+        "first_token_bias": mean(p["prefill_s"] / m["prefill_s"] - 1 for p, m in pairs),
+    }
+    if all("binding" in p for p, _ in pairs):
+        memory = [p["peak_rss_bytes"] / m["peak_rss_bytes"] for p, m in pairs]
+        found |= {
+            "binding_right": mean(p["binding"] == m["binding"] for p, m in pairs),
+            "memory": [min(memory), median(memory), max(memory)],
+            "interval_holds": mean(_holds(p["interval"], m["decode_s_per_token"]) for p, m in pairs),
+            "prefill_interval_holds": mean(_holds(p["prefill_interval"], m["prefill_s"]) for p, m in pairs),
+        }
+    return found
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {
+        "mean": mean(ordered),
+        "median": median(ordered),
+        "p95": ordered[ceil(0.95 * len(ordered)) - 1],
+        "max": ordered[-1],
+    }
+
+
+def noise(measured: Sequence[Line]) -> float | None:
+    """How far two rounds of one process lie apart, relative, in the median: no prediction can be judged below."""
+    apart = [
+        abs(each[0] - each[1]) / mean(each) for m in measured if len(each := m.get("decodes_s_per_token", ())) == 2
+    ]
+    return median(apart) if apart else None
+
+
+def regret(lines: Sequence[Line]) -> dict[str, Any] | None:
+    """How much longer a token took by the plan that was chosen than by the best that was measured."""
+    cells: dict[str, list[Line]] = {}
+    for line in lines:
+        if "failed" not in line:
+            cells.setdefault(line["cell"], []).append(line)
+    found = {}
+    for cell, tried in cells.items():
+        if len(tried) > 1:
+            chosen = min(tried, key=lambda line: line["predicted_s"])
+            best = min(tried, key=lambda line: line["decode_s_per_token"])
+            found[cell] = chosen["decode_s_per_token"] / best["decode_s_per_token"] - 1
+    if not found:
+        return None
+    return {"cells": found, "mean": mean(found.values()), "max": max(found.values())}
+
+
+def _holds(interval: Sequence[float], value: float) -> bool:
+    return interval[0] <= value <= interval[1]
+
+
+def _as(line: Line, model: str) -> Line:
+    """A simpler model's prediction: seconds only."""
+    return dict(line[model])
+
+
+def _each(
+    cell: Cell, before: Mapping[str, Line], after: Mapping[str, Line], at_start: Mapping[str, Line], measured: Line
+) -> dict[str, Any]:
+    names = ("prefill_s", "decode_s_per_token", "peak_rss_bytes", "binding")
+
+    def of(lines: Mapping[str, Line]) -> dict[str, Any] | None:
+        line = lines.get(cell.name)
+        return None if line is None or "failed" in line else {n: line[n] for n in names}
+
+    return {
+        "cell": cell.name,
+        "held_out": cell.is_held_out,
+        "predicted": of(before),
+        "calibrated": of(after),
+        "at_start": of(at_start),
+        "measured": {n: measured[n] for n in names},
+    }

@@ -1,0 +1,132 @@
+"""One cell, measured in a process of its own: `python -m offload.bench.trial '{...}'` prints a JSON object.
+
+What the run predicts for itself, with the disk's rate of that moment, is appended to the ledger before anything is
+generated.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offload.api import load
+from offload.bench.ledger import Ledger
+from offload.generate import Generated, generate
+from offload.handle import Offloaded
+from offload.hardware import peak_rss_bytes
+from offload.plan import predict_run
+from offload.plan.residuals import residuals
+from offload.planner.prediction import Prediction
+from offload.profile import Profile
+from offload.runtime.linears import unpack_nbytes
+from offload.specs import Workload
+
+FIRST_ID = 5  # of random prompts: smaller ones may mean something
+
+
+def trial(asked: dict[str, Any]) -> dict[str, Any]:
+    """Loads, predicts, generates, and tells.
+
+    Args:
+        asked: cell, model, cpu_memory, gpu_memory, link (bytes per second or None), batch, context, new_tokens, rounds,
+            plan (a file), ledger (a file, or None).
+    """
+    model, batch, context, steps = Path(asked["model"]), asked["batch"], asked["context"], asked["new_tokens"]
+    handle = load(
+        model,
+        cpu_memory=asked["cpu_memory"],
+        gpu_memory=asked["gpu_memory"],
+        device="emulated" if asked["link"] else "cpu",
+        link=asked["link"],
+        batch=batch,
+        context=context + steps,
+        prompt_tokens=context,
+        plan=asked["plan"],
+    )
+    with handle:
+        handle.measure_disk()
+        prediction, profile = expect(handle, model, handle.work)
+        if asked["ledger"] is not None:
+            Ledger(Path(asked["ledger"])).add({"kind": "at start", "cell": asked["cell"], **prediction.as_dict()})
+        runs: list[Generated] = []
+        left: dict[str, float] = {}
+        for number in range(asked["rounds"]):
+            run, found = observe(handle, prediction, profile, handle.work, is_first=not number)
+            runs.append(run.bounded(disk_bytes_per_s=handle.disk_bytes_per_s, link_bytes_per_s=handle.link_bytes_per_s))
+            left |= found if not number else {k: v for k, v in found.items() if k != "prefill"}
+        each = [run.decode_s_per_token or 0.0 for run in runs]
+        seconds = sum(each) / len(each)
+        return {
+            "prefill_s": runs[0].prefill_s,
+            "prefills_s": [run.prefill_s for run in runs],
+            "decode_s_per_token": seconds,
+            "decodes_s_per_token": each,
+            "tokens_per_s": batch / seconds,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "device_peak_bytes": handle.session.statistics().device_peak_bytes,
+            "binding": runs[0].bound.binding,
+            "read_bytes_per_token": round(runs[0].read_bytes_per_token),
+            "upload_bytes_per_token": round(runs[0].upload_bytes_per_token),
+            "disk_bytes_per_s": handle.disk_bytes_per_s,
+            "ready_s": handle.ready_s,
+            "residuals": left,
+            "fallbacks": list(handle.fallbacks),
+        }
+
+
+def expect(handle: Offloaded, model: Path, work: Workload) -> tuple[Prediction, Profile]:
+    """What a loaded model is predicted to do, on the machine as it is now."""
+    found = predict_run(
+        handle.spec,
+        handle.division,
+        handle.budgets,
+        work,
+        model=model,
+        device=handle.session.device.name,
+        exact=False,
+        link_bytes_per_s=handle.link_bytes_per_s,
+        disk_bytes_per_s=handle.disk_bytes_per_s,
+        extra_nbytes=unpack_nbytes(handle.session.store.sources.values(), False),
+    )
+    assert found is not None, "a CPU is in every profile"
+    return found
+
+
+def observe(
+    handle: Offloaded, prediction: Prediction, profile: Profile, work: Workload, *, is_first: bool
+) -> tuple[Generated, dict[str, float]]:
+    """Generates from random prompts; the run, and how far it was from its prediction."""
+    numbers = torch.Generator().manual_seed(0)
+    vocabulary = int(handle.model.config.get_text_config(decoder=True).vocab_size)
+    prompts = torch.randint(FIRST_ID, vocabulary, (work.batch, work.prompt_tokens), generator=numbers).tolist()
+    handle.session.timeline.reset()
+    run = generate(
+        handle.model,
+        handle.session,
+        prompts,
+        new_tokens=work.total_tokens - work.prompt_tokens,
+        stop_at_eos=False,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+    )
+    left = residuals(
+        prediction,
+        profile.learned,
+        work,
+        handle.division.placement,
+        handle.session.timeline.spans,
+        run.prefill_s,
+        run.token_s,
+        is_first=is_first,
+    )
+    return run, left
+
+
+if __name__ == "__main__":
+    print(json.dumps(trial(json.loads(sys.argv[1]))))
