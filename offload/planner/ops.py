@@ -86,11 +86,13 @@ class OpCosts:
         profile: the machine.
         processor: cpu or device.
         exact: torch's own ops only.
+        link_bytes_per_s: pace of an emulated accelerator's link; None: the machine has a real one, or none.
     """
 
     profile: Profile
     processor: str
     exact: bool = False
+    link_bytes_per_s: float | None = None
     _known: dict[tuple[object, ...], Sum] = field(default_factory=dict, compare=False, repr=False)
 
     def unit(
@@ -134,15 +136,22 @@ class OpCosts:
         """A product whose first rows the accelerator has and the others the CPU (runtime/apart.py)."""
         outputs, inputs = tensor.elements // tensor.width, tensor.width
         here = self.linear(format, dtype, first, inputs, rows) if first else Sum()
+        width = FORMAT_BITS.get(dtype, 16) / 8
         if rows > FEW:  # the CPU's rows go up instead
-            link = self.profile.lanes.get("h2d")
             passing = (outputs - first) * inputs * FORMAT_BITS.get(format, 16) / 8
-            return self.linear(format, dtype, outputs, inputs, rows) + Sum(link.seconds(passing) if link else 0.0)
-        crossing = Sum(2 * self.profile.cost("handoff"))
+            return self.linear(format, dtype, outputs, inputs, rows) + Sum(self._crossing_s(passing))
+        crossing = Sum(self._crossing_s(rows * inputs * width) + self._crossing_s(rows * (outputs - first) * width))
         there = OpCosts(self.profile, "cpu").linear(format, dtype, outputs - first, inputs, rows) + crossing
         if self.processor == "cpu":  # an emulated accelerator: one processor does both
             return here + there
         return max(here, there, key=lambda s: s.seconds)
+
+    def _crossing_s(self, nbytes: float) -> float:
+        """Seconds of a small copy that somebody waits for. An emulated link is paced by sleeping."""
+        if self.link_bytes_per_s is not None:
+            return self.profile.cost("sleep") + nbytes / self.link_bytes_per_s
+        link = self.profile.lanes.get("h2d")
+        return self.profile.cost("handoff") + (link.seconds(nbytes) if link else 0.0)
 
     def linear(self, format: str, dtype: str, outputs: int, inputs: int, rows: int) -> Sum:
         """y = x W^T."""

@@ -58,7 +58,7 @@ class Pricer:
 
     def __init__(self, spec: ModelSpec, work: Workload, computer: Computer) -> None:
         self.spec, self.work, self.computer = spec, work, computer
-        self.ops = OpCosts(computer.profile, computer.processor, computer.exact)
+        self.ops = OpCosts(computer.profile, computer.processor, computer.exact, computer.link_bytes_per_s)
         self._units: Mapping[str, UnitSpec] = {u.name: u for u in spec.units}
         self._order = order_of(spec)
         self._cache: dict[tuple[object, ...], Sum] = {}
@@ -76,7 +76,8 @@ class Pricer:
         schedule = self.schedule(placement)
         on_disk = placement.names(Tier.DISK)
         costs: dict[str, Sum] = {}
-        beside = profile.learned.factor(family_of(placement, phase)) if streams(placement) else 1.0
+        family = family_of(placement, phase)
+        beside = profile.learned.factor(family) if family != phase.family else 1.0
         for unit, _ in self._order:
             costs[unit] = self.compute(unit, phase, on_disk, placement.first_rows).times(beside)
         submit, sources = profile.cost("read_submit"), self._sources(placement)
@@ -157,9 +158,14 @@ class Pricer:
         return found or [(1.0, (self.computer.read,))]
 
     def _upload_s(self, nbytes: float) -> float:
-        if self.computer.link_bytes_per_s is not None:
-            return nbytes / self.computer.link_bytes_per_s
+        if (link := self.computer.link_bytes_per_s) is not None:
+            return nbytes / min(link, self._emulated_copy())
         return self.computer.profile.lane(self.computer.upload).seconds(nbytes)
+
+    def _emulated_copy(self) -> float:
+        """Bytes per second that an emulated link can copy at most: it is memory, after all."""
+        processor = self.computer.profile.processors[self.computer.processor]
+        return max((r.bytes_per_s for r in processor.copy), default=inf)
 
     def _sharing(self, schedule: Schedule, costs: Mapping[str, Sum], phase: Phase) -> Sharing:
         """What was measured of pairs; the shared memory's capacity only where no pair was.
@@ -171,6 +177,8 @@ class Pricer:
         if phase.rows > FEW and f"{computer.processor}.gemm" in profile.interference:
             names["compute"] = f"{computer.processor}.gemm"
         keeps = {a: {b: min(1.0, profile.kept(names[a], names[b])) for b in names if b != a} for a in names}
+        if computer.link_bytes_per_s is not None:  # its copies take the memory, and the cores, that compute
+            keeps["compute"]["upload"] = 1 - min(1.0, computer.link_bytes_per_s / self._emulated_copy()) / 2
         measured = any(names["compute"] in profile.interference.get(names[a], {}) for a in ("read", "upload"))
         capacity = profile.shared.get("dram", inf)
         if measured or capacity == inf:
@@ -264,14 +272,11 @@ class Pricer:
         )
 
 
-def streams(placement: Placement) -> bool:
-    """Whether anything is read from disk in every pass."""
-    return placement.host_ring.slots > 0
-
-
 def family_of(placement: Placement, phase: Phase) -> str:
-    """Of the residuals that computing a phase leaves, beyond those of its ops: beside reading it is slower."""
-    return f"{phase.family}.streaming" if streams(placement) else phase.family
+    """Of the residuals that computing a phase leaves; those of ops where something arrives meanwhile stand apart."""
+    if placement.device_ring.slots or placement.host_parts:
+        return f"{phase.family}.link"
+    return f"{phase.family}.streaming" if placement.host_ring.slots else phase.family
 
 
 def resident(spec: ModelSpec, placement: Placement) -> dict[Tier, int]:

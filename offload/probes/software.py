@@ -6,6 +6,7 @@ import functools
 import mmap
 import os
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -63,6 +64,11 @@ def touch_s(meter: Meter) -> float:
         del memory
         mapping.close()
     return max(1e-9, median(seconds) / TOUCHED)
+
+
+def sleep_s(meter: Meter) -> float:
+    """The shortest sleep there is."""
+    return meter.time(functools.partial(time.sleep, 1e-6)).seconds
 
 
 def handoff_s(meter: Meter) -> float:

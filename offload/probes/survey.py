@@ -190,6 +190,7 @@ class Survey:
             "handoff": software.handoff_s(self._meter),
             "unit": software.unit_s(self._meter),
             "first": software.first_s(self._meter),
+            "sleep": software.sleep_s(self._meter),
             "touch": software.touch_s(self._meter),
         }
 

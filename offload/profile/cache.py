@@ -30,23 +30,25 @@ def load_profile(model: str | os.PathLike[str] | None = None) -> Profile | None:
     others = sorted(_profiles(here), key=lambda f: f.stat().st_mtime, reverse=True)
     for file in dict.fromkeys([*own, _path(here, None), *others]):
         if (profile := _valid(file, here)) is not None:
-            return replace(profile, learned=_learned(file))
+            return replace(profile, learned=_learned(file).over(_learned(_path(here, None))))
     return None
 
 
 def learn(model: str | os.PathLike[str] | None, residuals: Mapping[str, float]) -> bool:
     """Remembers a run's residuals beside the profile that predicted it; False where the machine was not measured.
 
+    They are remembered for the machine in general, too: for models that have not run here yet.
+
     Args:
         model: as for `load_profile`.
         residuals: family -> logarithm of measured over predicted; see `Learned`.
     """
     here = fingerprint()
-    for file in dict.fromkeys([_path(here, model), _path(here, None)]):
-        if _valid(file, here) is not None:
-            _write(file.with_suffix(RESIDUALS), _learned(file).with_run(residuals).dump())
-            return True
-    return False
+    own, general = _path(here, model), _path(here, None)
+    known = [file for file in dict.fromkeys([own, general]) if _valid(file, here) is not None]
+    for file in dict.fromkeys([*known[:1], general]) if known else ():
+        _write(file.with_suffix(RESIDUALS), _learned(file).with_run(residuals).dump())
+    return bool(known)
 
 
 def forget(model: str | os.PathLike[str] | None = None) -> int:

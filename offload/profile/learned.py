@@ -58,9 +58,9 @@ class Learned:
     """Residuals by family.
 
     The families: compute.few, compute.some and compute.many (products of up to 4, up to 64 and more rows, with all that
-    a unit does beside) where all weights are in memory; the same with `.streaming`, for what comes on top where the
-    disk writes to memory meanwhile; read, upload; and prefill and decode, which are of the calibrated whole and only
-    widen or narrow intervals.
+    a unit does beside) where all weights are where they are used; the same with `.streaming` or `.link`, for what comes
+    on top where the disk writes to memory meanwhile, or weights lie beyond a link; read, upload; and prefill and
+    decode, which are of the calibrated whole and only widen or narrow intervals.
     """
 
     families: Mapping[str, Residual] = field(default_factory=dict)
@@ -71,6 +71,10 @@ class Learned:
     def deviation(self, phase: str) -> float:
         """Relative, of a whole phase: prefill or decode."""
         return self.families.get(phase, Residual()).deviation(WHOLE[phase])
+
+    def over(self, general: Learned) -> Learned:
+        """These where there are any; elsewhere what is known in general."""
+        return Learned({**general.families, **self.families})
 
     @property
     def runs(self) -> int:

@@ -203,6 +203,7 @@ class Profile:
         first         the first product with a number of rows, beyond what later ones take
         touch         using a MiB of memory for the first time
         step          once a token: the generation loop around the model
+        sleep         the shortest sleep: what pacing an emulated link takes each time
         read_submit   handing a read to the engine
         handoff       waking a waiting thread
         """
