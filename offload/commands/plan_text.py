@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offload.plan import Plan, Variant, tiers_of, totals
+from offload.planner.prediction import origin_of
 from offload.units import format_bytes, format_rate, format_seconds
 
 SHOWN = 6  # rejected plans, best first; --json has them all
@@ -39,9 +40,9 @@ def show(plan: Plan, console: Console) -> None:
         if table is not None:
             console.print()
             console.print(table)
-    origin = "" if prediction.origin == "measured" else " Estimate: not all of it was measured."
     console.print()
-    console.print(f"Planned in {format_seconds(plan.planned_s)}.{origin}", style="dim", highlight=False)
+    said = f"Planned in {format_seconds(plan.planned_s)}; {origin_of(prediction)}."
+    console.print(said, style="dim", highlight=False, soft_wrap=True)
 
 
 def _table(*names: str) -> Table:

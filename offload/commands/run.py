@@ -22,9 +22,10 @@ from offload.generate import Generated, check_ids, check_length, encode, generat
 from offload.hardware import peak_rss_bytes, rss_bytes, versions
 from offload.kernels.chosen import compile_seconds
 from offload.plan import beside, load_plan, predict_run, predicted_of, roofline
-from offload.planner.prediction import Prediction
+from offload.plan.residuals import residuals
+from offload.planner.prediction import Prediction, origin_of
 from offload.planner.schedule import explain
-from offload.profile import Profile
+from offload.profile import Profile, learn
 from offload.runtime.linears import unpack_nbytes
 from offload.units import format_bytes, format_rate, format_seconds
 
@@ -75,6 +76,7 @@ def execute(request: Request) -> int:
             result = _bounded(handle, before, _generate(request, handle, tokenizer, ids, console))
             if request.json:
                 print(json.dumps(report(request, handle, tokenizer, result, predicted)))
+                _learn(request, directory, handle, result, predicted)
             else:
                 _summarise(handle, result, console, predicted)
         if request.trace:
@@ -150,6 +152,18 @@ def _predict(request: Request, directory: Path, handle: Offloaded) -> Predicted:
         link_bytes_per_s=handle.link_bytes_per_s,
         disk_bytes_per_s=handle.disk_bytes_per_s,
         extra_nbytes=unpack_nbytes(handle.session.store.sources.values(), request.exact),
+    )
+
+
+def _learn(request: Request, directory: Path, handle: Offloaded, result: Generated, predicted: Predicted) -> None:
+    """Lets later predictions know how far this one was off. Exact runs have other prices, and teach nothing."""
+    if predicted is None or request.exact or predicted[1].source != "measured":
+        return
+    prediction, profile = predicted
+    placement, spans = handle.division.placement, handle.session.timeline.spans
+    learn(
+        directory,
+        residuals(prediction, profile.learned, handle.work, placement, spans, result.prefill_s, result.token_s),
     )
 
 
@@ -305,7 +319,7 @@ def _summarise(handle: Offloaded, result: Generated, console: Console, predicted
     if predicted is not None and step:
         expected = predicted[0]
         console.print(
-            f"predicted ({'measured machine' if expected.origin == 'measured' else 'estimate'}): prefill "
+            f"predicted ({origin_of(expected)}): prefill "
             f"{format_seconds(expected.prefill_s)}, then {format_seconds(expected.decode_s_per_token)} a token "
             f"({expected.decode_s_per_token / step - 1:+.0%}), {expected.binding} binds; peak memory "
             f"{format_bytes(expected.peak_rss_bytes)}",

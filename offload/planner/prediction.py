@@ -97,6 +97,15 @@ class Prediction:
         }
 
 
+def origin_of(prediction: Prediction) -> str:
+    """What it rests on, for a reader."""
+    if prediction.origin != "measured":
+        return "estimate: not all of it was measured"
+    if not prediction.calibrated_runs:
+        return "measured machine, not calibrated"
+    return f"measured machine, calibrated by {prediction.calibrated_runs} run{'s' * (prediction.calibrated_runs > 1)}"
+
+
 def interval_of(cost: PassCost, deviation: float, is_measured: bool) -> tuple[float, float]:
     """Between which nine runs of ten lie: how far predictions were off, and how far what they rest on spreads."""
     spread = SIGMA_OF_MAD * cost.spread_s / cost.seconds if cost.seconds else 0.0

@@ -1,0 +1,136 @@
+"""`offload bench plan`: every prediction is on the disk before its cell is measured, and what is done stays done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import MODELS
+
+from offload.bench import planning
+from offload.bench.cells import TINY, grid, some
+from offload.bench.ledger import Ledger, Line
+from offload.bench.page import page
+from offload.bench.planning import PlanBench, scattered
+from offload.bench.scores import errors, regret, scores
+from offload.bench.trial import trial
+from offload.errors import UsageError
+
+CELLS = tuple(replace(c, keep=1.4) for c in grid(["llama"])[:8])
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanBench:
+    """A benchmark whose machine is not measured and whose runs take what was predicted, and a tenth more."""
+    monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(planning, "own_profile", lambda _: object())
+    monkeypatch.setattr(planning, "_in_python", lambda *_: "400000000\n")
+    ledger = Ledger(tmp_path / "plan.jsonl")
+
+    def run(asked: Mapping[str, Any]) -> Line:
+        known = ledger.of("predicted")[asked["cell"]]
+        seconds = 1.1 * known["decode_s_per_token"]
+        return {
+            **{name: known[name] for name in ("peak_rss_bytes", "binding")},
+            "prefill_s": known["prefill_s"] / 1.1,
+            "decode_s_per_token": seconds,
+            "decodes_s_per_token": [seconds, seconds],
+            "residuals": {"decode": 0.1},
+        }
+
+    return PlanBench(cells=CELLS, models=TINY, folder=tmp_path / "models", ledger=ledger, regrets=2, trial=run)
+
+
+def test_the_grid() -> None:
+    cells = grid()
+    assert len(cells) >= 60
+    assert len({c.name for c in cells}) == len(cells)
+    assert sum(c.is_held_out for c in cells) >= 20
+    few = some(cells, 12)
+    assert len(few) == 12
+    assert 3 <= sum(c.is_held_out for c in few) <= 6
+    assert sorted(scattered(cells), key=cells.index) == list(cells)
+
+
+def test_predictions_come_first(bench: PlanBench) -> None:
+    bench.run()
+    lines = bench.ledger.lines
+    assert len(bench.ledger.of("measured")) == len(CELLS)
+    for cell in CELLS:
+        kinds = [line["kind"] for line in lines if line.get("cell") == cell.name and line["kind"] != "alternative"]
+        assert kinds == (["predicted", "calibrated", "measured"] if cell.is_held_out else ["predicted", "measured"])
+    last = max(k for k, line in enumerate(lines) if line["kind"] == "predicted")
+    assert last < min(k for k, line in enumerate(lines) if line["kind"] == "measured")
+
+
+def test_what_is_done_stays_done(bench: PlanBench) -> None:
+    bench.run()
+    before = bench.ledger.path.read_bytes()
+    bench.run()
+    assert bench.ledger.path.read_bytes() == before
+    lines = before.splitlines(keepends=True)
+    bench.ledger.path.write_bytes(b"".join(lines[: len(lines) // 2]) + b'{"kind": "measu')
+    bench.ledger.reload()
+    bench.run()
+    assert len(bench.ledger.of("measured")) == len(CELLS)
+
+
+def test_its_figures(bench: PlanBench) -> None:
+    bench.run()
+    found = scores(bench.ledger, CELLS)
+    for kind in ("all cells, not calibrated", "held-out cells, calibrated by the fitted ones"):
+        figures = found["errors"][kind]
+        assert figures["tokens_per_s"]["mean"] == pytest.approx(0.1)
+        assert figures["first_token"]["max"] == pytest.approx(0.1)
+        assert figures["memory"] == [1.0, 1.0, 1.0]
+        assert figures["binding_right"] == 1.0
+        assert figures["interval_holds"] == 1.0
+    assert found["noise"] == 0.0
+    assert "held-out cells, sum of times" in found["errors"]
+    text = page(found)
+    assert all(cell.name in text for cell in CELLS)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_cell_that_fails_is_told(bench: PlanBench) -> None:
+    bench.trial = lambda _: {"failed": "no memory"}
+    bench.regrets = 0
+    bench.run()
+    found = scores(bench.ledger, CELLS)
+    assert set(found["failed"].values()) == {"no memory"}
+    assert "no memory" in page(found)
+
+
+def test_errors_and_regret() -> None:
+    predicted = {"decode_s_per_token": 1.0, "prefill_s": 2.0}
+    pairs: list[Any] = [(predicted, {"decode_s_per_token": m, "prefill_s": 2.0}) for m in (0.9, 1.0, 1.3)]
+    assert errors(pairs)["tokens_per_s"] == pytest.approx({"mean": 0.4 / 3, "median": 0.1, "p95": 0.3, "max": 0.3})
+    assert errors(pairs)["first_token"]["mean"] == 0
+    lines = [{"cell": "a", "predicted_s": p, "decode_s_per_token": m} for p, m in ((1.0, 1.1), (1.2, 1.0), (1.4, 1.5))]
+    chosen = regret(lines)
+    assert chosen is not None
+    assert chosen["mean"] == pytest.approx(0.1)
+    assert regret([{"cell": "a", "failed": "x"}]) is None
+
+
+def test_another_file_is_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "notes.jsonl"
+    file.write_text("something else\n")
+    with pytest.raises(UsageError, match="line 1"):
+        Ledger(file)
+    assert file.read_text() == "something else\n"
+
+
+def test_a_real_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path / "cache"))
+    folder = MODELS["llama"].save(tmp_path / "model")
+    asked = {"cell": "one", "model": str(folder), "cpu_memory": "8GiB", "gpu_memory": None, "link": None, "batch": 2}
+    asked |= {"context": 8, "new_tokens": 5, "rounds": 2, "plan": None, "ledger": str(tmp_path / "ledger.jsonl")}
+    found = trial(asked)
+    assert len(found["decodes_s_per_token"]) == 2
+    assert {"prefill", "decode", "compute.few", "compute.some"} <= set(found["residuals"])
+    assert [line["kind"] for line in Ledger(tmp_path / "ledger.jsonl").lines] == ["at start"]
