@@ -24,8 +24,7 @@ from offload.checkpoint.numbers import Numbers, numbers
 from offload.errors import OffloadError, UsageError
 from offload.hardware import fingerprint, versions
 from offload.plan import Ask, Plan, SavedPlan, digest, machine, make, save
-from offload.plan.planning import passing_nbytes
-from offload.planner.workspace import LIBRARIES, MARGIN, workspace
+from offload.planner.workspace import LIBRARIES, MARGIN, passing_nbytes, workspace
 from offload.profile import learn, own_profile
 from offload.specs import Workload
 from offload.units import MIB

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from offload.budgets import TRANSIT, Division
 from offload.planner.placement import Placement, Tier
-from offload.planner.workspace import LIBRARIES, MARGIN
+from offload.planner.workspace import LIBRARIES, MARGIN, passing_nbytes
 from offload.specs import Budgets, ModelSpec
 
 Classes = dict[str, dict[str, int]]
@@ -43,6 +43,8 @@ def classes(
     rings = (("host", placement.host_ring), ("device", placement.device_ring))
     kinds["buffers"] = {tier: ring.nbytes for tier, ring in rings if ring.slots}
     kinds["buffers"]["host"] = kinds["buffers"].get("host", 0) + (TRANSIT if has_device else 0)
+    if placement.host_parts:
+        kinds["buffers"]["device"] = kinds["buffers"].get("device", 0) + passing_nbytes(spec)
     kinds["unpacking"] = {"host": extra_nbytes} | ({"device": extra_nbytes} if has_device else {})
     kinds["process, margin"] = {"host": division.base_nbytes + LIBRARIES + int(MARGIN * budgets.cpu_memory)}
     return {kind: row for kind, row in kinds.items() if any(row.values())}

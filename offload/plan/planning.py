@@ -16,12 +16,11 @@ from offload.planner.prediction import PassCost, Prediction
 from offload.planner.processors import balanced_share
 from offload.planner.search import DEPTHS, Found, Known, Room, search
 from offload.planner.whatif import MEMORIES, RATES, Change, change_budgets, change_profile
-from offload.planner.workspace import LIBRARIES, MARGIN
-from offload.profile import FORMAT_BITS, Profile
+from offload.planner.workspace import LIBRARIES, MARGIN, passing_nbytes
+from offload.profile import Profile
 from offload.specs import Budgets, ModelSpec, Workload
-from offload.units import GIB, MIB
+from offload.units import GIB
 
-PASSING = 16 * MIB  # of a matrix at a time, as in runtime/linears.py
 BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -242,13 +241,6 @@ def _shares(ask: Ask) -> tuple[float, ...]:
     cpu = ask.profile.processors["cpu"]
     balanced = balanced_share(cpu.bytes_per_s * cpu.efficiency, link)
     return (0.0, *(round(balanced * part, 3) for part in (0.5, 0.75, 1.0)))
-
-
-def passing_nbytes(spec: ModelSpec) -> int:
-    """Device memory through which the CPU's rows go up where there are many of activations; see runtime/apart.py."""
-    tensors = (t for u in spec.units for t in u.tensors)
-    largest = max((t.elements for t in tensors), default=0) * int(FORMAT_BITS.get(spec.dtype, 16)) // 8
-    return 2 * min(PASSING, largest)
 
 
 def room_of(spec: ModelSpec, budgets: Budgets, division: Division, slots: int | None) -> Room:

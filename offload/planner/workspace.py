@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from offload.profile import FORMAT_BITS
 from offload.specs import ModelSpec, Workload
 from offload.units import MIB, format_bytes
 
 LIBRARIES = 80 * MIB  # kernels, thread stacks and allocator slack that appear with the first passes
+PASSING = 16 * MIB  # of a matrix at a time, as in runtime/linears.py
 MARGIN = 0.01  # of the budget, for what nobody predicted
 
 
@@ -52,3 +54,10 @@ def workspace(spec: ModelSpec, work: Workload) -> Workspace:
         activations=tokens * (3 * spec.widest_nbytes + 6 * spec.hidden_nbytes) + masks * work.prompt_tokens**2,
         logits=work.batch * spec.logits_nbytes,
     )
+
+
+def passing_nbytes(spec: ModelSpec) -> int:
+    """Device memory through which the CPU's rows go up where there are many of activations; see runtime/apart.py."""
+    tensors = (t for u in spec.units for t in u.tensors)
+    largest = max((t.elements for t in tensors), default=0) * int(FORMAT_BITS.get(spec.dtype, 16)) // 8
+    return 2 * min(PASSING, largest)
