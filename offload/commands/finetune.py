@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +18,7 @@ from offload import api
 from offload.checkpoint import find, read_config
 from offload.checkpoint.outline import outline
 from offload.commands.bar import bar
-from offload.commands.training import Progress, announce, note, say, summarise
+from offload.commands.training import Progress, announce, note, place, say, summarise
 from offload.errors import UsageError
 from offload.finetune import finish, reading
 from offload.finetune.config import Config
@@ -75,8 +75,11 @@ def execute(request: Request) -> int:
     with finishing_steps() as stop, _open(request, config, directory) as trainer:
         if not total:
             total = _total(trainer, config, prepared)
+        where = trainer.whereabouts()
+        if where is not None:
+            say(console, place(where))
         report = _train(request, config, prepared, total, trainer, stop, console, tokenizer, directory)
-        report["plan"] = outlook.as_dict()
+        report["plan"] = outlook.as_dict() | (asdict(where) if where is not None else {})
     if report["is_complete"] and not config.budgets.keep_state:
         finish_state(state, Finished(step=report["steps"], model=config.train.output_dir))
     if request.json:
@@ -108,7 +111,10 @@ def engine_arguments(config: Config, *, resume: bool) -> dict[str, Any]:
     if config.method == "lora":
         arguments["lora"] = {name: getattr(config.lora, name) for name in config.lora.__struct_fields__}
     if config.method == "zo":
-        arguments["zo_eps"] = config.zo.eps
+        arguments |= {"zo_eps": config.zo.eps, "zo_write_every": config.zo.write_every}
+    if config.method != "full":
+        rows = max(train.per_device_train_batch_size, train.per_device_eval_batch_size or 0)
+        arguments["tokens"] = rows * config.data.max_length
     optional = ("cpu_memory", "gpu_memory", "disk_limit", "device")
     arguments |= {name: value for name in optional if (value := getattr(budgets, name)) is not None}
     known = inspect.signature(api.finetuning).parameters

@@ -12,6 +12,7 @@ from rich.console import Console
 from offload.finetune.config import Config
 from offload.finetune.outlook import Outlook
 from offload.finetune.prepare import Prepared
+from offload.runtime.streams import Whereabouts
 from offload.units import format_bytes, format_seconds
 
 
@@ -37,6 +38,19 @@ def announce(config: Config, prepared: Prepared, total: int, outlook: Outlook, c
         note(console, f"{counts.cut_tokens:,} tokens are cut off, because they go past data.max_length")
     if counts.empty:
         note(console, f"{counts.empty:,} records are left out, because nothing to learn is left of them")
+
+
+def place(where: Whereabouts) -> str:
+    """Where weights are that no gradient trains."""
+    text = f"weights: {format_bytes(where.resident_nbytes)} stay in memory"
+    if where.streamed_nbytes:
+        text += (
+            f", {format_bytes(where.streamed_nbytes)} stream through {where.ring_slots} slots of "
+            f"{format_bytes(where.ring_nbytes // where.ring_slots)}; a step reads {format_bytes(where.step_nbytes)}"
+        )
+    if where.beside_nbytes:
+        text += f"; both sides of a unit take {format_bytes(where.beside_nbytes)}"
+    return text
 
 
 def _plan(outlook: Outlook) -> str:

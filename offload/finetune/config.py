@@ -75,9 +75,11 @@ class Zo(Section):
 
     Attributes:
         eps: length of the step to both sides along a random direction, per weight.
+        write_every: steps after which weights that stream are written back; default: as it pays.
     """
 
     eps: Positive = 1e-3
+    write_every: AtLeast1 | None = None
 
 
 class Budgets(Section):

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from offload.runtime.streams import Whereabouts
+
 MicroBatch = Mapping[str, torch.Tensor]
 """What the model is called with, together with `use_cache=False`, B rows of T tokens:
 
@@ -69,6 +71,10 @@ class Trainer(Protocol):
 
     def commit(self) -> None:
         """Makes this step the one that a resume finds, with `extra`, whatever happens later."""
+        ...
+
+    def whereabouts(self) -> Whereabouts | None:
+        """Where weights that no gradient trains are; None where there are none."""
         ...
 
     def save(self, folder: Path) -> None:

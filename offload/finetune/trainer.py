@@ -18,6 +18,8 @@ from offload.finetune.memory import Spare, Wishes, give_back, plan_memory
 from offload.hardware import peak_rss_bytes, reset_peak_rss
 from offload.io.engine import Engine
 from offload.optim.base import Numbers, Optimizer
+from offload.runtime.adapted import Adapted
+from offload.runtime.streams import Whereabouts
 from offload.runtime.training import Training
 from offload.runtime.zeroth import Zeroth
 
@@ -107,6 +109,10 @@ class Trainer:
     def fallbacks(self) -> tuple[str, ...]:
         """What did not go the fast way, a sentence each."""
         return self._engine.fallbacks
+
+    def whereabouts(self) -> Whereabouts | None:
+        """Where weights that are not trained by gradients are; None where all are."""
+        return self.training.whereabouts() if isinstance(self.training, Adapted | Zeroth) else None
 
     def step(self, batch: MicroBatch | Sequence[MicroBatch], learning_rate: float | None = None) -> StepResult:
         """One update from all micro-batches: every label token weighs the same, whichever micro-batch it is in.

@@ -13,7 +13,7 @@ import torch
 
 from offload.runtime.backprop import Loss
 from offload.runtime.discovery import Anatomy
-from offload.runtime.streams import Streams
+from offload.runtime.streams import Streams, Whereabouts
 from offload.runtime.training import Pass, Training
 
 ENDLESS = 1 << 63
@@ -59,6 +59,10 @@ class Adapted(Training):
         """See Owner."""
         super().leave(unit, is_backward=is_backward)
         self.streams.leave(unit)
+
+    def whereabouts(self) -> Whereabouts:
+        """Where the frozen weights are."""
+        return self.streams.whereabouts(there_and_back(self._units))
 
     def close(self) -> None:
         """See Training.close."""

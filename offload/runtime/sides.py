@@ -31,6 +31,11 @@ class TwoSides:
             for unit, (places, _) in layouts.items()
         }
 
+    @property
+    def nbytes(self) -> int:
+        """Of both areas."""
+        return self._buffer.nbytes
+
     def of(self, unit: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The tensors of a unit on the one side and on the other; the same objects every time."""
         plus, minus = self._views[unit]

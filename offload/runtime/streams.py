@@ -7,6 +7,7 @@ micro-batches through it, once for all of them; and the order of visits may be t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,6 +27,26 @@ from offload.tiers.layout import Source
 from offload.tiers.store import Store
 
 LOOSE = "(loose)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whereabouts:
+    """Where weights are, in bytes.
+
+    Attributes:
+        resident_nbytes: of those that stay in memory.
+        streamed_nbytes: of those that are read when they are used.
+        step_nbytes: read in a step.
+        ring_slots, ring_nbytes: what they pass through.
+        beside_nbytes: of copies that a step makes of some.
+    """
+
+    resident_nbytes: int
+    streamed_nbytes: int
+    step_nbytes: int
+    ring_slots: int
+    ring_nbytes: int
+    beside_nbytes: int = 0
 
 
 class Streams:
@@ -121,6 +142,23 @@ class Streams:
             self._binder.unbind(self.bundle(unit))
             self._lease = None
             self._executor.leave()
+
+    def whereabouts(self, visits: Sequence[str]) -> Whereabouts:
+        """Bytes by place.
+
+        Args:
+            visits: the units of a step, in order.
+        """
+        ring = self.placement.host_ring
+        sources = self.store.sources
+        reads = {u: sum(sources[n].read_nbytes for n in self.bundle(u)) for u in self._order}
+        return Whereabouts(
+            resident_nbytes=sum(sources[n].nbytes for n in self.names if self.store.resident(n) is not None),
+            streamed_nbytes=sum(reads.values()),
+            step_nbytes=sum(reads.get(unit, 0) for unit in visits),
+            ring_slots=ring.slots,
+            ring_nbytes=ring.nbytes,
+        )
 
     def statistics(self) -> ExecutorStatistics:
         """Visits, passes and restarts so far."""

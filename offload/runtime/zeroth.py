@@ -30,7 +30,7 @@ from offload.planner.placement import Placement
 from offload.runtime.backprop import Backprop, Gradients, Loss
 from offload.runtime.discovery import Anatomy
 from offload.runtime.sides import TwoSides
-from offload.runtime.streams import Streams
+from offload.runtime.streams import Streams, Whereabouts
 from offload.runtime.timeline import Timeline, now
 from offload.runtime.training import Pass
 from offload.runtime.writeback import WriteBack
@@ -141,6 +141,10 @@ class Zeroth:
         """The present weights by name; those that stream are read when they are asked for."""
         self.flush()
         return _Present(self, list(self._sources))
+
+    def whereabouts(self) -> Whereabouts:
+        """Where the weights are."""
+        return replace(self.streams.whereabouts(self._order), beside_nbytes=self._sides.nbytes)
 
     def commit(self, extra: Mapping[str, Any]) -> None:
         """Makes the present step the one that a later run finds."""

@@ -82,6 +82,9 @@ class PlainTrainer:
             loss = sum(self._sum(b).item() for b in micro_batches)
         return loss, sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro_batches)
 
+    def whereabouts(self) -> None:
+        return None
+
     def commit(self) -> None:
         state = {
             "step": self.step_number,

@@ -322,3 +322,27 @@ def test_without_tensorboard(config: Path, capsys: pytest.CaptureFixture[str]) -
     assert "tensorboard is not installed (pip install tensorboard)" in capsys.readouterr().err
     assert run(config, "train.report_to=auto", "train.max_steps=1") == 0
     assert "note: tensorboard is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["lora", "zo"])
+def test_it_says_where_weights_that_no_gradient_trains_live(
+    method: str, trainer: Any, config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if trainer is PlainTrainer:
+        pytest.skip("it holds everything in memory")
+    extra = {"lora": ["lora.r=4"], "zo": ["zo.write_every=2"]}[method]
+    assert run(config, f"method={method}", "train.max_steps=2", *extra) == 0
+    shown = " ".join(capfd.readouterr().err.split())
+    assert "stay in memory" in shown
+    assert ("both sides" in shown) == (method == "zo")
+    run(
+        config,
+        f"method={method}",
+        "train.max_steps=2",
+        "train.output_dir=" + str(config.parent / "b"),
+        *extra,
+        "--json",
+    )
+    plan = json.loads(capfd.readouterr().out.splitlines()[-1])["plan"]
+    assert plan["streamed_nbytes"] == plan["step_nbytes"] == 0
+    assert plan["resident_nbytes"] == plan["weight_bytes"]

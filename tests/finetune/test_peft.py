@@ -1,4 +1,4 @@
-"""Adapters that we write, loaded by PEFT itself: the logits of the model that was trained."""
+"""Adapters that we write, loaded by PEFT itself: the loss of the model that was trained."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ peft = pytest.importorskip("peft")
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]], ids=str)
-def test_peft_loads_them_and_computes_the_same(
-    kind: str, dtype: torch.dtype, targets: Any, tmp_path: Path
-) -> None:
+def test_peft_loads_them_and_computes_the_same(kind: str, dtype: torch.dtype, targets: Any, tmp_path: Path) -> None:
     model = MODELS[kind].save(tmp_path / "model", dtype)
     lora = {"r": 4, "lora_alpha": 8, "target_modules": targets}
     ids = batches(0, 1)[0]["input_ids"]
