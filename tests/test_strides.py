@@ -1,13 +1,17 @@
 """Step times of Deep Optimizer States, as published: two strides predict the others.
 
-Data: github.com/mauryaavinash95/deep-optimizer-states-results at a9408cd, four A100 GPUs; medians of nine steady
-iterations, in milliseconds, by stride. T0 is the step without sharing. The run of 20B with stride 5 is an outlier of
-its own series (4,933 between 3,814 and 3,933) and counts all the same.
+Data: the logs of github.com/mauryaavinash95/deep-optimizer-states-results (commits 14a4952, d58d01b, c59ff3d, 66c5a71
+and a3773d9), "step:" of rank 0 in milliseconds, by stride (opt_gaps; prefetch1, flush_async1, subgroups of 100 M). The
+first three are act-output-*-scale-gaps-a100, four A100 GPUs; the others act-output-*-scale-gaps-scale-DP, two to eight.
+13B and 20B are medians of nine steady iterations; the others are the last iteration of ten, since the whole logs were
+not at hand, and single iterations of one run differ by one to three percent. Left out is 13B on one GPU, whose run with
+stride 2 ended for want of memory. Outliers count: stride 5 of 20B, and stride 2 of 30B in two-way tensor parallelism,
+which should take less time than stride 3 and takes 10 % more.
 """
 
 from __future__ import annotations
 
-from statistics import mean
+from statistics import mean, median
 
 import pytest
 
@@ -15,31 +19,48 @@ from offload.errors import UsageError
 from offload.planner.strides import StrideLaw, balanced_stride
 
 STEPS_MS = {
+    "7B": {2: 1335.71, 3: 1457.85, 4: 1459.48, 6: 1491.17, 8: 1512.10, 10: 1480.14},
     "13B": {2: 2602, 3: 2688, 4: 2822, 6: 2924, 8: 2930, 10: 3022},
     "20B": {2: 3503, 3: 3600, 4: 3814, 5: 4933, 6: 3933, 8: 3945, 10: 3952},
+    "13B, dp 2": {2: 4984.33, 3: 5434.10, 4: 4514.38, 5: 5388.03, 6: 4490.48, 8: 4756.73, 10: 4601.93},
+    "13B, dp 4": {2: 3554.26, 3: 3862.93, 4: 3717.41, 5: 3799.73, 6: 4005.97, 8: 4263.50, 10: 4147.79},
+    "30B, dp 8": {2: 4361.68, 3: 4560.42, 4: 4609.40, 5: 5130.98, 6: 5059.60, 8: 5245.79, 10: 5240.66},
+    "30B, tp 2, dp 4": {2: 4677.77, 3: 4248.89, 4: 4675.78, 5: 5024.41, 6: 5169.60, 8: 5311.05, 10: 5354.70},
+    "30B, tp 4, dp 2": {2: 4441.18, 3: 4458.50, 4: 4753.61, 5: 4944.84, 6: 4737.35, 8: 5215.51, 10: 5064.20},
 }
-T0_MS = {"13B": 3806, "20B": 5205}
+MEDIANS = ("13B", "20B")
+T0_MS = {"13B": 3806, "20B": 5205}  # without sharing
 
 
-def errors(model: str) -> dict[int, float]:
-    steps = STEPS_MS[model]
+def errors(run: str) -> dict[int, float]:
+    """Of the strides that were not fitted, relative."""
+    steps = STEPS_MS[run]
     law = StrideLaw.through((2, steps[2]), (10, steps[10]))
     return {n: law.seconds(n) / t - 1 for n, t in steps.items() if n not in (2, 10)}
 
 
 def test_two_strides_predict_the_others() -> None:
-    every = [abs(e) for model in STEPS_MS for e in errors(model).values()]
-    assert len(every) == 9
-    assert mean(every) < 0.04
-    assert mean(abs(e) for e in errors("13B").values()) < 0.025
-    assert max(abs(e) for n, e in errors("20B").items() if n != 5) < 0.03
+    every = [abs(e) for run in STEPS_MS for e in errors(run).values()]
+    assert len(every) == 38
+    assert mean(every) == pytest.approx(0.0423, abs=1e-4)
+    assert median(every) == pytest.approx(0.028, abs=2e-3)
 
 
-@pytest.mark.parametrize("model", STEPS_MS)
-def test_sharing_wins_and_the_smallest_stride_most(model: str) -> None:
-    law = StrideLaw.through((2, STEPS_MS[model][2]), (10, STEPS_MS[model][10]))
-    assert min(range(2, 17), key=law.seconds) == min(STEPS_MS[model], key=lambda n: STEPS_MS[model][n]) == 2
-    assert law.cpu_s < T0_MS[model]  # converting for the link has left the critical path
+def test_medians_are_predicted_better_than_single_iterations() -> None:
+    every = [abs(e) for run in MEDIANS for n, e in errors(run).items() if (run, n) != ("20B", 5)]
+    assert mean(every) < 0.02
+    assert max(every) < 0.035
+
+
+def test_a_small_stride_is_best() -> None:
+    best = [min(steps, key=lambda n: steps[n]) for steps in STEPS_MS.values()]
+    assert best.count(2) == 6
+    for run, steps in STEPS_MS.items():
+        law = StrideLaw.through((2, steps[2]), (10, steps[10]))
+        if min(steps, key=lambda n: steps[n]) == 2:
+            assert min(range(2, 17), key=law.seconds) == 2
+        if run in T0_MS:
+            assert law.cpu_s < T0_MS[run]  # converting for the link has left the critical path
 
 
 def test_the_law_goes_through_its_points() -> None:
