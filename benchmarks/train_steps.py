@@ -84,6 +84,7 @@ def streamed(a: argparse.Namespace) -> dict[str, Any]:
         "write_bytes": [r.write_bytes for r, _, _ in lines],
         "waited_s": [w for _, w, _ in lines],
         "update_s": [u for _, _, u in lines],
+        "kept_weight_bytes": spare.weights_nbytes,
         "kept_state_bytes": spare.state_nbytes,
         "kept_graph_bytes": spare.graphs_nbytes,
         "ready_s": ready_s,

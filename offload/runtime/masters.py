@@ -94,23 +94,30 @@ class Masters:
     def _run(self) -> None:
         failure: BaseException | None = None
         while (item := self._queue.get()) is not None:
-            if isinstance(item, Future):
-                if failure is not None:
-                    item.set_exception(failure)
-                else:
-                    item.set_result(getattr(item, "nbytes", 0))
+            if not isinstance(item, Future):
+                failure = _round(*item) or failure
+            elif failure is not None:
+                item.set_exception(failure)
                 failure = None
-                continue
-            shard, cell, view, lease, future = item
-            try:
-                if future is not None:
-                    future.result()
-                masters = as_tensor(view[: 4 * shard.count]).view(torch.float32)
-                weights = shard.of(cell).view(-1)
-                for start in range(0, shard.count, PIECE):
-                    weights[start : start + PIECE].copy_(masters[start : start + PIECE])
-            except BaseException as error:
-                failure = failure or error
-            finally:
-                if lease is not None:
-                    lease.release()
+            else:
+                item.set_result(getattr(item, "nbytes", 0))
+            item = None  # a tensor that is held while the thread waits would hold the memory of a whole ring
+
+
+def _round(
+    shard: Shard, cell: torch.Tensor, view: memoryview, lease: Lease | None, future: Future[int] | None
+) -> BaseException | None:
+    """One shard's masters into its cell; returns what went wrong."""
+    try:
+        if future is not None:
+            future.result()
+        masters = as_tensor(view[: 4 * shard.count]).view(torch.float32)
+        weights = shard.of(cell).view(-1)
+        for start in range(0, shard.count, PIECE):
+            weights[start : start + PIECE].copy_(masters[start : start + PIECE])
+    except BaseException as error:
+        return error
+    finally:
+        if lease is not None:
+            lease.release()
+    return None

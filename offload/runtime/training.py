@@ -272,6 +272,7 @@ class Training:
                 else:
                     self._lanes.weights(unit, view).result()
                 self._parameters.show({n: self.cells.views[n] for n in self.cells.layouts[unit].places})
+        self._spill.drain()
         self._lanes.use_cell_ring(*cell_slots)
         self._emitted.clear()
 

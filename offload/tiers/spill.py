@@ -69,8 +69,7 @@ class Spill:
         """Starts writing a cell; the view, of whole pages, is lent until it is done."""
         self.take_room([name])
         assert self._file is not None
-        if name in self._pending:
-            self._pending[name].result()
+        self._land(name)
         data = view[: self._nbytes[name]]
         self._sums[name] = self._checksum(as_tensor(data))
         self._pending[name] = future = self._engine.write(self._file, self._at[name], data)
@@ -79,7 +78,7 @@ class Spill:
     def read(self, name: str, view: memoryview) -> Future[int]:
         """Starts reading what was written last. Waits for that write, if it is under way."""
         assert self._file is not None, f"{name} was never written"
-        self._pending[name].result()
+        self._land(name)
         return self._engine.read(self._file, self._at[name], view[: self._nbytes[name]])
 
     def verify(self, name: str, view: memoryview) -> None:
@@ -90,9 +89,19 @@ class Spill:
                 "damaged. Go on from the last commit with resume, and have the disk looked at"
             )
 
+    def drain(self) -> None:
+        """Waits for what is being written, and forgets the memory that it came from."""
+        for name in list(self._pending):
+            self._land(name)
+
     def close(self) -> None:
         """Waits for what is being written and lets the file go, and with it what it holds."""
         for future in self._pending.values():
             future.exception()
         if self._file is not None:
             self._file.close()
+
+    def _land(self, name: str) -> None:
+        pending = self._pending.pop(name, None)
+        if pending is not None:
+            pending.result()
