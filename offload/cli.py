@@ -154,12 +154,15 @@ def finetune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check everything, show what would be learnt, stop")
     ] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="print the schedule of one step and stop")] = False,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")] = False,
 ) -> None:
     """Fine-tune a model whose training state is larger than memory."""
     from offload.commands.finetune import Request, execute
 
-    request = Request(config=config, overrides=overrides or (), resume=resume, dry_run=dry_run, json=json)
+    request = Request(
+        config=config, overrides=overrides or (), resume=resume, dry_run=dry_run, explain=explain, json=json
+    )
     raise typer.Exit(execute(request))
 
 

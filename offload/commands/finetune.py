@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,14 +15,16 @@ import transformers
 from rich.console import Console
 
 from offload import api
+from offload.budgets import resolve
 from offload.checkpoint import find, read_config
 from offload.checkpoint.outline import outline
 from offload.commands.bar import bar
 from offload.commands.training import Progress, announce, note, place, say, summarise
-from offload.errors import UsageError
+from offload.errors import BudgetError, UsageError
 from offload.finetune import finish, reading
 from offload.finetune.config import Config
 from offload.finetune.disk import Finished, check_room, finish_state, forget_finished, read_finished
+from offload.finetune.forecast import Batch, Forecast, forecast
 from offload.finetune.journal import Journal, check_journal, read_journal
 from offload.finetune.loop import Run, Stop, finishing_steps, run
 from offload.finetune.outlook import Outlook, foresee
@@ -31,7 +33,12 @@ from offload.finetune.protocol import Trainer
 from offload.generate import tokenizer_of
 from offload.hardware import peak_rss_bytes, versions
 from offload.io.safetensors import read_checkpoint
-from offload.optim import options_of
+from offload.kernels.chosen import Kernels
+from offload.optim import make, options_of
+from offload.plan.machine import machine
+from offload.plan.process import process_nbytes
+from offload.planner.schedule import explain
+from offload.specs import ModelSpec
 from offload.units import parse_bytes
 
 STATE = "state"  # folder in output_dir, where budgets.offload_dir names none
@@ -45,6 +52,7 @@ class Request:
     overrides: Sequence[str] = ()
     resume: bool = False
     dry_run: bool = False
+    explain: bool = False
     json: bool = False
 
 
@@ -60,7 +68,8 @@ def execute(request: Request) -> int:
     with bar(console) as progress:
         prepared = prepare(config, tokenizer, read_config(directory), progress=progress)
         total = 0 if request.resume else prepared.feed.count(config.train, _records(progress))
-    outlook = foresee(config, outline(directory, read_checkpoint(directory)).spec, total)
+    spec = outline(directory, read_checkpoint(directory)).spec
+    outlook = replace(foresee(config, spec, total), forecast=_forecast(config, spec, directory))
     announce(config, prepared, total, outlook, console)
     output, limit = Path(config.train.output_dir), config.budgets.disk_limit
     state = Path(config.budgets.offload_dir or output / STATE)
@@ -68,7 +77,7 @@ def execute(request: Request) -> int:
     if finished is not None:
         return _already_finished(request, config, prepared, finished, state, console)
     check_room(outlook, state, output, parse_bytes(limit, "disk_limit") if limit else None, resume=request.resume)
-    if request.dry_run:
+    if request.dry_run or request.explain:
         return _rehearse(request, config, prepared, outlook, tokenizer, console)
     check_journal(output, report_to=config.train.report_to, resume=request.resume)
     forget_finished(state)
@@ -78,7 +87,7 @@ def execute(request: Request) -> int:
         where = trainer.whereabouts()
         if where is not None:
             say(console, place(where))
-        report = _train(request, config, prepared, total, trainer, stop, console, tokenizer, directory)
+        report = _train(request, config, prepared, total, trainer, stop, console, tokenizer, directory, outlook)
         report["plan"] = outlook.as_dict() | (asdict(where) if where is not None else {})
     if report["is_complete"] and not config.budgets.keep_state:
         finish_state(state, Finished(step=report["steps"], model=config.train.output_dir))
@@ -141,6 +150,27 @@ def _already_finished(
     return 0
 
 
+def _forecast(config: Config, spec: ModelSpec, directory: Path) -> Forecast | None:
+    """A step on this machine, by method full."""
+    if config.method != "full":
+        return None
+    train = config.train
+    batch = Batch(
+        rows=train.per_device_train_batch_size,
+        tokens=config.data.max_length,
+        micro_batches=train.gradient_accumulation_steps,
+    )
+    rule = make(train.optim, Kernels("cpu", exact=False), **train.optim_args)
+    budget = resolve(cpu_memory=config.budgets.cpu_memory).cpu_memory
+    try:
+        return forecast(
+            spec, rule, machine(None, directory), batch=batch, clips=bool(train.max_grad_norm), budget=budget,
+            base=process_nbytes(exact=False),
+        )  # fmt: skip
+    except BudgetError:  # the trainer measures, and says what does not fit
+        return None
+
+
 def _records(progress: Any) -> Any:
     """The bar's callback for work that is counted in records, not bytes."""
     return lambda what, done, total: progress(f"{what}: {done:,} of {total:,} records", 0, 0)
@@ -167,6 +197,7 @@ def _train(
     console: Console,
     tokenizer: Any,
     directory: Path,
+    outlook: Outlook,
 ) -> dict[str, Any]:
     train, output = config.train, Path(config.train.output_dir)
     parts = {"tokenizer": tokenizer, "source": directory}
@@ -178,6 +209,8 @@ def _train(
             say(console, f"going on after step {trainer.step_number} of {total}")
 
         def on_line(line: Mapping[str, Any]) -> None:
+            if outlook.forecast is not None and "loss" in line:
+                line = {**line, "predicted_step_s": outlook.forecast.cost.seconds}
             journal.write(line)
             shown.show(line)
 
@@ -203,7 +236,12 @@ def _train(
 def _rehearse(
     request: Request, config: Config, prepared: Prepared, outlook: Outlook, tokenizer: Any, console: Console
 ) -> int:
-    """Shows what would be learnt, and trains nothing."""
+    """Shows what would be learnt, or the steps of a step, and trains nothing."""
+    if request.explain:
+        if outlook.forecast is None:
+            raise UsageError("--explain: there is no schedule to show: method is not full, or the memory is too small")
+        print(explain(outlook.forecast.schedule))
+        return 0
     text = excerpt(prepared.feed, tokenizer)
     if request.json:
         facts = {"model": config.model, "total_steps": outlook.steps, "plan": outlook.as_dict()}

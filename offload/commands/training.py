@@ -10,6 +10,7 @@ from rich import progress as rich_progress
 from rich.console import Console
 
 from offload.finetune.config import Config
+from offload.finetune.forecast import Forecast
 from offload.finetune.outlook import Outlook
 from offload.finetune.prepare import Prepared
 from offload.runtime.streams import Whereabouts
@@ -19,6 +20,8 @@ from offload.units import format_bytes, format_seconds
 def announce(config: Config, prepared: Prepared, total: int, outlook: Outlook, console: Console) -> None:
     """Says what it will take, and what will be learnt from what. `total` is 0 while nobody has counted."""
     say(console, _plan(outlook))
+    if outlook.forecast is not None:
+        say(console, _predicted(outlook.forecast, outlook.drive_bytes))
     rows, train = prepared.feed.rows, config.train
     formats = ", ".join(sorted({file.format for file in prepared.records.files}))
     text = f"{len(prepared.records):,} records ({formats}; chat template: {prepared.template})"
@@ -50,6 +53,20 @@ def place(where: Whereabouts) -> str:
         )
     if where.beside_nbytes:
         text += f"; both sides of a unit take {format_bytes(where.beside_nbytes)}"
+    return text
+
+
+def _predicted(found: Forecast, drive_bytes: int) -> str:
+    """A step on this machine."""
+    cost = found.cost
+    text = (
+        f"predicted: a step of full rows takes {format_seconds(cost.seconds)} (bound by the {cost.binding}: "
+        f"{format_seconds(cost.bound_s)}); {format_bytes(found.weights_nbytes)} of weights and "
+        f"{format_bytes(found.state_nbytes)} of state stay in memory; {format_bytes(cost.read_bytes)} read, "
+        f"{format_bytes(cost.write_bytes)} written"
+    )
+    if cost.write_bytes:
+        text += f", which the drive survives {drive_bytes // cost.write_bytes:,} times"
     return text
 
 
@@ -115,10 +132,12 @@ class Progress:
 def summarise(report: Mapping[str, Any], output: Path, console: Console) -> None:
     """What came of it."""
     if report["step_s"] is not None:
+        forecast = report.get("plan", {}).get("predicted")
+        predicted = f" (predicted {format_seconds(forecast['step_s'])})" if forecast else ""
         text = f"{report['steps']:,} steps, loss {report['loss_first']:.4f} to {report['loss_last']:.4f}"
         if report["eval_loss_last"] is not None:
             text += f", held out {report['eval_loss_first']:.4f} to {report['eval_loss_last']:.4f}"
-        text += f"; median step {format_seconds(report['step_s'])}, {report['tokens_per_s']:,.0f} tokens/s"
+        text += f"; median step {format_seconds(report['step_s'])}{predicted}, {report['tokens_per_s']:,.0f} tokens/s"
         if report["read_bytes"] or report["write_bytes"]:
             text += f"; {format_bytes(report['read_bytes'])} read, {format_bytes(report['write_bytes'])} written in all"
         say(console, text + f"; peak memory {format_bytes(report['peak_rss_bytes'])}")

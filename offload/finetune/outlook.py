@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from offload.finetune.config import Config
+from offload.finetune.forecast import Forecast
 from offload.kernels.chosen import Kernels
 from offload.optim import make
 from offload.specs import ModelSpec, TensorSpec
@@ -29,6 +30,7 @@ class Outlook:
         exports: copies that lie in output_dir at once, at most.
         exports_written: copies that are written in the whole run.
         drive_bytes: what the drive is rated to have written in its life.
+        forecast: a step on this machine; None where nobody knows.
     """
 
     params: int
@@ -40,11 +42,17 @@ class Outlook:
     exports: int = 1
     exports_written: int = 1
     drive_bytes: int = DRIVE_BYTES
+    forecast: Forecast | None = None
 
     @property
     def disk_nbytes(self) -> int:
         """Taken in offload_dir."""
-        return SLOTS * self.state_nbytes + self.activation_nbytes
+        return SLOTS * self.state_nbytes + self.activation_nbytes + self.scratch_nbytes
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Of gradients and weights that wait on disk, and of what a step writes of them."""
+        return self.forecast.scratch_nbytes if self.forecast is not None else 0
 
     @property
     def output_nbytes(self) -> int:
@@ -54,7 +62,7 @@ class Outlook:
     @property
     def write_bytes_per_step(self) -> int:
         """Written in a step, and read, at most: what stays in memory is written for commits only."""
-        return self.state_nbytes + self.activation_nbytes
+        return self.state_nbytes + self.activation_nbytes + self.scratch_nbytes
 
     @property
     def write_bytes(self) -> int:
@@ -66,7 +74,7 @@ class Outlook:
         """Steps in which the drive would be worn out, at most bytes a step."""
         return self.drive_bytes // max(1, self.write_bytes_per_step)
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "params": self.params,
@@ -78,6 +86,7 @@ class Outlook:
             "write_bytes_per_step_at_most": self.write_bytes_per_step,
             "write_bytes_at_most": self.write_bytes,
             "drive_steps_at_least": self.drive_steps,
+            "predicted": self.forecast.as_dict() if self.forecast is not None else None,
         }
 
 

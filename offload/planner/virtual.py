@@ -2,7 +2,8 @@
 
 The rules are those of runtime/executor.py: a lane runs its steps in order; a step starts when the steps it names are
 done and, if it takes a slot, when its ring has one free; a Release returns the slot of the step it follows. Reads of
-one lane overlap as far as slots allow, but share the disk, so the disk serves them one after the other.
+one lane overlap as far as slots allow, but share the disk, so the disk serves them one after the other. Writes do
+likewise, in a lane of their own.
 
 Lanes that run at the same time may slow each other down: then durations are work, and work is done at the rate that
 the lanes running beside leave (a fluid model: rates change only where something starts or ends).
@@ -14,10 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from offload.planner.schedule import Compute, Read, Release, Schedule, Step, Upload
+from offload.planner.schedule import Compute, Read, Release, Schedule, Step, Upload, Write
 
-LANES: Mapping[type[Step], str] = {Read: "read", Upload: "upload", Compute: "compute"}
+LANES: Mapping[type[Step], str] = {Read: "read", Upload: "upload", Write: "write", Compute: "compute"}
 NAMES = tuple(LANES.values())
+COUNT = len(NAMES)
+TAKERS, COMPUTE = 2, COUNT - 1  # the first ones take slots; the last one is the model
 Keeps = Mapping[str, Mapping[str, float]]
 _EPSILON = 1e-12
 
@@ -115,7 +118,7 @@ class Clock:
         ]
         self._shares = any(any(d) for d in self._demand) and sharing.capacity < inf
         self._capacity = sharing.capacity
-        self._rates = [_rates(mask, sharing.keeps) for mask in range(8)]
+        self._rates = [_rates(mask, sharing.keeps) for mask in range(1 << COUNT)]
         self._size = len(schedule)
 
     def work_s(self, lane: str) -> float:
@@ -125,7 +128,7 @@ class Clock:
     @property
     def bound_s(self) -> float:
         """No pass can be shorter in the long run: the busiest lane, the model's thread with what lies between."""
-        return max(self.work_s("read"), self.work_s("upload"), self.work_s("compute") + self._between)
+        return max(*(self.work_s(lane) for lane in NAMES[:-1]), self.work_s("compute") + self._between)
 
     @property
     def serial_s(self) -> float:
@@ -145,7 +148,7 @@ class Clock:
         return _Replay(self, records).run(passes, head_start, stop_when_steady)
 
 
-def _rates(mask: int, keeps: Keeps) -> tuple[float, float, float]:
+def _rates(mask: int, keeps: Keeps) -> tuple[float, ...]:
     """The part of its own rate that each lane has while those of `mask` run."""
     rates = []
     for k, lane in enumerate(NAMES):
@@ -154,7 +157,7 @@ def _rates(mask: int, keeps: Keeps) -> tuple[float, float, float]:
             if j != k and mask >> j & 1:
                 rate *= keeps.get(lane, {}).get(other, 1.0)
         rates.append(rate)
-    return rates[0], rates[1], rates[2]
+    return tuple(rates)
 
 
 class _Replay:
@@ -163,12 +166,12 @@ class _Replay:
     def __init__(self, clock: Clock, records: bool) -> None:
         self.clock, self.records = clock, records
         self.now = 0.0
-        self.at, self.number = [0, 0, 0], [0, 0, 0]  # of each lane: the step it runs or will run next, and its pass
-        self.left: list[float | None] = [None, None, None]  # work that is left of the running step
-        self.began = [0.0, 0.0, 0.0]
+        self.at, self.number = [0] * COUNT, [0] * COUNT  # of each lane: the step it runs or will run next, and its pass
+        self.left: list[float | None] = [None] * COUNT  # work that is left of the running step
+        self.began = [0.0] * COUNT
         self.done: set[tuple[int, int]] = set()
         self.free = dict(clock._slots)
-        self.busy = [0.0, 0.0, 0.0]
+        self.busy = [0.0] * COUNT
         self.stall = 0.0
         self.ready = 0.0  # when the model's thread is
         self.is_held = False
@@ -190,9 +193,9 @@ class _Replay:
                 continue
             finished = self._advance()
             for lane in finished:
-                if lane == 2 and self.at[2] == 0:  # the last unit of a pass
+                if lane == COMPUTE and self.at[COMPUTE] == 0:  # the last unit of a pass
                     ends.append(self.now)
-                    self.done = {key for key in self.done if key[1] >= self.number[2]}
+                    self.done = {key for key in self.done if key[1] >= self.number[COMPUTE] - 1}
                     self.ready = self.now + self.clock._between
                     state = self._state()
                     if state == last_state and stop_when_steady:
@@ -201,7 +204,7 @@ class _Replay:
             if is_steady:
                 break
         starts = [begin, *ends[:-1]]
-        assert steps[2], "a schedule without computing"
+        assert steps[COMPUTE], "a schedule without computing"
         return Run(
             pass_s=tuple(b - a for a, b in zip(starts, ends, strict=True)),
             events=tuple(sorted(self.events, key=lambda e: (e.start, e.step.index))),
@@ -215,15 +218,15 @@ class _Replay:
         clock, moved = self.clock, True
         while moved:
             moved = False
-            for lane in range(3):
+            for lane in range(COUNT):
                 while self.left[lane] is None and self._may_start(lane, passes):
-                    if lane < 2:
+                    if lane < TAKERS:
                         self.free[clock._steps[lane][self.at[lane]].ring] -= 1  # type: ignore[attr-defined]
-                    elif self.now > self.ready:
+                    elif lane == COMPUTE and self.now > self.ready:
                         self.stall += self.now - self.ready
                     self.began[lane] = self.now
                     self.left[lane] = clock._work[lane][self.at[lane]]
-                    if self.left[lane] or (lane == 2 and self.at[2] + 1 == len(clock._steps[2])):
+                    if self.left[lane] or (lane == COMPUTE and self.at[COMPUTE] + 1 == len(clock._steps[COMPUTE])):
                         break  # the end of a pass is always an event of its own
                     self._finish(lane)
                     moved = True
@@ -231,29 +234,31 @@ class _Replay:
     def _may_start(self, lane: int, passes: int) -> bool:
         steps = self.clock._steps[lane]
         number = self.number[lane]
-        if not steps or number >= passes or (lane == 2 and (self.is_held or self.now < self.ready)):
+        if not steps or number >= passes or (lane == COMPUTE and (self.is_held or self.now < self.ready)):
             return False
         step = steps[self.at[lane]]
-        if lane < 2 and self.free.get(step.ring, 0) < 1:  # type: ignore[attr-defined]
+        if lane < TAKERS and self.free.get(step.ring, 0) < 1:  # type: ignore[attr-defined]
+            return False
+        if step.behind and number and not all((index, number - 1) in self.done for index in step.behind):
             return False
         return all((index, number) in self.done for index in step.after)
 
     def _advance(self) -> list[int]:
         """Lets time pass until something ends; returns the lanes whose step did."""
         left = self.left
-        mask = (left[0] is not None) | (left[1] is not None) << 1 | (left[2] is not None) << 2
+        mask = sum(1 << lane for lane in range(COUNT) if left[lane] is not None)
         rates: Sequence[float] = self.clock._rates[mask]
         if self.clock._shares:
             rates = self._shared(rates)
         step = inf
-        for lane in range(3):
+        for lane in range(COUNT):
             if (work := left[lane]) is not None:
                 step = min(step, work / rates[lane])
-        if left[2] is None and not self.is_held and self.ready > self.now:
+        if left[COMPUTE] is None and not self.is_held and self.ready > self.now:
             step = min(step, self.ready - self.now)
         self.now += step
         finished = []
-        for lane in range(3):
+        for lane in range(COUNT):
             if (work := left[lane]) is not None:
                 self.busy[lane] += step
                 rest = work - step * rates[lane]
@@ -266,7 +271,9 @@ class _Replay:
 
     def _shared(self, rates: Sequence[float]) -> Sequence[float]:
         """Those who use the shared memory slow down in proportion where together they ask for more than it has."""
-        asked = [self.clock._demand[k][self.at[k]] * rates[k] if self.left[k] is not None else 0.0 for k in range(3)]
+        asked = [
+            self.clock._demand[k][self.at[k]] * rates[k] if self.left[k] is not None else 0.0 for k in range(COUNT)
+        ]
         if (total := sum(asked)) <= self.clock._capacity:
             return rates
         return [rate * self.clock._capacity / total if a else rate for rate, a in zip(rates, asked, strict=True)]
@@ -281,7 +288,7 @@ class _Replay:
         for ring in clock._frees[lane][at]:
             self.free[ring] += 1
         self.left[lane] = None
-        if lane == 2:
+        if lane == COMPUTE:
             self.ready = self.now
         if at + 1 == len(clock._steps[lane]):
             self.at[lane], self.number[lane] = 0, number + 1
@@ -290,10 +297,10 @@ class _Replay:
 
     def _state(self) -> tuple[object, ...]:
         """Where everything is, relative to the pass: equal states have equal futures."""
-        base = self.number[2]
+        base = self.number[COMPUTE]
         lanes = tuple(
             (self.at[k], self.number[k] - base, None if (left := self.left[k]) is None else round(left, 12))
-            for k in range(3)
+            for k in range(COUNT)
             if self.clock._steps[k]
         )
         return lanes, tuple(self.free.values())

@@ -275,6 +275,10 @@ def test_dry_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert report["excerpt"] == "<s>User: Which is number 0?\nAssistant: ⟦It is 0.</s>⟧\n"
     assert report["total_steps"] == 12
     params = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(report["model"]).parameters())
+    predicted = report["plan"].pop("predicted")
+    assert predicted["step_s"] >= predicted["bound_s"] > 0
+    assert (predicted["read_bytes"], predicted["write_bytes"], predicted["scratch_bytes"]) == (0, 0, 0)  # it all fits
+    assert predicted["state_in_memory_bytes"] >= 12 * params
     assert report["plan"] == {
         "params": params,
         "weight_bytes": 4 * params,
@@ -286,6 +290,8 @@ def test_dry_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         "write_bytes_at_most": (1 + 12) * 12 * params + 4 * params,
         "drive_steps_at_least": 600 * 10**12 // (12 * params),
     }
+    assert run(config, "--explain") == 0
+    assert "Backward" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 

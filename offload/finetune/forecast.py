@@ -1,0 +1,156 @@
+"""What a step of full fine-tuning will take, before anything is loaded: memory is divided as a run divides it, and the
+step tuple that follows is priced on a machine's profile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from offload.finetune.assemble import SLOTS
+from offload.finetune.memory import MARGIN, SLACK
+from offload.optim.base import Optimizer
+from offload.planner.cells import plan_cells
+from offload.planner.ops import OpCosts, Phase
+from offload.planner.schedule import Schedule
+from offload.planner.training import TrainedShard, TrainedUnit, emit_training, has_copies
+from offload.planner.training_cost import StepCost, step_cost
+from offload.profile import Profile
+from offload.runtime.masters import STAGES
+from offload.specs import ModelSpec, TensorSpec, UnitSpec
+from offload.tiers.cells import SHARD_COUNT, page
+
+LOSSES = 2  # copies of the logits, each in two and in four bytes, that a loss and its backward make
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a step works on: micro-batches of so many rows of so many tokens."""
+
+    rows: int
+    tokens: int
+    micro_batches: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Attributes:
+    schedule: the step tuple.
+    cost: what it takes.
+    weights_nbytes: of cells that stay in memory.
+    graphs_nbytes: of graphs that are kept from forward to backward.
+    state_nbytes: of optimizer state that stays in memory.
+    scratch_nbytes: on disk, for cells that travel.
+    """
+
+    schedule: Schedule
+    cost: StepCost
+    weights_nbytes: int
+    graphs_nbytes: int
+    state_nbytes: int
+    scratch_nbytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return self.cost.as_dict() | {
+            "weights_in_memory_bytes": self.weights_nbytes,
+            "graphs_in_memory_bytes": self.graphs_nbytes,
+            "state_in_memory_bytes": self.state_nbytes,
+            "scratch_bytes": self.scratch_nbytes,
+        }
+
+
+def forecast(
+    spec: ModelSpec, rule: Optimizer, profile: Profile, *, batch: Batch, clips: bool, budget: int, base: int
+) -> Forecast:
+    """The step that repeats.
+
+    Args:
+        rule: the optimizer.
+        budget: bytes for the whole process.
+        base: what it takes before anything of the model.
+
+    Raises:
+        BudgetError: it cannot be.
+    """
+    units = [_unit(unit.name, unit.tensors, rule) for unit in spec.units]
+    loose = _unit("(loose)", spec.loose, rule) if spec.loose else None
+    every = [*units, loose] if loose is not None else units
+    shards = [s for unit in every for s in unit.shards]
+    sizes = {unit.name: unit.nbytes for unit in units}
+    graphs = {unit.name: _graph(unit, batch) * batch.micro_batches for unit in spec.units}
+    at_once = 2 * max(sizes.values()) + batch.rows * batch.tokens * LOSSES * spec.logits_nbytes
+    at_once += spec.hidden_nbytes * batch.rows * batch.tokens * batch.micro_batches * len(units)
+    at_once += max(graphs.values()) // batch.micro_batches
+    rings = (min(SLOTS, len(shards)) + (STAGES / 3)) * max(s.nbytes for s in shards)
+    free = int(budget * (1 - MARGIN)) - SLACK - base - int(rings) - at_once - (loose.nbytes if loose else 0)
+    plan = plan_cells(sizes, free)
+    left = free - plan.nbytes
+    kept_graphs: set[str] = set()
+    for unit in reversed(spec.units):
+        if unit.name in plan.kept and graphs[unit.name] <= left:
+            left -= graphs[unit.name]
+            kept_graphs.add(unit.name)
+    total = sum(s.nbytes for s in shards)
+    staying: set[str] = set()
+    share, taken, wanted = min(1.0, max(0, left) / total), 0, 0.0
+    for shard in shards:
+        wanted += shard.nbytes * share
+        if taken + shard.nbytes / 2 <= wanted and taken + shard.nbytes <= left:
+            staying.add(shard.name)
+            taken += shard.nbytes
+    order = [_placed(unit, unit.name in plan.kept, staying) for unit in units]
+    itemsize = 4 if spec.dtype == "float32" else 2
+    copies = has_copies(clips, itemsize)
+    schedule = emit_training(
+        order, _placed(loose, True, staying) if loose else None, clips=clips, is_due=clips,
+        reads="weights" if copies else "masters", writes_copies=copies,
+    )  # fmt: skip
+    forward_s = _forwards(spec, profile, batch)
+    recomputed = {u: 0.0 if u in kept_graphs or u == units[-1].name else s for u, s in forward_s.items()}
+    per_byte = rule.cost.seconds(SHARD_COUNT, profile) / max(1.0, rule.cost.state_bytes * SHARD_COUNT)
+    cost = step_cost(
+        schedule, profile, slots={"state": min(SLOTS, len(shards)), "cells": plan.slots},
+        forward_s=forward_s, backward_s={u: 2 * s + recomputed[u] for u, s in forward_s.items()},
+        update_s=lambda step: per_byte * step.nbytes,
+    )  # fmt: skip
+    return Forecast(
+        schedule=schedule,
+        cost=cost,
+        weights_nbytes=plan.nbytes - plan.slots * plan.slot_nbytes,
+        graphs_nbytes=sum(graphs[u] for u in kept_graphs),
+        state_nbytes=taken,
+        scratch_nbytes=plan.travels_nbytes,
+    )
+
+
+def _unit(name: str, tensors: tuple[TensorSpec, ...], rule: Optimizer) -> TrainedUnit:
+    """A unit as the trainer would cut it, but for padding."""
+    count = sum(t.elements for t in tensors)
+    shards = []
+    for first in range(0, count, SHARD_COUNT):
+        part = min(SHARD_COUNT, count - first)
+        state = page(int(rule.cost.state_bytes * part))
+        shards.append(
+            TrainedShard(name=f"{name}[{len(shards)}]", nbytes=state, masters_nbytes=min(state, page(4 * part)))
+        )
+    return TrainedUnit(name=name, nbytes=page(sum(t.nbytes for t in tensors)), shards=tuple(shards))
+
+
+def _placed(unit: TrainedUnit, stays: bool, staying: set[str]) -> TrainedUnit:
+    shards = tuple(replace(s, stays=s.name in staying) for s in unit.shards)
+    return replace(unit, stays=stays, shards=shards)
+
+
+def _graph(unit: UnitSpec, batch: Batch) -> int:
+    """What a unit's graph keeps of one micro-batch, about: inputs and outputs of its matrices, in two bytes."""
+    matrices = [t for t in unit.tensors if t.width and not t.is_table]
+    widths = sum(t.width + t.elements // t.width // max(1, t.experts) * max(1, t.chosen) for t in matrices)
+    return 2 * widths * batch.rows * batch.tokens
+
+
+def _forwards(spec: ModelSpec, profile: Profile, batch: Batch) -> Mapping[str, float]:
+    """Seconds of each unit's forward, of all micro-batches, by torch's own kernels."""
+    ops = OpCosts(profile, "cpu", exact=True)
+    phase = Phase(sequences=batch.rows, tokens=batch.tokens)
+    return {u.name: ops.unit(replace(u, is_head=False), spec, phase).seconds * batch.micro_batches for u in spec.units}

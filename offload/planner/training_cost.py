@@ -1,0 +1,110 @@
+"""How long a step of training takes: its tuple, priced step by step and replayed on the virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from offload.planner.schedule import Read, Schedule, Step, Write
+from offload.planner.training import Backward, Forward, Update, moved
+from offload.planner.virtual import Clock, Sharing
+from offload.profile import Profile
+
+STEADY = 6  # steps within which the lanes have settled
+GEMM = "cpu.gemm"  # what profiles call products of many rows, as work that others disturb
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """One step of training in the long run.
+
+    Attributes:
+        seconds: as the clock replays it.
+        compute_s: of forward, backward and updates.
+        disk_s: what the disk needs for the bytes that move, reads and writes at once.
+        stall_s: the model waits for the disk.
+        read_bytes, write_bytes: of a step.
+    """
+
+    seconds: float
+    compute_s: float
+    disk_s: float
+    stall_s: float
+    read_bytes: int
+    write_bytes: int
+
+    @property
+    def bound_s(self) -> float:
+        """No step can be shorter."""
+        return max(self.compute_s, self.disk_s)
+
+    @property
+    def binding(self) -> str:
+        """What the bound is of."""
+        return "disk" if self.disk_s > self.compute_s else "compute"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "step_s": self.seconds,
+            "bound_s": self.bound_s,
+            "binding": self.binding,
+            "compute_s": self.compute_s,
+            "disk_s": self.disk_s,
+            "stall_s": self.stall_s,
+            "read_bytes": self.read_bytes,
+            "write_bytes": self.write_bytes,
+        }
+
+
+def step_cost(
+    schedule: Schedule,
+    profile: Profile,
+    *,
+    slots: Mapping[str, int],
+    forward_s: Mapping[str, float],
+    backward_s: Mapping[str, float],
+    update_s: Callable[[Update], float],
+) -> StepCost:
+    """Prices and replays a step that repeats.
+
+    Args:
+        slots: depth of the rings `state` and `cells`.
+        forward_s, backward_s: unit -> seconds of all micro-batches.
+        update_s: seconds of one shard's update.
+    """
+
+    def seconds(step: Step) -> float:
+        if isinstance(step, Forward):
+            return forward_s.get(step.unit, 0.0)
+        if isinstance(step, Backward):
+            return backward_s.get(step.unit, 0.0)
+        if isinstance(step, Update):
+            return update_s(step)
+        if isinstance(step, Read):
+            return profile.lane("read").seconds(step.nbytes)
+        assert isinstance(step, Write), step
+        return profile.lane("write").seconds(step.nbytes)
+
+    computing = GEMM if GEMM in profile.interference else "cpu"
+    names = {"read": "read", "write": "write", "compute": computing}
+    keeps = {a: {b: min(1.0, profile.kept(names[a], names[b])) for b in names if b != a} for a in names}
+    clock = Clock(schedule, seconds, slots=slots, sharing=Sharing(keeps=keeps), between_s=profile.cost("step"))
+    found = clock.run(STEADY, stop_when_steady=True)
+    read, written = moved(schedule)
+    return StepCost(
+        seconds=found.pass_s[-1],
+        compute_s=clock.work_s("compute"),
+        disk_s=both(clock.work_s("read"), clock.work_s("write"), keeps["read"]["write"], keeps["write"]["read"]),
+        stall_s=found.stall_s / len(found.pass_s),
+        read_bytes=read,
+        write_bytes=written,
+    )
+
+
+def both(read_s: float, write_s: float, reading: float, writing: float) -> float:
+    """Seconds for reads and writes that take so long alone, and keep these parts of their rates beside each other."""
+    if read_s * writing <= write_s * reading:  # reads end first
+        return write_s + read_s * (1 - writing) / reading
+    return read_s + write_s * (1 - reading) / writing
