@@ -27,6 +27,7 @@ from offload.plan.saved import adopt, load_plan
 from offload.planner.placement import Tier
 from offload.probes.probe import probe
 from offload.processors import choose_share
+from offload.profile import load_profile
 from offload.runtime.apart import passing_nbytes
 from offload.runtime.discovery import Anatomy, dissect
 from offload.runtime.linears import unpack_nbytes
@@ -124,7 +125,8 @@ def load(
     engine = Engine(io, strict=strict)
     try:
         wanted = dtype if torch_dtype is None else torch_dtype
-        opened = open_checkpoint(find(model), engine, dtype=wanted, weights=parse_weights(weights), **kwargs)
+        directory = find(model)
+        opened = open_checkpoint(directory, engine, dtype=wanted, weights=parse_weights(weights), **kwargs)
         spec = opened.spec
         if work is None:
             total = context or min(2048, spec.max_tokens or 2048)
@@ -137,7 +139,9 @@ def load(
         saved = load_plan(plan) if plan is not None else None
         if saved is not None:
             cpu_share = 0.5 if saved.placement.first_rows else 0.0  # which rows exactly, the plan says
-        share, on_host = _share(cpu_share, opened.anatomy, opened.sources, budgets, work.batch, device, exact, rate)
+        share, on_host = _share(
+            cpu_share, opened.anatomy, opened.sources, budgets, work.batch, device, exact, rate, directory
+        )
         division = divide(
             spec,
             budgets,
@@ -241,7 +245,7 @@ def wrap(
     extra = parse_bytes(workspace, "workspace")
     warm_up(device)
     kernels = _kernels(device, sources, exact)
-    share, on_host = _share(cpu_share, anatomy, sources, budgets, 1, device, exact, rate)
+    share, on_host = _share(cpu_share, anatomy, sources, budgets, 1, device, exact, rate, None)
     division = divide(spec, budgets, work, slots=slots, own_nbytes=spec.nbytes, extra_nbytes=extra, cpu_share=share)
     home = division.placement.home
     if any(home[name] is Tier.DISK for name in division.placement.first_rows):  # it is written to disk whole
@@ -368,6 +372,7 @@ def _share(
     device: str,
     exact: bool,
     link: float | None,
+    directory: Path | None,
 ) -> tuple[float, Kernels]:
     """What the CPU multiplies by beside an accelerator, and by which kernels."""
     kernels = Kernels("cpu", exact=exact)
@@ -375,5 +380,15 @@ def _share(
     if device != "cpu" and not exact:
         compile_kernels(kernels, matrices)
     fits = sum(s.nbytes for s in sources.values()) <= (budgets.gpu_memory or 0)
-    share = choose_share(asked, matrices, rows, kernels, fits=fits, device=device, exact=exact, link_bytes_per_s=link)
+    share = choose_share(
+        asked,
+        matrices,
+        rows,
+        kernels,
+        fits=fits,
+        device=device,
+        exact=exact,
+        link_bytes_per_s=link,
+        profile=load_profile(directory) if device != "cpu" else None,
+    )
     return share, kernels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ from models import MODELS, Tiny
 import offload
 import offload.handle
 from offload.errors import UsageError
+from offload.io.extents import Extent
+from offload.kernels.chosen import Kernels
 from offload.planner.placement import Placement, Tier, place
 from offload.planner.processors import GRANULE, balanced_share, cut, host_part
 from offload.planner.schedule import Compute, Upload, emit
-from offload.processors import parse_share
+from offload.processors import choose_share, known_rates, parse_share
+from offload.profile import Curve, OpTable, preset
 from offload.specs import ModelSpec, TensorSpec, UnitSpec
+from offload.tiers.layout import Piece, Source
 
 MB = 1_000_000
 SHARES = st.sampled_from([0.0, 0.1, 0.37, 0.5, 0.9, 1.0])
@@ -206,3 +211,25 @@ def test_rates_decide_how_much(checkpoint: Path) -> None:
         placement = handle.division.placement
         assert sum(t.nbytes for ts in placement.host_parts.values() for t in ts) > 0
         assert not any(t.outputs for ts in placement.bundles.values() for t in ts), "no row of a linear crosses"
+
+
+def test_the_share_follows_measured_rates() -> None:
+    """Those of each while the other works; an estimate, or a machine without a table, says nothing."""
+    outputs, inputs = 4096, 4096
+    piece = Piece(Extent("", 0, 2 * outputs * inputs), torch.bfloat16, 0, outputs * inputs)
+    source = Source("w", torch.bfloat16, (outputs, inputs), (piece,))
+    table = OpTable(
+        op="linear", implementation="cpu", processor="cpu", format="bfloat16", shape=(outputs, inputs), over="rows",
+        curve=Curve.of([(1, source.nbytes / 30e9)]),
+    )  # fmt: skip
+    base = preset("rtx4090-gen4-nvme4")
+    kept = {"cpu": {"h2d": 0.8}, "h2d": {"cpu": 0.5}}
+    profile = replace(base, source="measured", ops=(table,), interference=kept)
+    rates = known_rates(profile, [source], 1, 10e9)
+    assert rates == pytest.approx((24e9, 5e9))
+    assert known_rates(profile, [source], 1, None) == pytest.approx((24e9, profile.lane("h2d").bytes_per_s / 2))
+    assert known_rates(replace(profile, source="estimate"), [source], 1, 10e9) is None
+    assert known_rates(replace(profile, ops=()), [source], 1, 10e9) is None
+    common = {"fits": False, "device": "emulated", "exact": False, "link_bytes_per_s": 10e9, "profile": profile}
+    share = choose_share("auto", [source], 1, Kernels("cpu", exact=False), **common)
+    assert share == pytest.approx(24 / 29)
