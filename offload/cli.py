@@ -200,7 +200,7 @@ def bench_plan(
     folder: Annotated[
         str | None, typer.Option(help="for 2.6 GB of checkpoints, and profiles; default: in the temporary folder")
     ] = None,
-    regret: Annotated[int, typer.Option(help="cells whose rejected plans are measured, too")] = 6,
+    regret: Annotated[int, typer.Option(help="cells whose rejected plans are measured, too")] = 4,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a page")] = False,
 ) -> None:
     """Predict a grid of runs, then measure them: how far predictions and chosen plans are from the truth."""

@@ -57,7 +57,7 @@ class PlanBench:
     models: Mapping[str, Mapping[str, Any]]
     folder: Path
     ledger: Ledger
-    regrets: int = 6
+    regrets: int = 4
     effort: str = "quick"
     trial: Trial = field(default_factory=lambda: in_a_process)
     progress: Progress = lambda *_: None

@@ -10,7 +10,7 @@ from offload.planner.placement import Placement
 from offload.planner.predict import family_of
 from offload.planner.prediction import PassCost, Prediction
 from offload.profile import Learned
-from offload.runtime.timeline import Span
+from offload.runtime.timeline import SPANS, Span
 from offload.specs import Workload
 
 LEAST_PART = 0.1  # of a pass: lanes that are busy for less say nothing that can be trusted
@@ -39,13 +39,11 @@ def residuals(
     """
     kept = list(spans)
     computing = [s for s in kept if s.lane == "compute"]
-    if not computing:
+    if not computing or len(kept) >= SPANS:  # a full timeline has forgotten the beginning
         return {}
     end = max(s.end for s in computing)
     middle = end - sum(token_s)
     begin = middle - prefill_s
-    if min(s.start for s in kept) > begin + prefill_s:  # the timeline has forgotten the beginning
-        return {}
     found = {"prefill": log(prefill_s / prediction.prefill_s)} if is_first else {}
     first = family_of(placement, prefill(work))
     once = prediction.prefill.once_s if is_first else 0.0
