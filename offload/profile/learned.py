@@ -20,7 +20,7 @@ NOISE = 0.06  # usual deviation between two runs of the same
 NOISE_RUNS = 2.0  # runs that this guess is worth
 MOST_RUNS = 40.0  # older ones are forgotten beyond
 BOUND = 2.0  # no factor is larger, nor smaller than its inverse
-WHOLE: Mapping[str, float] = {"prefill": 0.10, "decode": 0.07}  # of whole phases: deviations before any run was seen
+WHOLE: Mapping[str, float] = {"prefill": 0.13, "decode": 0.10}  # of whole phases: deviations before any run was seen
 WHOLE_RUNS = 6.0
 
 
