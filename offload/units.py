@@ -59,6 +59,8 @@ def parse_rate(value: str | int | float, name: str = "rate") -> float:
         raise UsageError(f'{name}={value!r} is not a rate; write it like "8GB/s"') from None
     if rate <= 0:
         raise UsageError(f"{name}={value!r} is not a rate: it must be above 0")
+    if isinstance(text, str) and rate < 1000 and text.replace(".", "").isdecimal():
+        raise UsageError(f'{name}={value!r} means {rate:g} bytes per second; did you mean "{text.strip()}GB/s"?')
     return rate
 
 

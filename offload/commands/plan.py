@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 
-from offload.budgets import resolve
+from offload.budgets import parse_resident, resolve
 from offload.checkpoint import find
 from offload.checkpoint.numbers import numbers
 from offload.commands.plan_text import show
@@ -74,6 +74,15 @@ def plan_of(request: PlanRequest) -> Plan:
     """
     changes = [parse_change(text) for text in request.what_if]
     ask = ask_of(request)
+    lacking = {"gpu-memory", "link", "gpu"} if ask.budgets.gpu_memory is None else set()
+    if ask.computer.processor != "device":
+        lacking.add("gpu")
+    for change in changes:
+        if change.what in lacking:
+            raise UsageError(
+                f"--what-if {change.what}: this machine has none; plan for one that has: --hardware PRESET, or "
+                '--device emulated --gpu-memory 8GiB --link "8GB/s" for its memory and link'
+            )
     return make(best_batch(ask) if request.batch == "auto" else ask, changes)
 
 
@@ -86,6 +95,8 @@ def ask_of(request: PlanRequest) -> Ask:
     is_auto = request.batch == "auto"
     if not is_auto and (not request.batch.isdecimal() or not 1 <= int(request.batch) <= 100_000):
         raise UsageError(f'--batch {request.batch}: a number of sequences from 1, or "auto"')
+    if request.slots is not None and request.slots < 1:
+        raise UsageError(f"--slots {request.slots}: a ring has at least 1 slot")
     directory = find(request.model)
     profile = machine(request.hardware, directory)
     known = numbers(directory, dtype=request.dtype, weights=request.weights, exact=request.exact)
@@ -103,7 +114,7 @@ def ask_of(request: PlanRequest) -> Ask:
             None if text is None else parse_bytes(text, name)
             for name, text in (("cpu_memory", request.cpu_memory), ("gpu_memory", request.gpu_memory))
         ]
-        budgets = budgets_of(profile, *sizes)
+        budgets = replace(budgets_of(profile, *sizes), resident=parse_resident(request.resident))
     if budgets.gpu_memory is not None and link is None and "device" not in profile.processors:
         raise UsageError(
             f"{profile.name} has no accelerator in its profile; name another with --hardware, or measure with offload "
