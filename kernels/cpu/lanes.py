@@ -88,6 +88,42 @@ zip_low = _shuffler([lane // 2 + 16 * (lane % 2) for lane in range(16)])  # back
 zip_high = _shuffler([8 + lane // 2 + 16 * (lane % 2) for lane in range(16)])
 
 
+def _pairs_of_rows(b: Any, rows: list[Any], one: list[int], other: list[int]) -> list[Any]:
+    """Every two vectors shuffled in two ways."""
+    return [
+        b.shuffle_vector(x, y, order(by)) for x, y in zip(rows[::2], rows[1::2], strict=True) for by in (one, other)
+    ]
+
+
+def _in_quarters(lanes: list[int]) -> list[int]:
+    """Lanes of two vectors (the second from 4 on) within each run of four."""
+    return [4 * run + lane % 4 + LANES * (lane // 4) for run in range(4) for lane in lanes]
+
+
+def _quarters(runs: list[int]) -> list[int]:
+    """Runs of four lanes of two vectors (the second from 4 on)."""
+    return [4 * run + lane for run in runs for lane in range(4)]
+
+
+@intrinsic
+def transpose(typing_context: Any, rows: Any) -> Any:
+    """16 vectors of 16 lanes: lane i of result k is lane k of vector i."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        r = cgutils.unpack_tuple(b, args[0], LANES)
+        r = _pairs_of_rows(b, r, _in_quarters([0, 4, 1, 5]), _in_quarters([2, 6, 3, 7]))
+        r = [r[4 * i + j] for i in range(4) for j in (0, 2, 1, 3)]
+        r = _pairs_of_rows(b, r, _in_quarters([0, 1, 4, 5]), _in_quarters([2, 3, 6, 7]))
+        evens_of, odds_of = _quarters([0, 2, 4, 6]), _quarters([1, 3, 5, 7])
+        v = [b.shuffle_vector(r[8 * h + j], r[8 * h + 4 + j], order(by)) for h in (0, 1) for by in (evens_of, odds_of)
+             for j in range(4)]  # fmt: skip
+        out = [b.shuffle_vector(v[4 * odd + j], v[8 + 4 * odd + j], order(by)) for by in (evens_of, odds_of)
+               for odd in (0, 1) for j in range(4)]  # fmt: skip
+        return context.make_tuple(b, signature.return_type, out)
+
+    return types.UniTuple(U32, LANES)(types.UniTuple(U32, LANES)), generate
+
+
 @intrinsic
 def pick(typing_context: Any, table: Any, index: Any) -> Any:
     """Of a table of 16 float32 or integers, the entry that the lowest four bits of each lane of `index` name."""

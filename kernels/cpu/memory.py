@@ -151,6 +151,7 @@ get_f16 = _loader(types.float32, I16, widen_f16, 0)
 get_i8 = _loader(types.float32, I8, widen_i8, 0)
 get_u16 = _loader(types.uint32, I16, _widener(I32), 0)
 get_u8 = _loader(types.uint32, I8, _widener(I32), 0)
+get_u32 = _loader(types.uint32, I32, _same, 0)
 get_i32 = _loader(types.int64, I32, lambda b, v: b.sext(v, I64), 0)
 get_i64 = _loader(types.int64, I64, _same, 0)
 

@@ -22,6 +22,7 @@ __all__ = ["IMPLEMENTATIONS", "OPS", "Choice", "available", "choose"]
 IMPLEMENTATIONS = ("torch", "cpu", "gpu")
 OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the reference
     "linear": ("cpu",),
+    "linear_many": ("cpu",),
     "linear_int8": ("cpu", "gpu"),
     "linear_int4": ("cpu", "gpu"),
     "linear_lossless": ("cpu", "gpu"),

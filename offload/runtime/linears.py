@@ -26,6 +26,7 @@ from offload.tiers.layout import Source
 from offload.units import MIB
 
 BLOCK_NBYTES = 16 * MIB  # of a packed matrix that are unpacked at a time for many rows: they stay in the cache
+MANY = 8  # rows of x from which a product is one of matrices (kernels/cpu/linear_many.py)
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -118,8 +119,8 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, k
     """x @ weight.T + bias, for a plain or a packed matrix where `kernels` compute."""
     if isinstance(weight, Packed):
         return _from_packed(x, weight, bias, kernels)
-    if _is_few(x) and not needs_gradient(x, weight):
-        y = kernels.attempt("linear", x.contiguous(), weight, bias)
+    if not needs_gradient(x, weight):
+        y = kernels.attempt("linear_many" if _is_many(x) else "linear", x.contiguous(), weight, bias)
         if y is not None:
             return y  # type: ignore[no-any-return]
     return _by_torch(x, weight, bias)
@@ -139,7 +140,7 @@ def _from_packed(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None, ker
     for first in range(0, outputs, step):
         last = min(outputs, first + step)
         block = kernels.unpack(rows_of(packed, first, last), x.dtype)
-        y[..., first:last] = _by_torch(x, block, None if bias is None else bias[first:last])
+        y[..., first:last] = multiply(x, block, None if bias is None else bias[first:last], kernels)
     return y
 
 
@@ -150,6 +151,10 @@ def needs_gradient(*operands: torch.Tensor) -> bool:
 
 def _is_few(x: torch.Tensor) -> bool:
     return x.numel() <= FEW * x.shape[-1]
+
+
+def _is_many(x: torch.Tensor) -> bool:
+    return x.numel() >= MANY * x.shape[-1]
 
 
 def _by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

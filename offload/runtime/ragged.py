@@ -32,6 +32,7 @@ from offload.runtime.attention import has_its_own_attention
 from offload.runtime.pool import KeyValuePool
 
 MIN_ROWS = 8  # more than any kernel for few rows takes (kernels/cpu/linear.py)
+SHORT = 512  # tokens of a prompt up to which the kernel for new tokens is faster than torch's for prompts
 _KINDS = {None, "full_attention", "sliding_attention"}  # of layers, that this attention computes
 _COMPANY = {"dynamic", "longrope"}  # rotary embeddings that depend on the longest sequence of a pass
 _UNKNOWN = ("position_bias", "cache", "softcap", "s_aux")  # what attention may be asked for and does not do here
@@ -82,7 +83,7 @@ class Ragged:
 
     Args:
         model: a transformers model that `refuses` finds nothing against, with kernels installed or not.
-        kernels: what computes attention of single tokens; torch's sdpa does the rest.
+        kernels: what computes attention of single tokens and short prompts; torch's sdpa does the rest.
         pool: keys and values of all sequences.
     """
 
@@ -175,10 +176,15 @@ class Ragged:
             self._singles(layer, query[0].transpose(0, 1)[: now.singles], now, scale, window, out[0])
         for start, end in now.prompts:
             part = slice(start, end)
+            whole = query[:, :, part], key[:, :, part], value[:, :, part]
+            if end - start <= SHORT:
+                by_kernel = self._kernels.attempt("decode_attention", *whole, scale=scale, window=window)
+                if by_kernel is not None:
+                    out[0, part] = by_kernel[0][0].transpose(0, 1)
+                    continue
             mask = _band(end - start, window)
             found = functional.scaled_dot_product_attention(
-                query[:, :, part], key[:, :, part], value[:, :, part],
-                attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1],
+                *whole, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1],
             )  # fmt: skip
             out[0, part] = found[0].transpose(0, 1)
         return out, None

@@ -17,6 +17,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return functional.linear(x, weight, bias)
 
 
+linear_many = linear
+
+
 def linear_int8(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """As `linear`, in float32 throughout; the result has x's dtype."""
     wide = functional.linear(x.float(), dequantize_int8(weight), None if bias is None else bias.float())
