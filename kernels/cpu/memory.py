@@ -26,7 +26,21 @@ from offload.kernels.cpu.convert import (
     widen_i8,
     zip_halves,
 )
-from offload.kernels.cpu.vector import F32, FLOAT, I8, I16, I32, I64, LANES, U16, U32, WIDE_F32, Vector, number
+from offload.kernels.cpu.vector import (
+    F32,
+    FLOAT,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    U16,
+    U32,
+    WIDE_F32,
+    WIDE_U16,
+    Vector,
+    number,
+)
 
 _NBYTES = {I8: 1, I16: 2, I32: 4, I64: 8, FLOAT: 4}
 
@@ -95,7 +109,7 @@ load_i8_pairs = _loader(U32, I8, pair_up_i8, 32)
 store_f32 = _storer(F32, FLOAT, _same)
 store_bf16 = _storer(F32, I16, narrow_bf16)
 store_wide_f32 = _storer(WIDE_F32, FLOAT, _same)
-store_wide_bf16 = _storer(WIDE_F32, I16, narrow_bf16)
+store_wide_u16 = _storer(WIDE_U16, I16, _same)
 store_u32 = _storer(U32, I32, _same)
 store_u32_low = _storer(U32, I8, _cutter(ir.VectorType(I8, 16)))  # as bytes
 store_u16 = _storer(U16, I16, _same)
@@ -139,7 +153,7 @@ def _streamer(value_types: tuple[Vector, ...], stored: Any, convert: Callable[..
 
 stream_bf16 = _streamer((F32, F32), I16, narrow_bf16_pair)  # of two vectors, 32 numbers
 stream_wide_f32 = _streamer((WIDE_F32,), FLOAT, _same)  # of 64 numbers
-stream_wide_bf16 = _streamer((WIDE_F32,), I16, narrow_bf16)
+stream_wide_u16 = _streamer((WIDE_U16,), I16, _same)
 stream_u16 = _streamer((U16,), I16, _same)
 stream_bytes = _streamer((U16, U16), I8, join_bytes)  # the low bytes of two vectors, 64 of them
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -21,19 +22,19 @@ from offload.kernels.cpu.memory import (
     load_wide_f32,
     prefetch,
     scratch,
-    store_wide_bf16,
     store_wide_f32,
-    stream_wide_bf16,
+    store_wide_u16,
     stream_wide_f32,
+    stream_wide_u16,
 )
 from offload.kernels.cpu.normal import normals, philox
 from offload.kernels.cpu.team import TeamFunction, team_function
 from offload.kernels.cpu.vector import wide_f32, wide_u32
-from offload.kernels.cpu.wide import wide_fma, wide_lane_numbers, wide_unless_larger
+from offload.kernels.cpu.wide import wide_fma, wide_lane_numbers, wide_to_bf16, wide_unless_larger
 from offload.kernels.reference.directions import BLOCK, Along, Sides
 
-PIECE = 64  # blocks that a thread claims
-AHEAD = 2 * BLOCK  # elements between those that are fetched and those that are moved
+MOST = 1024  # blocks that a thread claims: a megabyte, since streams that begin anew all the time are slow
+AHEAD = 4 * BLOCK  # elements between those that are fetched and those that are moved
 SPARE_NBYTES = 4 * BLOCK
 PART = BLOCK // 4  # elements that one of Philox's four words is for
 
@@ -46,11 +47,25 @@ def _bits(block: int, step: int, words: int) -> Any:
     return philox(first, wide_u32(uint32(step)), wide_u32(uint32(c2)), wide_u32(uint32(c3)), k0, k1)
 
 
-def _make(name: str, load: Any, store: Any, stream: Any, nbytes: int) -> TeamFunction:
+@helper(inline=True)
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+@helper(inline=True)
+def _all(w: Any, limit: Any, moved: Any) -> Any:
+    return moved
+
+
+@helper(inline=True)
+def _small_ones(w: Any, limit: Any, moved: Any) -> Any:
+    return wide_unless_larger(w, limit, moved, w)
+
+
+def _make(name: str, load: Any, rounded: Any, store: Any, stream: Any, nbytes: int, chosen: Any) -> TeamFunction:
     @helper(inline=True)
     def moved(w: Any, z: Any, by: Any, limit: Any) -> Any:
-        """Not rounded yet."""
-        return wide_unless_larger(w, limit, wide_fma(by, z, w), w)
+        return rounded(chosen(w, limit, wide_fma(by, z, w)))
 
     @helper(inline=True)
     def move(source: int, kept: int, k: int, word: Any, by: Any, limit: Any) -> None:
@@ -78,13 +93,13 @@ def _make(name: str, load: Any, store: Any, stream: Any, nbytes: int) -> TeamFun
         pieces, count, start = get_i64(block, 1), get_i64(block, 2), get_i64(block, 3)
         source, kept, plus, minus = get_i64(block, 4), get_i64(block, 5), get_i64(block, 6), get_i64(block, 7)
         words, moves, due, side_step = get_i64(block, 8), get_i64(block, 9), get_i64(block, 10), get_i64(block, 11)
-        numbers, spare = get_i64(block, 12), scratch(SPARE_NBYTES)
+        numbers, each, spare = get_i64(block, 12), get_i64(block, 13), scratch(SPARE_NBYTES)
         limit, eps, back = (
             wide_f32(get_f32(numbers, 0)), wide_f32(get_f32(numbers, 1)), wide_f32(get_f32(numbers, 2))
         )  # fmt: skip
         piece = claim(block)
         while piece < pieces:
-            for b in range(piece * PIECE, min(count, (piece + 1) * PIECE)):
+            for b in range(piece * each, min(count, (piece + 1) * each)):
                 k = b * BLOCK
                 for line in range(0, BLOCK * nbytes, 64):
                     prefetch(source + (k + AHEAD) * nbytes + line)
@@ -110,9 +125,14 @@ def _make(name: str, load: Any, store: Any, stream: Any, nbytes: int) -> TeamFun
     return move_along
 
 
+_KINDS = {
+    torch.bfloat16: ("bf16", load_wide_bf16, wide_to_bf16, store_wide_u16, stream_wide_u16, 2),
+    torch.float32: ("f32", load_wide_f32, _as_it_is, store_wide_f32, stream_wide_f32, 4),
+}
 _FUNCTIONS = {
-    torch.bfloat16: _make("move_along_bf16", load_wide_bf16, store_wide_bf16, stream_wide_bf16, 2),
-    torch.float32: _make("move_along_f32", load_wide_f32, store_wide_f32, stream_wide_f32, 4),
+    (dtype, is_sparse): _make(f"move_{'some' if is_sparse else 'all'}_{name}", *parts, chosen)
+    for dtype, (name, *parts) in _KINDS.items()
+    for is_sparse, chosen in ((False, _all), (True, _small_ones))
 }
 
 
@@ -124,7 +144,7 @@ def refuses(
     sides: Sides | None = None,
 ) -> str | None:
     """Why `move_along` would not take these; None when it does."""
-    if weights.dtype not in _FUNCTIONS:
+    if weights.dtype not in _KINDS:
         return f"weights in {weights.dtype}"
     given = [weights, kept, *((sides.plus, sides.minus) if sides is not None else ())]
     return None if all(t is None or t.is_contiguous() for t in given) else "not contiguous"
@@ -148,9 +168,10 @@ def move_along(
 
     def run(tensors: Sequence[torch.Tensor | None], count: int, start: int) -> None:
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        _FUNCTIONS[weights.dtype](
-            -(-count // PIECE), count, start, *addresses, words.data_ptr(), table.data_ptr(), len(moves), step,
-            numbers.data_ptr(),
+        each = max(16, min(MOST, count // (4 * torch.get_num_threads())))
+        _FUNCTIONS[weights.dtype, along.limit != inf](
+            -(-count // each), count, start, *addresses, words.data_ptr(), table.data_ptr(), len(moves), step,
+            numbers.data_ptr(), each,
         )  # fmt: skip
 
     if blocks:

@@ -39,19 +39,20 @@ class Vector(types.Type):  # type: ignore[misc]
 
 F32, U32, U16 = Vector("F32", FLOAT, 16), Vector("U32", I32, 16), Vector("U16", I16, 32)
 WIDE_F32, WIDE_U32 = Vector("WIDE_F32", FLOAT, 64), Vector("WIDE_U32", I32, 64)  # four registers: see `wide`
+WIDE_U16 = Vector("WIDE_U16", I16, 64)
 
 
-class _Bfloat(ir.Type):
+class Bfloat(ir.Type):
     """LLVM's bfloat, which llvmlite does not have."""
 
     def _to_string(self) -> str:
         return "bfloat"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Bfloat)
+        return isinstance(other, Bfloat)
 
     def __hash__(self) -> int:
-        return hash(_Bfloat)
+        return hash(Bfloat)
 
 
 @register_default(Vector)
@@ -159,7 +160,7 @@ def fma_pairs(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         left, right, sums = args
         if "+avx512bf16" in context.codegen().magic_tuple()[2]:
-            pairs = ir.VectorType(_Bfloat(), 32)
+            pairs = ir.VectorType(Bfloat(), 32)
             return call(
                 b, "x86.avx512bf16.dpbf16ps.512", F32.llvm, [sums, b.bitcast(left, pairs), b.bitcast(right, pairs)]
             )

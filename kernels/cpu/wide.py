@@ -11,7 +11,8 @@ from typing import Any
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from offload.kernels.cpu.vector import I64, WIDE_F32, WIDE_U32, call, number, unary
+from offload.kernels.cpu.convert import narrow_bf16
+from offload.kernels.cpu.vector import I16, I64, WIDE_F32, WIDE_U16, WIDE_U32, Bfloat, call, number, order, unary
 
 LANES = 64
 
@@ -26,6 +27,34 @@ wide_sqrt = unary(WIDE_F32, WIDE_F32, lambda b, v: call(b, "sqrt.v64f32", WIDE_F
 def wide_lane_numbers(typing_context: Any) -> Any:
     """0 to 63, a lane each."""
     return WIDE_U32(), lambda context, b, signature, args: ir.Constant(WIDE_U32.llvm, list(range(LANES)))
+
+
+def _joined(b: Any, parts: list[Any]) -> Any:
+    """Vectors one behind the other."""
+    while len(parts) > 1:
+        lanes = order(list(range(2 * parts[0].type.count)))
+        parts = [b.shuffle_vector(low, high, lanes) for low, high in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+@intrinsic
+def wide_to_bf16(typing_context: Any, value: Any) -> Any:
+    """The nearest bf16, ties to even; what is below the smallest normal number is zero, as AVX512-BF16 has it."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        value = args[0]
+        if "+avx512bf16" in context.codegen().magic_tuple()[2]:
+            parts = [b.shuffle_vector(value, value, order(list(range(k, k + 16)))) for k in range(0, LANES, 16)]
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            kind = ir.VectorType(Bfloat(), 32)
+            made = [call(b, "x86.avx512bf16.cvtne2ps2bf16.512", kind, [high, low]) for low, high in pairs]
+            return _joined(b, [b.bitcast(one, ir.VectorType(I16, 32)) for one in made])
+        bits = b.bitcast(value, WIDE_U32.llvm)
+        is_tiny = b.icmp_unsigned("==", b.and_(bits, number(bits, 0x7F800000)), number(bits, 0))
+        sign = b.trunc(b.lshr(b.and_(bits, number(bits, 0x80000000)), number(bits, 16)), WIDE_U16.llvm)
+        return b.select(is_tiny, sign, narrow_bf16(b, value))
+
+    return WIDE_U16(WIDE_F32), generate
 
 
 @intrinsic

@@ -16,6 +16,7 @@ from offload.specs import Budgets, ModelSpec, Workload
 from offload.tiers.layout import Source
 from offload.units import MIB, format_bytes
 
+SLACK = 64 * MIB  # threads of micro-batches and what an allocator keeps between steps
 LOSS = 1.5  # of the logits with generation's two float32 copies: what cross entropy over all tokens takes
 
 
@@ -61,7 +62,8 @@ def place_beside(spec: ModelSpec, budgets: Budgets, tokens: int, beside: Mapping
         BudgetError: not even the ring fits; says which budget would do.
     """
     base = rss_bytes()
-    parts = {"the process itself": base, "libraries and margin": LIBRARIES + int(MARGIN * budgets.cpu_memory)}
+    reserve = LIBRARIES + SLACK + int(MARGIN * budgets.cpu_memory)
+    parts = {"the process itself": base, "libraries and margin": reserve}
     parts |= {f"{name} ({tokens:,} tokens)": n for name, n in step_nbytes(spec, tokens).items()} | dict(beside)
     left = budgets.cpu_memory - sum(parts.values())
     target = budgets.resident
