@@ -121,9 +121,8 @@ def engine_arguments(config: Config, *, resume: bool) -> dict[str, Any]:
         arguments["lora"] = {name: getattr(config.lora, name) for name in config.lora.__struct_fields__}
     if config.method == "zo":
         arguments |= {"zo_eps": config.zo.eps, "zo_write_every": config.zo.write_every}
-    if config.method != "full":
-        rows = max(train.per_device_train_batch_size, train.per_device_eval_batch_size or 0)
-        arguments["tokens"] = rows * config.data.max_length
+    rows = max(train.per_device_train_batch_size, train.per_device_eval_batch_size or 0)
+    arguments["tokens"] = rows * config.data.max_length
     optional = ("cpu_memory", "gpu_memory", "disk_limit", "device")
     arguments |= {name: value for name in optional if (value := getattr(budgets, name)) is not None}
     known = inspect.signature(api.finetuning).parameters

@@ -12,18 +12,22 @@ import torch
 from torch import nn
 
 from offload.budgets import Size, parse_resident, resolve
-from offload.checkpoint import find, open_checkpoint
-from offload.errors import UsageError
-from offload.finetune.assemble import assemble
+from offload.checkpoint import Opened, find, open_checkpoint
+from offload.errors import BudgetError, UsageError
+from offload.finetune.assemble import SLOTS, assemble
 from offload.finetune.assemble_lora import assemble_lora
 from offload.finetune.assemble_zeroth import assemble_zeroth
 from offload.finetune.export import export_checkpoint, export_module
+from offload.finetune.forecast import Batch, forecast
 from offload.finetune.lora import Lora
 from offload.finetune.memory import Wishes
 from offload.finetune.trainer import Trainer
+from offload.hardware import rss_bytes
 from offload.io.engine import Engine
 from offload.kernels.chosen import Kernels
 from offload.optim import make as make_optimizer
+from offload.optim.base import Optimizer
+from offload.profile import load_profile, preset
 from offload.runtime.discovery import dissect
 from offload.tiers.transit import bring_into
 from offload.units import parse_bytes
@@ -138,6 +142,7 @@ def finetuning(
                 budgets=replace(budgets, resident=wishes.weights), tokens=tokens,
                 offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
             )  # fmt: skip
+        slots = SLOTS
         if isinstance(model, nn.Module):
             root, anatomy = model, dissect(model, shares=False)
             given = {
@@ -155,6 +160,7 @@ def finetuning(
         else:
             opened = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
             root, anatomy = opened.model, dissect(opened.model, shares=False)
+            slots = _slots(opened, rule, max_grad_norm, budgets.cpu_memory, tokens)
             parameters = {n: (s.dtype, s.shape) for n, s in opened.sources.items()}
 
             def fill(views: Mapping[str, torch.Tensor]) -> None:
@@ -172,8 +178,21 @@ def finetuning(
             put_back=put_back if given else None, travels=not given,
             learning_rate=learning_rate, max_grad_norm=max_grad_norm,
             cpu_memory=budgets.cpu_memory, wishes=wishes, offload_dir=Path(offload_dir),
-            seed=seed, resume=resume, overwrite=overwrite,
+            seed=seed, resume=resume, overwrite=overwrite, slots=slots,
         )  # fmt: skip
     except BaseException:
         engine.close()
         raise
+
+
+def _slots(opened: Opened, rule: Optimizer, max_grad_norm: float | None, budget: int, tokens: int) -> int:
+    """How deep the ring of optimizer state is best, by the prediction of a step."""
+    profile = load_profile() or preset("cpu-ddr5-nvme4")
+    batch = Batch(rows=1, tokens=tokens)
+    try:
+        found = forecast(
+            opened.spec, rule, profile, batch=batch, clips=max_grad_norm is not None, budget=budget, base=rss_bytes()
+        )
+    except BudgetError:  # what does not fit is said later, by what is measured
+        return SLOTS
+    return found.slots

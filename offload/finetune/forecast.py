@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from offload.errors import BudgetError
 from offload.finetune.assemble import SLOTS
 from offload.finetune.memory import MARGIN, SLACK
 from offload.optim.base import Optimizer
@@ -20,6 +21,8 @@ from offload.runtime.masters import STAGES
 from offload.specs import ModelSpec, TensorSpec, UnitSpec
 from offload.tiers.cells import SHARD_COUNT, page
 
+DEEPER = (16, 24, 32, 48)  # slots, that are tried
+WORTH = 0.97  # of the time, to be worth more memory
 LOSSES = 2  # copies of the logits, each in two and in four bytes, that a loss and its backward make
 
 
@@ -41,6 +44,7 @@ class Forecast:
     graphs_nbytes: of graphs that are kept from forward to backward.
     state_nbytes: of optimizer state that stays in memory.
     scratch_nbytes: on disk, for cells that travel.
+    slots: of the ring of state, in shards.
     """
 
     schedule: Schedule
@@ -49,6 +53,7 @@ class Forecast:
     graphs_nbytes: int
     state_nbytes: int
     scratch_nbytes: int
+    slots: int
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -57,13 +62,18 @@ class Forecast:
             "graphs_in_memory_bytes": self.graphs_nbytes,
             "state_in_memory_bytes": self.state_nbytes,
             "scratch_bytes": self.scratch_nbytes,
+            "state_slots": self.slots,
         }
 
 
 def forecast(
     spec: ModelSpec, rule: Optimizer, profile: Profile, *, batch: Batch, clips: bool, budget: int, base: int
 ) -> Forecast:
-    """The step that repeats.
+    """The step that repeats, with the ring of state that makes it shortest.
+
+    A unit's backward is long, and its updates follow at once: a ring that holds its whole state lets the disk work
+    meanwhile, and may be worth weights that travel. With clipping the disk works in the forward pass only, which is
+    short, and a deep ring gains nothing.
 
     Args:
         rule: the optimizer.
@@ -73,6 +83,20 @@ def forecast(
     Raises:
         BudgetError: it cannot be.
     """
+    best = _forecast(spec, rule, profile, batch, clips, budget, base, SLOTS)
+    for slots in () if clips or not best.cost.read_bytes else DEEPER:
+        try:
+            found = _forecast(spec, rule, profile, batch, clips, budget, base, slots)
+        except BudgetError:
+            break
+        if found.cost.seconds < WORTH * best.cost.seconds:
+            best = found
+    return best
+
+
+def _forecast(
+    spec: ModelSpec, rule: Optimizer, profile: Profile, batch: Batch, clips: bool, budget: int, base: int, slots: int
+) -> Forecast:
     units = [_unit(unit.name, unit.tensors, rule) for unit in spec.units]
     loose = _unit("(loose)", spec.loose, rule) if spec.loose else None
     every = [*units, loose] if loose is not None else units
@@ -82,7 +106,7 @@ def forecast(
     at_once = 2 * max(sizes.values()) + batch.rows * batch.tokens * LOSSES * spec.logits_nbytes
     at_once += spec.hidden_nbytes * batch.rows * batch.tokens * batch.micro_batches * len(units)
     at_once += max(graphs.values()) // batch.micro_batches
-    rings = (min(SLOTS, len(shards)) + (STAGES / 3)) * max(s.nbytes for s in shards)
+    rings = (min(slots, len(shards)) + (STAGES / 3)) * max(s.nbytes for s in shards)
     free = int(budget * (1 - MARGIN)) - SLACK - base - int(rings) - at_once - (loose.nbytes if loose else 0)
     plan = plan_cells(sizes, free)
     left = free - plan.nbytes
@@ -110,7 +134,7 @@ def forecast(
     recomputed = {u: 0.0 if u in kept_graphs or u == units[-1].name else s for u, s in forward_s.items()}
     per_byte = rule.cost.seconds(SHARD_COUNT, profile) / max(1.0, rule.cost.state_bytes * SHARD_COUNT)
     cost = step_cost(
-        schedule, profile, slots={"state": min(SLOTS, len(shards)), "cells": plan.slots},
+        schedule, profile, slots={"state": min(slots, len(shards)), "cells": plan.slots},
         forward_s=forward_s, backward_s={u: 2 * s + recomputed[u] for u, s in forward_s.items()},
         update_s=lambda step: per_byte * step.nbytes,
     )  # fmt: skip
@@ -121,6 +145,7 @@ def forecast(
         graphs_nbytes=sum(graphs[u] for u in kept_graphs),
         state_nbytes=taken,
         scratch_nbytes=plan.travels_nbytes,
+        slots=slots,
     )
 
 
