@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,7 @@ class Encoder:
     ) -> None:
         self._tokenizer, self._max_length, self._mode = tokenizer, max_length, truncation_mode
         self._assistant_only, self._completion_only = assistant_only_loss, completion_only_loss
+        self._lock = threading.Lock()  # training data is encoded ahead, while held-out data may be
         self._is_marked = bool(getattr(tokenizer, "chat_template", None)) and has_generation(tokenizer)
 
     def encode(self, record: Record) -> Encoded:
@@ -57,12 +59,13 @@ class Encoder:
         Raises:
             Unusable: the chat template refuses the messages, or it cannot be told what the assistant says.
         """
-        if isinstance(record, Conversation):
-            pair = self._conversation(record)
-        elif isinstance(record, Completion):
-            pair = self._completion(record)
-        else:
-            pair = self._text(record)
+        with self._lock:
+            if isinstance(record, Conversation):
+                pair = self._conversation(record)
+            elif isinstance(record, Completion):
+                pair = self._completion(record)
+            else:
+                pair = self._text(record)
         mode = self._mode if self._mode != "auto" else "split" if isinstance(record, Text) else "keep_start"
         kept = [p for p in self._shorten(pair, mode) if any(label != IGNORED for label in p[1][1:])]
         return Encoded(kept, cut=len(pair[0]) - sum(len(ids) for ids, _ in kept))

@@ -7,11 +7,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from offload.errors import TrainingError, UsageError
+from offload.finetune.ahead import ahead
 from offload.finetune.config import Train
 from offload.finetune.feed import Feed
 from offload.finetune.protocol import Trainer
@@ -65,42 +66,43 @@ def run(trainer: Trainer, what: Run, stop: Stop) -> bool:
     if trainer.step_number == 0:
         evaluate(trainer, what)
     committed = trainer.step_number
-    for step in what.feed.after(position):
-        done = trainer.step_number
-        if done >= total or stop.signal:
-            break
-        rate = learning_rate(train.lr_scheduler_type, train.learning_rate, done, warmup=warmup, total=total)
-        result = trainer.step(step.micro_batches, learning_rate=rate)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise TrainingError(
-                f"step {done + 1}: the loss is {result.loss} and the gradient's norm {result.grad_norm}; the last "
-                f"commit is of step {committed}. Lower train.learning_rate, clip with train.max_grad_norm, or look at "
-                "the data"
+    with closing(ahead(what.feed.after(position))) as feed:
+        for step in feed:
+            done = trainer.step_number
+            if done >= total or stop.signal:
+                break
+            rate = learning_rate(train.lr_scheduler_type, train.learning_rate, done, warmup=warmup, total=total)
+            result = trainer.step(step.micro_batches, learning_rate=rate)
+            if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+                raise TrainingError(
+                    f"step {done + 1}: the loss is {result.loss} and the gradient's norm {result.grad_norm}; the last "
+                    f"commit is of step {committed}. Lower train.learning_rate, clip with train.max_grad_norm, or look "
+                    "at the data"
+                )
+            trainer.extra = {"position": asdict(step.behind), "identity": dict(what.identity), "total_steps": total}
+            what.on_line(
+                {
+                    "step": done + 1,
+                    "epoch": step.behind.epoch,
+                    "loss": result.loss,
+                    "grad_norm": result.grad_norm,
+                    "learning_rate": rate,
+                    "step_s": result.step_s,
+                    "tokens": step.tokens,
+                    "tokens_per_s": step.tokens / result.step_s if result.step_s else 0.0,
+                    "peak_rss_bytes": peak_rss_bytes(),
+                    "read_bytes": result.read_bytes,
+                    "write_bytes": result.write_bytes,
+                }
             )
-        trainer.extra = {"position": asdict(step.behind), "identity": dict(what.identity), "total_steps": total}
-        what.on_line(
-            {
-                "step": done + 1,
-                "epoch": step.behind.epoch,
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "learning_rate": rate,
-                "step_s": result.step_s,
-                "tokens": step.tokens,
-                "tokens_per_s": step.tokens / result.step_s if result.step_s else 0.0,
-                "peak_rss_bytes": peak_rss_bytes(),
-                "read_bytes": result.read_bytes,
-                "write_bytes": result.write_bytes,
-            }
-        )
-        done += 1
-        if done % train.save_steps == 0 or done == total:
-            trainer.commit()
-            committed = done
-        if done == total or (train.eval_steps and done % train.eval_steps == 0):
-            evaluate(trainer, what)
-        if train.export_steps and done % train.export_steps == 0 and done < total:
-            what.on_export(done)
+            done += 1
+            if done % train.save_steps == 0 or done == total:
+                trainer.commit()
+                committed = done
+            if done == total or (train.eval_steps and done % train.eval_steps == 0):
+                evaluate(trainer, what)
+            if train.export_steps and done % train.export_steps == 0 and done < total:
+                what.on_export(done)
     if trainer.step_number != committed:  # somebody asked to stop between two commits
         trainer.commit()
     return trainer.step_number >= total
