@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from offload.kernels.chosen import Kernels
+from offload.runtime.linears import MANY
 from offload.tiers.layout import Source
 from offload.tiers.packing import pack
 
@@ -22,7 +23,8 @@ def compile_kernels(kernels: Kernels, sources: Iterable[Source]) -> None:
     """
     found = list(sources)
     for dtype in {s.dtype for s in found if s.form is None and s.dtype.is_floating_point and len(s.shape) == 2}:
-        _try(kernels, "linear", torch.zeros(_WIDTH, _WIDTH, dtype=dtype, device=kernels.device), dtype)
+        for op, rows in (("linear", 1), ("linear_many", MANY)):
+            _try(kernels, op, torch.zeros(_WIDTH, _WIDTH, dtype=dtype, device=kernels.device), dtype, rows)
     for like in {(replace(s.form, outputs=_WIDTH, inputs=_WIDTH), s.dtype, s.is_made) for s in found if s.form}:
         form, dtype, is_made = like
         matrix = torch.zeros(_WIDTH, _WIDTH, dtype=dtype)
@@ -34,9 +36,9 @@ def compile_kernels(kernels: Kernels, sources: Iterable[Source]) -> None:
             _try(kernels, f"linear_{form.kind}", form.view(run), dtype)
 
 
-def _try(kernels: Kernels, op: str, weight: Any, dtype: torch.dtype) -> None:
+def _try(kernels: Kernels, op: str, weight: Any, dtype: torch.dtype, rows: int = 1) -> None:
     """One product, if the chosen implementation is not torch's own and takes it."""
-    x = torch.zeros(1, _WIDTH, dtype=dtype, device=kernels.device)
+    x = torch.zeros(rows, _WIDTH, dtype=dtype, device=kernels.device)
     if kernels.choice(op).implementation != "torch" and kernels.refuses(op, x, weight) is None:
         kernels.run(op, x, weight)
 
