@@ -3,7 +3,7 @@
     python benchmarks/offline.py --model DIR --limit 4GiB --memlimit SCRIPT             # 256 prompts of 128 + 64 tokens
     python benchmarks/offline.py --model DIR --limit 4GiB --memlimit SCRIPT --scaled    # 64 prompts of 128 + 16
     python benchmarks/offline.py ... --only offload                                     # no peer
-    python benchmarks/offline.py ... --peer 32:2500MiB --peer 64:1500MiB                # batch, memory for weights
+    python benchmarks/offline.py ... --peer 64:1500MiB --peer 96:500MiB                  # batch, memory for weights
 
 SCRIPT runs a command in a memory cgroup: `memlimit.sh -c SIZE COMMAND...`, which prints its peak to standard error.
 
@@ -35,7 +35,7 @@ from runner import announce, run
 from offload.hardware import versions
 
 FIGURE, SCALED = (256, 128, 64), (64, 128, 16)
-PEERS = ("32:2500MiB", "64:1500MiB")
+PEERS = ("64:1500MiB", "96:500MiB")
 TIMES, OF_BOUND = 3.0, 0.8  # what is to be reached
 
 
@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     ap.add_argument("--prompt", type=int, help="tokens of each; default 128")
     ap.add_argument("--new", type=int, help="new tokens of each; default 64")
     ap.add_argument("--scaled", action="store_true", help="64 prompts of 128 + 16 tokens instead")
-    ap.add_argument("--peer", action="append", help="accelerate's batch and memory for weights, as 32:2500MiB")
+    ap.add_argument("--peer", action="append", help="accelerate's batch and memory for weights, as 64:1500MiB")
     ap.add_argument("--peer-new", type=int, default=4, help="tokens that accelerate is measured for")
     ap.add_argument("--only", choices=["offload", "peer"])
     ap.add_argument("--rounds", type=int, default=1)
