@@ -224,10 +224,10 @@ def scattered(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def base_nbytes(model: Path) -> int:
-    """What a process takes that has imported what planning a run imports, and nothing else."""
+    """What a run's process takes before any weight."""
     program = (
-        "import sys; from pathlib import Path; from offload.checkpoint.outline import sketch; import offload.api; "
-        "from offload.plan import process_nbytes; sketch(Path(sys.argv[1])); print(process_nbytes(False))"
+        "import sys; from offload.api import load; "
+        "print(load(sys.argv[1], cpu_memory='1TiB', device='cpu', context=64, dry_run=True).division.base_nbytes)"
     )
     return int(_in_python("-c", program, str(model)))
 

@@ -71,7 +71,7 @@ def _rehearse(folder: Path, cpu_memory: int) -> int:
         for number, (batch, prompt) in enumerate(WORK):
             work = Workload(batch=batch, prompt_tokens=prompt, total_tokens=prompt + NEW_TOKENS)
             handle.measure_disk()
-            prediction, profile = expect(handle, folder, work)
+            prediction, profile = expect(handle, folder, work, remembers=False)
             _, left = observe(handle, prediction, profile, work, is_first=not number)
             parts = {
                 family: value for family, value in left.items() if family not in WHOLE

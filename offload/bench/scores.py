@@ -69,7 +69,7 @@ def errors(pairs: Sequence[Pair]) -> dict[str, Any]:
         "first_token_bias": mean(p["prefill_s"] / m["prefill_s"] - 1 for p, m in pairs),
     }
     if all("binding" in p for p, _ in pairs):
-        memory = [p["peak_rss_bytes"] / m["peak_rss_bytes"] for p, m in pairs]
+        memory = [_memory(p) / m["peak_rss_bytes"] for p, m in pairs]
         found |= {
             "binding_right": mean(p["binding"] == m["binding"] for p, m in pairs),
             "memory": [min(memory), median(memory), max(memory)],
@@ -112,6 +112,11 @@ def regret(lines: Sequence[Line]) -> dict[str, Any] | None:
     if not found:
         return None
     return {"cells": found, "mean": mean(found.values()), "max": max(found.values())}
+
+
+def _memory(predicted: Line) -> int:
+    """Of the process: an emulated device's memory is part of it."""
+    return int(predicted["peak_rss_bytes"] + predicted["device_peak_bytes"])
 
 
 def _holds(interval: Sequence[float], value: float) -> bool:

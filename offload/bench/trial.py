@@ -78,7 +78,7 @@ def trial(asked: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def expect(handle: Offloaded, model: Path, work: Workload) -> tuple[Prediction, Profile]:
+def expect(handle: Offloaded, model: Path, work: Workload, *, remembers: bool = True) -> tuple[Prediction, Profile]:
     """What a loaded model is predicted to do, on the machine as it is now."""
     found = predict_run(
         handle.spec,
@@ -91,6 +91,7 @@ def expect(handle: Offloaded, model: Path, work: Workload) -> tuple[Prediction, 
         link_bytes_per_s=handle.link_bytes_per_s,
         disk_bytes_per_s=handle.disk_bytes_per_s,
         extra_nbytes=unpack_nbytes(handle.session.store.sources.values(), False),
+        remembers=remembers,
     )
     assert found is not None, "a CPU is in every profile"
     return found

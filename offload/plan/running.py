@@ -30,6 +30,7 @@ def predict_run(
     link_bytes_per_s: float | None,
     disk_bytes_per_s: float | None,
     extra_nbytes: int = 0,
+    remembers: bool = True,
 ) -> tuple[Prediction, Profile] | None:
     """A prediction and the machine it is for; None where nothing is known of the device. Remembers the process's size.
 
@@ -39,8 +40,10 @@ def predict_run(
         device: cpu, emulated or cuda:N.
         disk_bytes_per_s: the disk's rate as it was measured just now; None: the profile's.
         extra_nbytes: what unpacking takes beside the workspace.
+        remembers: what this process takes before any weight, for plans; not where it has done other things before.
     """
-    remember_process(division.base_nbytes, exact)
+    if remembers:
+        remember_process(division.base_nbytes, exact)
     profile = with_disk_rate(machine(None, model), disk_bytes_per_s)
     ask = Ask(spec=spec, profile=profile, budgets=budgets, work=work, exact=exact, extra_nbytes=extra_nbytes)
     computer = ask.computer
