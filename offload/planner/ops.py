@@ -166,18 +166,25 @@ class OpCosts:
         shape, elements = (outputs, inputs), outputs * inputs
         flops, few = 2.0 * rows * elements, rows <= FEW and not self.exact
         if kind not in _UNPACK:
-            is_torch = not few or kernel == "gpu"
             nbytes = elements * FORMAT_BITS.get(kind, 16) / 8
             return self._cost(
-                "linear", "torch" if is_torch else kernel, kind, shape, rows, flops=flops, nbytes=nbytes, dtype=dtype
+                "linear", self._of_plain(rows), kind, shape, rows, flops=flops, nbytes=nbytes, dtype=dtype
             )
         packed = elements * FORMAT_BITS.get(format, FORMAT_BITS[kind]) / 8
         if few:
             return self._cost(f"linear_{kind}", kernel, format, shape, rows, flops=flops, nbytes=packed, dtype=dtype)
         whole = 2.0 * elements
         unpack = self._cost(_UNPACK[kind], kernel, format, shape, 1, flops=0.0, nbytes=packed + whole, dtype=dtype)
-        product = self._cost("linear", "torch", dtype, shape, rows, flops=flops, nbytes=whole, dtype=dtype)
+        plain = self._of_plain(rows)
+        product = self._cost("linear", plain, dtype, shape, rows, flops=flops, nbytes=whole, dtype=dtype)
         return unpack + product
+
+    def _of_plain(self, rows: int) -> str:
+        """Whose table has products with plain weights: the kernels' where they were measured with many rows, too."""
+        if self.exact or self.processor == "device":
+            return "torch"
+        by_kernels = (t for t in self.profile.ops if t.op == "linear" and t.implementation == "cpu")
+        return "cpu" if rows <= FEW or any(t.curve.anchors[-1].x > FEW for t in by_kernels) else "torch"
 
     def attention(self, spec: ModelSpec, phase: Phase) -> Sum:
         """Attention of one layer, all sequences."""

@@ -213,7 +213,8 @@ class Survey:
 
     def _ops(self, area: Area, meter: Meter) -> None:
         subject, effort, found = self._subject, self._effort, self._found.ops
-        found += linears.plain_tables(subject.shapes, subject.dtype, effort.rows, effort.torch_rows, area, meter)
+        rows = (*effort.rows, *(n for n in effort.torch_rows if n > max(effort.rows)))
+        found += linears.plain_tables(subject.shapes, subject.dtype, rows, effort.torch_rows, area, meter)
         if subject.heads is not None:  # too quick to be seen as the difference of two models
             found += others.attention_tables(subject.heads, subject.dtype, effort.kv_tokens, area, meter)
         if subject.hidden:
