@@ -121,6 +121,7 @@ def plain_finetuning(
     offload_dir: str | Path,
     seed: int,
     resume: bool,
+    tokens: int,
     cpu_memory: str | None = None,
 ) -> Iterator[PlainTrainer]:
     """offload.finetuning's stand-in; budgets mean nothing to it."""
