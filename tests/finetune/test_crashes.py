@@ -38,7 +38,7 @@ def check(tmp_path: Path, kind: str, clip: str, seed: int, kills: int) -> None:
 
 @pytest.mark.parametrize("clip", ["clip", "noclip", "travel-clip", "travel-noclip"])
 def test_a_killed_run_ends_like_one_that_never_was(clip: str, tmp_path: Path) -> None:
-    check(tmp_path, "llama", clip, seed=1, kills=6)
+    check(tmp_path, "llama", clip, seed=1, kills=3)
 
 
 @pytest.mark.slow
