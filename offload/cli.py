@@ -7,6 +7,28 @@ from typing import Annotated, Any
 
 import typer
 
+from offload.options import (
+    CpuMemory,
+    Device,
+    Dtype,
+    Exact,
+    GpuMemory,
+    IgnoreEos,
+    Io,
+    Json,
+    Link,
+    Model,
+    Raw,
+    Resident,
+    Sample,
+    Seed,
+    Slots,
+    Strict,
+    Temperature,
+    TopP,
+    Weights,
+)
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -27,38 +49,36 @@ def _root() -> None:
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Argument(help="folder with config.json and safetensors, or a hub id")],
+    model: Model,
     prompt: Annotated[str | None, typer.Option(help="text; - reads standard input, @FILE reads a file")] = None,
     prompt_ids: Annotated[str | None, typer.Option(help="token ids such as 3,4,5 instead of a text")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="keep a conversation going")] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="do not apply the chat template")] = False,
+    raw: Raw = False,
     max_new_tokens: Annotated[int, typer.Option(help="new tokens for each sequence")] = 128,
     batch: Annotated[int, typer.Option(help="run the prompt as this many sequences")] = 1,
-    cpu_memory: Annotated[str | None, typer.Option(help="main memory the process may use, such as 4GiB")] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="GPU memory it may use")] = None,
-    resident: Annotated[str | None, typer.Option(help="weights kept in memory: auto, 0.25, or 2GiB")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or emulated")] = None,
-    link: Annotated[str | None, typer.Option(help="pace of the emulated device's link, such as 8GB/s")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")] = "auto",
-    sample: Annotated[bool, typer.Option("--sample", help="sample instead of taking the likeliest token")] = False,
-    temperature: Annotated[float | None, typer.Option(help="with --sample")] = None,
-    top_p: Annotated[float | None, typer.Option(help="with --sample")] = None,
-    seed: Annotated[int, typer.Option(help="with --sample")] = 0,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on past the end token")] = False,
-    slots: Annotated[int | None, typer.Option(help="depth of the rings; 1 turns prefetching off")] = None,
-    io: Annotated[str, typer.Option(help="I/O backend: threads, uring or aiofiles")] = "threads",
-    weights: Annotated[
-        str | None, typer.Option(help="format of weights in memory: none, lossless, int8, int4, int4-64, int4-128")
-    ] = None,
+    cpu_memory: CpuMemory = None,
+    gpu_memory: GpuMemory = None,
+    resident: Resident = None,
+    device: Device = None,
+    link: Link = None,
+    dtype: Dtype = "auto",
+    sample: Sample = False,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+    ignore_eos: IgnoreEos = False,
+    slots: Slots = None,
+    io: Io = "threads",
+    weights: Weights = None,
     cpu_share: Annotated[
         str | None, typer.Option(help="of weights that travel to a GPU: what the CPU multiplies by: auto, or 0 to 1")
     ] = None,
-    exact: Annotated[bool, typer.Option("--exact/--fast", help="torch's own ops only, or faster kernels")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="a fall-back to something slower is an error")] = False,
+    exact: Exact = False,
+    strict: Strict = False,
     trace: Annotated[str | None, typer.Option(help="write a Chrome trace to this file")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="print the schedule of one pass and stop")] = False,
     plan: Annotated[str | None, typer.Option(help="a file that offload plan -o wrote")] = None,
-    json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")] = False,
+    json: Json = False,
 ) -> None:
     """Generate text with a model larger than memory."""
     from offload.commands.run import Request, execute
@@ -69,28 +89,28 @@ def run(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="folder with config.json and safetensors, or a hub id")],
+    model: Model,
     prompts: Annotated[str, typer.Argument(help="JSON lines with prompt, messages or prompt_ids; or a text a line")],
     output: Annotated[str, typer.Option("-o", "--output", help="file of answers, a JSON line each; goes on with it")],
-    raw: Annotated[bool, typer.Option("--raw", help="do not apply the chat template")] = False,
+    raw: Raw = False,
     max_new_tokens: Annotated[int, typer.Option(help="new tokens for each prompt")] = 128,
     batch: Annotated[str, typer.Option(help="prompts at a time, or auto: as many as make the most tokens/s")] = "auto",
-    cpu_memory: Annotated[str | None, typer.Option(help="main memory the process may use, such as 4GiB")] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="GPU memory it may use")] = None,
-    resident: Annotated[str | None, typer.Option(help="weights kept in memory: auto, 0.25, or 2GiB")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or emulated")] = None,
-    link: Annotated[str | None, typer.Option(help="pace of the emulated device's link, such as 8GB/s")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")] = "auto",
-    sample: Annotated[bool, typer.Option("--sample", help="sample instead of taking the likeliest token")] = False,
-    temperature: Annotated[float | None, typer.Option(help="with --sample")] = None,
-    top_p: Annotated[float | None, typer.Option(help="with --sample")] = None,
-    seed: Annotated[int, typer.Option(help="with --sample")] = 0,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on past the end token")] = False,
-    slots: Annotated[int | None, typer.Option(help="depth of the rings; 1 turns prefetching off")] = None,
-    io: Annotated[str, typer.Option(help="I/O backend: threads, uring or aiofiles")] = "threads",
-    exact: Annotated[bool, typer.Option("--exact/--fast", help="torch's own ops only, or faster kernels")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="a fall-back to something slower is an error")] = False,
-    json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")] = False,
+    cpu_memory: CpuMemory = None,
+    gpu_memory: GpuMemory = None,
+    resident: Resident = None,
+    device: Device = None,
+    link: Link = None,
+    dtype: Dtype = "auto",
+    sample: Sample = False,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+    ignore_eos: IgnoreEos = False,
+    slots: Slots = None,
+    io: Io = "threads",
+    exact: Exact = False,
+    strict: Strict = False,
+    json: Json = False,
 ) -> None:
     """Answer a file of prompts, as many at a time as pay; the same command goes on after a kill."""
     from offload.commands.generate import Request, execute
@@ -102,26 +122,24 @@ def generate(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="folder with config.json, and headers or weights; or a hub id")],
-    cpu_memory: Annotated[str | None, typer.Option(help="main memory the process may use, such as 4GiB")] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="GPU memory it may use")] = None,
-    resident: Annotated[str | None, typer.Option(help="weights kept in memory: auto, 0.25, or 2GiB")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or emulated, of this machine")] = None,
-    link: Annotated[str | None, typer.Option(help="pace of the emulated device's link, such as 8GB/s")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")] = "auto",
+    cpu_memory: CpuMemory = None,
+    gpu_memory: GpuMemory = None,
+    resident: Resident = None,
+    device: Device = None,
+    link: Link = None,
+    dtype: Dtype = "auto",
     prompt_tokens: Annotated[int, typer.Option(help="tokens of each prompt")] = 512,
     new_tokens: Annotated[int, typer.Option(help="new tokens for each sequence")] = 128,
     batch: Annotated[str, typer.Option(help="sequences at a time, or auto: as many as make the most tokens/s")] = "1",
-    weights: Annotated[
-        str | None, typer.Option(help="format of weights in memory: none, lossless, int8, int4, int4-64, int4-128")
-    ] = None,
-    exact: Annotated[bool, typer.Option("--exact/--fast", help="torch's own ops only, or faster kernels")] = False,
-    slots: Annotated[int | None, typer.Option(help="depth of the rings; 1 turns prefetching off")] = None,
+    weights: Weights = None,
+    exact: Exact = False,
+    slots: Slots = None,
     hardware: Annotated[str | None, typer.Option(help="a profile's file, or a preset; default: this machine")] = None,
     what_if: Annotated[
         list[str] | None, typer.Option(help="cpu-memory=+32GiB, gpu-memory=16GiB, disk=2x, link=2x, cpu=2x or gpu=2x")
     ] = None,
     output: Annotated[str | None, typer.Option("-o", "--output", help="save the plan to this file")] = None,
-    json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")] = False,
+    json: Json = False,
 ) -> None:
     """Predict how fast a model will run, what holds it back and what would help, without running it."""
     from offload.commands.plan import PlanRequest, execute
@@ -132,11 +150,11 @@ def plan(
 
 @app.command()
 def pack(
-    model: Annotated[str, typer.Argument(help="folder with config.json and safetensors, or a hub id")],
+    model: Model,
     out: Annotated[str, typer.Argument(help="folder to make")],
     weights: Annotated[str, typer.Option(help="lossless, int8, int4, int4-64 or int4-128")] = "lossless",
-    io: Annotated[str, typer.Option(help="I/O backend: threads, uring or aiofiles")] = "threads",
-    json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")] = False,
+    io: Io = "threads",
+    json: Json = False,
 ) -> None:
     """Write a checkpoint with its weights in fewer bits, once; it is used where it lies from then on."""
     from offload.commands.pack import execute
@@ -155,7 +173,7 @@ def finetune(
         bool, typer.Option("--dry-run", help="check everything, show what would be learnt, stop")
     ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="print the schedule of one step and stop")] = False,
-    json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")] = False,
+    json: Json = False,
 ) -> None:
     """Fine-tune a model whose training state is larger than memory."""
     from offload.commands.finetune import Request, execute
@@ -179,7 +197,7 @@ def probe(
         str | None, typer.Option("-o", "--output", help="write the profile (TOML) to this file, too")
     ] = None,
     forget: Annotated[bool, typer.Option("--forget", help="forget what runs have taught, and measure nothing")] = False,
-    json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+    json: Json = False,
 ) -> None:
     """Measure this machine once: what plans rest on. Shows what was measured before unless told to measure anew."""
     from offload.commands.probe import execute, forget_runs
@@ -201,7 +219,7 @@ def bench_plan(
         str | None, typer.Option(help="for 2.6 GB of checkpoints, and profiles; default: in the temporary folder")
     ] = None,
     regret: Annotated[int, typer.Option(help="cells whose rejected plans are measured, too")] = 4,
-    json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a page")] = False,
+    json: Json = False,
 ) -> None:
     """Predict a grid of runs, then measure them: how far predictions and chosen plans are from the truth."""
     from offload.commands.bench import execute

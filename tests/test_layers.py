@@ -16,7 +16,7 @@ FLOORS = {
     **dict.fromkeys(("kv", "experts", "optim", "activations", "budgets", "processors"), 4),
     **dict.fromkeys(("generate", "finetune", "checkpoint", "handle", "doctor", "plan", "probes", "report"), 5),
     "api": 6,
-    **dict.fromkeys(("bench", "commands", "cli"), 7),
+    **dict.fromkeys(("bench", "commands", "cli", "options"), 7),
     "__main__": 8,
 }
 
@@ -33,6 +33,7 @@ NEIGHBOURS = {
     ("probes", "checkpoint"),
     ("finetune", "checkpoint"),
     ("cli", "commands"),
+    ("cli", "options"),
     ("commands", "bench"),
 }
 

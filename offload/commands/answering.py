@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from offload.api import Offloaded, load
+from offload.api import load
 from offload.commands.bar import bar
 from offload.commands.options import Running
 from offload.generate import Answers, Block, Prompt, arrange, ended, generate, seed_of
 from offload.generate.choosing import Chooser
 from offload.generate.continuous import passes
+from offload.handle import Offloaded
 from offload.plan import work_of
 from offload.planner.batching import Batching
 from offload.runtime.pool import KeyValuePool

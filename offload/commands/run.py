@@ -12,13 +12,14 @@ import torch
 import transformers
 from rich.console import Console
 
-from offload.api import Offloaded, load
+from offload.api import load
 from offload.checkpoint import find, read_config
 from offload.commands.bar import bar
 from offload.commands.live import live
 from offload.commands.options import Running
 from offload.errors import UsageError
 from offload.generate import Generated, check_ids, check_length, encode, generate, tokenizer_of
+from offload.handle import Offloaded
 from offload.hardware import peak_rss_bytes, rss_bytes, versions
 from offload.kernels.chosen import compile_seconds
 from offload.plan import beside, load_plan, predict_run, predicted_of, roofline
