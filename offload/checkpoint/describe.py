@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from offload.specs import ModelSpec, TensorSpec, UnitSpec
 
 if TYPE_CHECKING:
-    from offload.checkpoint.recognition import Layers, Plain
+    from offload.checkpoint.plain import Layers, Plain
     from offload.runtime.discovery import Anatomy
     from offload.tiers.layout import Source
 

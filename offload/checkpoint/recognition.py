@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
-from offload.checkpoint.decoders import DECODERS, Decoder, Param, Shape, Sizes
+from offload.checkpoint.decoders import DECODERS, Decoder, Param, Sizes
 from offload.checkpoint.describe import EXPERTS, describe
+from offload.checkpoint.plain import Dtype, Group, Layers, Plain
 from offload.io.safetensors import Entry
 from offload.specs import ModelSpec
 from offload.tiers.slots import slot_nbytes
@@ -23,60 +23,9 @@ from offload.tiers.slots import slot_nbytes
 _TABLE, _NORM, _HEAD = "model.embed_tokens", "model.norm", "lm_head"
 _REFUSED = ("quantization_config", "auto_map", "is_encoder_decoder")
 
-
-class Dtype(NamedTuple):
-    """An element type: its name in torch, and its bytes."""
-
-    name: str
-    itemsize: int
-
-    def __str__(self) -> str:
-        return self.name
-
-
 _BF16, _F16, _F32 = Dtype("bfloat16", 2), Dtype("float16", 2), Dtype("float32", 4)
 _STORED = {"BF16": _BF16, "F16": _F16, "F32": _F32}
 _NAMED = {dtype.name: dtype for dtype in _STORED.values()}
-
-
-class Plain(NamedTuple):
-    """A tensor and what it is stored as: what `describe` asks of a Source."""
-
-    dtype: Dtype
-    shape: Shape
-    pieces: tuple[int, ...]
-    slot_nbytes: int
-    form: None = None
-    is_stored_packed: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def read_nbytes(self) -> int:
-        return sum(self.pieces)
-
-    @property
-    def unpacked(self) -> Plain:
-        return self
-
-
-class Group(NamedTuple):
-    """A unit: its name and its tensors'."""
-
-    name: str
-    tensors: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layers:
-    """A model's parameters, divided as `runtime.discovery` divides them."""
-
-    units: tuple[Group, ...]
-    loose: tuple[str, ...]
-    tables: frozenset[str]
-    linears: frozenset[str]
 
 
 def recognise(config: Mapping[str, Any], entries: Mapping[str, Entry] | None, dtype: str) -> ModelSpec | None:
