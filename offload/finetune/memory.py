@@ -10,7 +10,8 @@ from offload.errors import BudgetError
 from offload.hardware import rss_bytes
 from offload.planner.cells import FEWEST, CellPlan, plan_cells
 from offload.runtime.masters import STAGES
-from offload.runtime.training import LOOSE, Training
+from offload.runtime.training import Training
+from offload.runtime.tuples import LOOSE
 from offload.tiers.cells import Cell, page
 from offload.units import MIB, format_bytes
 

@@ -18,20 +18,21 @@ from offload.errors import ModelError
 from offload.io.buffers import Lease
 from offload.kernels.chosen import Kernels
 from offload.planner.schedule import Schedule
-from offload.planner.training import TrainedShard, TrainedUnit, emit_training, has_copies
+from offload.planner.training import has_copies
 from offload.runtime.backprop import Backprop, Gradients, Loss
 from offload.runtime.discovery import Anatomy
 from offload.runtime.gradients import GradientSums
+from offload.runtime.holdings import Holdings
 from offload.runtime.parameters import Parameters
 from offload.runtime.timeline import Timeline
 from offload.runtime.training_lanes import TrainingLanes
 from offload.runtime.training_walk import LazyWeights, Rule, Walk
-from offload.tiers.cells import Cells, Shard, page
+from offload.runtime.tuples import LOOSE, Tuples
+from offload.tiers.cells import Cells, Shard
 from offload.tiers.host import as_tensor
 from offload.tiers.spill import Spill
 from offload.tiers.statefile import StateFile
 
-LOOSE = "(loose)"
 EPSILON = 1e-6  # beside the norm, as torch.nn.utils.clip_grad_norm_ has it
 TOGETHER = 16  # micro-batches that are evaluated in one pass
 
@@ -99,12 +100,16 @@ class Training:
         self._lanes = TrainingLanes(state, spill, cells, slots, self.timeline)
         self._lanes.use_cell_ring(*cell_slots)
         self._walk = Walk(cells, self._lanes, self._parameters, rule, self.timeline)
-        self._writes_copies = has_copies(max_grad_norm is not None, max(d.itemsize for d, _ in shapes.values()))
-        self._order = [u.name for u in anatomy.units]  # in which units run forward: as they stand, until it is seen
+        clips = max_grad_norm is not None
+        copies = has_copies(clips, max(d.itemsize for d, _ in shapes.values()))
+        order = [u.name for u in anatomy.units]  # in which units run forward: as they stand, until it is seen
         self._is_seen = False
         self._is_due = False  # every cell holds a gradient
         self._has_copies = False  # the weights of every cell that does not stay are stored
-        self._emitted: dict[tuple[bool, ...], Schedule] = {}
+        self._tuples = Tuples(cells, self._lanes, order, clips=clips, writes_copies=copies)
+        self._holdings = Holdings(
+            self.backprop, cells, self._lanes, self._walk, self._parameters, spill, self._tuples
+        )  # fmt: skip
         self._has_backward = True  # of the pass that runs
         self._backward_of: set[str] = set()  # units whose backward has run in it
         self._micro_batches = 1
@@ -120,14 +125,14 @@ class Training:
         if self.cells.views:
             fill(dict(self.cells.views))
         for unit, cell in self.cells.layouts.items():
-            if self._travels(unit):
+            if self._tuples.travels(unit):
                 lease = self._slot()
                 as_tensor(lease.view).zero_()  # padding
                 self._walk.lend(unit, lease)
                 fill({name: self.cells.views[name] for name in cell.places})
             for shard in cell.shards:
                 self._lanes.make_shard(shard.name, lambda view, shard=shard: self._first_state(shard, view))
-            if self._travels(unit):
+            if self._tuples.travels(unit):
                 self._walk.let_go(unit).release()
         self.state.commit(0, {})
 
@@ -174,7 +179,7 @@ class Training:
         norm = self._sums.norm(step, found)
         self._walk.finish()
         self._is_seen, self._is_due = True, self._max_norm is not None
-        self._has_copies = self._writes_copies
+        self._has_copies = self._tuples.writes_copies
         clip = 1.0
         if self._max_norm is not None:
             clip = min(1.0, self._max_norm / (norm + EPSILON))
@@ -220,66 +225,21 @@ class Training:
     # Memory that is left: for what is then not read, or not computed twice.
 
     def keep_graphs(self, nbytes: int) -> int:
-        """Keeps the graphs of as many units as fit, the last ones first; returns the bytes that they take.
-
-        Of units whose weights stay: a graph refers to them.
-        """
-        taken = 0
-        for unit in reversed(self.backprop.order):
-            part = self.backprop.parts[unit]
-            is_last = unit == self.backprop.order[-1]  # its backward follows at once: its graph is there anyway
-            need = 0 if is_last else part.graph_nbytes * self._micro_batches
-            part.keeps = taken + need <= nbytes and (is_last or not self._travels(unit))
-            taken += need if part.keeps else 0
-        return taken
+        """See Holdings.keep_graphs."""
+        return self._holdings.keep_graphs(nbytes, self._micro_batches)
 
     def keep_state(self, nbytes: int) -> int:
-        """Keeps as many shards in memory as fit, spread evenly; returns the bytes that they take."""
-        lanes, order = self._lanes, [LOOSE, *self._order]
-        names = [s.name for unit in order if unit in self.cells.layouts for s in self.cells.layouts[unit].shards]
-        share = min(1.0, nbytes / max(1, self.state_nbytes))
-        taken = wanted = 0.0
-        lanes.rest()
-        for name in names:
-            wanted += lanes.nbytes[name] * share
-            if name in lanes.kept:
-                taken += lanes.nbytes[name]
-            elif taken + lanes.nbytes[name] / 2 <= wanted and taken + lanes.nbytes[name] <= nbytes:
-                lanes.keep(name)
-                taken += lanes.nbytes[name]
-        self._emitted.clear()
-        return int(taken)
+        """See Holdings.keep_state."""
+        return self._holdings.keep_state(nbytes)
 
     def keep_cells(self, kept: Collection[str], cell_slots: tuple[int, int]) -> None:
-        """Keeps these cells in memory from now on, and no others; those of no unit stay in any case.
-
-        Args:
-            cell_slots: depth of the ring for the others, and bytes of a slot.
-        """
-        self._lanes.rest()
-        self._walk.put_away()
-        for unit in self.cells.layouts:
-            if self.cells.stays(unit) and unit not in kept and unit != LOOSE:
-                if self._is_due or self._has_copies:
-                    self._spill.write(unit, self.cells.memory(unit)).result()
-                self._parameters.hide(self.cells.layouts[unit].places)
-                self.cells.drop(unit)
-            elif unit in kept and not self.cells.stays(unit):
-                view = self.cells.keep(unit)
-                if self._is_due:
-                    self._spill.read(unit, view).result()
-                    self._spill.verify(unit, view)
-                else:
-                    self._lanes.weights(unit, view).result()
-                self._parameters.show({n: self.cells.views[n] for n in self.cells.layouts[unit].places})
-        self._spill.drain()
-        self._lanes.use_cell_ring(*cell_slots)
-        self._emitted.clear()
+        """See Holdings.keep_cells."""
+        self._holdings.keep_cells(kept, cell_slots, is_due=self._is_due, has_copies=self._has_copies)
 
     @property
     def state_nbytes(self) -> int:
         """Bytes of the optimizer's state, master weights included."""
-        return sum(self._lanes.nbytes.values())
+        return self._holdings.state_nbytes
 
     @property
     def ring_nbytes(self) -> int:
@@ -292,8 +252,7 @@ class Training:
 
     def schedule(self) -> Schedule:
         """The steps of a step of training, as it will be from the second on."""
-        is_due = self._max_norm is not None
-        return self._emit(is_due, self._writes_copies, forward=True, backward=True)
+        return self._tuples.repeating()
 
     # The owner's side of Backprop.
 
@@ -325,7 +284,7 @@ class Training:
 
     def _begin(self, *, forward: bool, backward: bool) -> None:
         self._has_backward = backward
-        schedule = self._emit(self._is_due, self._has_copies, forward=forward, backward=backward)
+        schedule = self._tuples.emit(self._is_due, self._has_copies, forward=forward, backward=backward)
         self._walk.begin(schedule, repeats=schedule is self.schedule())
 
     def _meet(self, unit: str, *, is_backward: bool) -> None:
@@ -343,16 +302,17 @@ class Training:
             raise ModelError(
                 "the model's units ran in another order than in the first step; that cannot be trained yet"
             )
-        self._order = [*seen, unit, *(u for u in self._order if u not in (*seen, unit))]
-        self._emitted.clear()
-        schedule = self._emit(False, self._has_copies, forward=True, backward=self._has_backward)
+        tuples = self._tuples
+        tuples.order = [*seen, unit, *(u for u in tuples.order if u not in (*seen, unit))]
+        tuples.forget()
+        schedule = tuples.emit(False, self._has_copies, forward=True, backward=self._has_backward)
         self._walk.begin(schedule, repeats=False, at=next(s.index for s in schedule if s.unit == unit))
         assert self._walk.is_before(unit, is_backward=False)
 
     def _check_order(self) -> None:
         """Every unit has run."""
         seen = self.backprop.order
-        missing = [u for u in self._order if u not in seen and self.cells.layouts[u].places]
+        missing = [u for u in self._tuples.order if u not in seen and self.cells.layouts[u].places]
         if missing:
             raise ModelError(
                 f"{', '.join(missing[:4])} did not run in the first step, so there is nothing to train there"
@@ -367,32 +327,6 @@ class Training:
         for name, parameter in self._parameters.trained.items():
             if parameter.grad is not None and name not in self._loose:
                 raise ModelError(f"{name} is used outside its unit; such models cannot be trained yet")
-
-    def _emit(self, is_due: bool, has_copies: bool, *, forward: bool, backward: bool) -> Schedule:
-        key = (is_due, has_copies, forward, backward)
-        if key not in self._emitted:
-            self._emitted[key] = emit_training(
-                [self._unit(u) for u in self._order],
-                self._unit(LOOSE) if LOOSE in self.cells.layouts else None,
-                clips=self._max_norm is not None, is_due=is_due, reads="weights" if has_copies else "masters",
-                writes_copies=self._writes_copies, forward=forward, backward=backward,
-            )  # fmt: skip
-        return self._emitted[key]
-
-    def _unit(self, name: str) -> TrainedUnit:
-        """A unit in the planner's words."""
-        cell = self.cells.layouts[name]
-        shards = tuple(
-            TrainedShard(
-                name=s.name, nbytes=self._lanes.nbytes[s.name], masters_nbytes=page(4 * s.count),
-                stays=s.name in self._lanes.kept,
-            )
-            for s in cell.shards
-        )  # fmt: skip
-        return TrainedUnit(name=name, nbytes=page(cell.nbytes), shards=shards, stays=not self._travels(name))
-
-    def _travels(self, unit: str) -> bool:
-        return bool(self.cells.layouts[unit].places) and not self.cells.stays(unit)
 
     # Weights outside passes.
 

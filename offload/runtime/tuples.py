@@ -1,0 +1,74 @@
+"""The step tuples of one model in training: emitted from what stays in memory now, kept until that changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from offload.planner.schedule import Schedule
+from offload.planner.training import TrainedShard, TrainedUnit, emit_training
+from offload.runtime.training_lanes import TrainingLanes
+from offload.tiers.cells import Cells, page
+
+LOOSE = "(loose)"
+
+
+class Tuples:
+    """Args:
+        cells, lanes: say what stays in memory.
+        order: units in which the model runs forward.
+        clips: whether updates wait for the next forward pass.
+        writes_copies: see `planner.training.has_copies`.
+
+    Attributes:
+        order: see above; to be changed with `forget`.
+    """
+
+    def __init__(
+        self, cells: Cells, lanes: TrainingLanes, order: Sequence[str], *, clips: bool, writes_copies: bool
+    ) -> None:
+        self._cells, self._lanes = cells, lanes
+        self.order = list(order)
+        self.clips, self.writes_copies = clips, writes_copies
+        self._emitted: dict[tuple[bool, ...], Schedule] = {}
+
+    def emit(self, is_due: bool, has_copies: bool, *, forward: bool, backward: bool) -> Schedule:
+        """The steps of a pass; the same object every time.
+
+        Args:
+            is_due: every cell holds a gradient.
+            has_copies: the weights of every cell that does not stay are stored.
+            forward, backward: see `emit_training`.
+        """
+        key = (is_due, has_copies, forward, backward)
+        if key not in self._emitted:
+            self._emitted[key] = emit_training(
+                [self._unit(u) for u in self.order],
+                self._unit(LOOSE) if LOOSE in self._cells.layouts else None,
+                clips=self.clips, is_due=is_due, reads="weights" if has_copies else "masters",
+                writes_copies=self.writes_copies, forward=forward, backward=backward,
+            )  # fmt: skip
+        return self._emitted[key]
+
+    def repeating(self) -> Schedule:
+        """The steps of a step of training, as it will be from the second on."""
+        return self.emit(self.clips, self.writes_copies, forward=True, backward=True)
+
+    def forget(self) -> None:
+        """The order of units has changed, or what stays in memory."""
+        self._emitted.clear()
+
+    def travels(self, unit: str) -> bool:
+        """Whether a unit's cell does not stay in memory."""
+        return bool(self._cells.layouts[unit].places) and not self._cells.stays(unit)
+
+    def _unit(self, name: str) -> TrainedUnit:
+        """A unit in the planner's words."""
+        cell = self._cells.layouts[name]
+        shards = tuple(
+            TrainedShard(
+                name=s.name, nbytes=self._lanes.nbytes[s.name], masters_nbytes=page(4 * s.count),
+                stays=s.name in self._lanes.kept,
+            )
+            for s in cell.shards
+        )  # fmt: skip
+        return TrainedUnit(name=name, nbytes=page(cell.nbytes), shards=shards, stays=not self.travels(name))
