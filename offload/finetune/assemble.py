@@ -23,7 +23,7 @@ from offload.runtime.adapted import Adapted
 from offload.runtime.discovery import Anatomy
 from offload.runtime.streams import Streams
 from offload.runtime.training import Training
-from offload.runtime.tuples import LOOSE
+from offload.runtime.training_lanes import LOOSE
 from offload.tiers.cells import SHARD_COUNT, Cells, Shapes, lay_out_cell, page
 from offload.tiers.spill import Spill
 from offload.tiers.statefile import open_state, room

@@ -11,7 +11,7 @@ from offload.hardware import rss_bytes
 from offload.planner.cells import FEWEST, CellPlan, plan_cells
 from offload.runtime.masters import STAGES
 from offload.runtime.training import Training
-from offload.runtime.tuples import LOOSE
+from offload.runtime.training_lanes import LOOSE
 from offload.tiers.cells import Cell, page
 from offload.units import MIB, format_bytes
 

@@ -6,6 +6,7 @@ of the next pass may start as soon as the steps it names and the slot it takes a
     Read     disk -> a slot of the host ring
     Upload   host (resident or slot) -> a slot of the device ring
     Compute  the unit's forward; its parameters are bound while it runs
+    Download a slot of the device ring -> host
     Write    a slot -> disk
     Release  the slot goes back to its ring
 
@@ -14,7 +15,7 @@ A step of training is a tuple of the same kind: see `offload.planner.training`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,10 +51,17 @@ class Read(Step):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upload(Step):
-    """Copies a bundle to the accelerator; takes a slot of the device ring."""
+    """Copies a bundle to the accelerator; takes a slot of the device ring, or none where it has memory of its own."""
 
     nbytes: int
-    ring: RingName = "device"
+    ring: RingName | None = "device"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Download(Step):
+    """Copies what was computed in a bundle's place on the accelerator to main memory."""
+
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +71,12 @@ class Compute(Step):
     Attributes:
         nbytes: what the unit's weights take.
         cpu_nbytes: those of them that the CPU multiplies by, beside an accelerator.
+        is_beside: the CPU does it, in a lane of its own, while the accelerator computes.
     """
 
     nbytes: int
     cpu_nbytes: int = 0
+    is_beside: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +94,20 @@ class Release(Step):
 
 
 Schedule = tuple[Step, ...]
+LANES: Mapping[type[Step], str] = {
+    Read: "read",
+    Upload: "upload",
+    Download: "download",
+    Write: "write",
+    Compute: "compute",
+}
+
+
+def lane_of(step: Step) -> str:
+    """Which lane does a step; none does a Release by itself."""
+    if isinstance(step, Compute) and step.is_beside:
+        return "update"
+    return next((lane for kind, lane in LANES.items() if isinstance(step, kind)), "")
 
 
 def emit(order: Sequence[tuple[str, int]], placement: Placement) -> Schedule:
@@ -121,9 +145,10 @@ def explain(schedule: Schedule) -> str:
     for s in schedule:
         after = f"  after {', '.join(map(str, s.after))}" if s.after else ""
         after += f"  behind {', '.join(map(str, s.behind))}" if s.behind else ""
-        size = f"  {s.nbytes / 1e6:9.2f} MB" if isinstance(s, Read | Upload | Compute | Write) else ""
-        ring = f"  {s.ring} ring" if isinstance(s, Read | Upload | Release) else ""
+        size = f"  {s.nbytes / 1e6:9.2f} MB" if isinstance(s, Read | Upload | Download | Compute | Write) else ""
+        ring = f"  {s.ring} ring" if isinstance(s, Read | Upload | Release) and s.ring else ""
         ring += f"  {what}" if (what := getattr(s, "shard", "") or getattr(s, "what", "")) else ""
+        ring += "  beside" if isinstance(s, Compute) and s.is_beside else ""
         split = f"  {s.cpu_nbytes / 1e6:.2f} MB by the CPU" if isinstance(s, Compute) and s.cpu_nbytes else ""
         lines.append(f"{s.index:4d}  {type(s).__name__:10s} {s.unit:32s}{size}{ring}{after}{split}")
     return "\n".join(lines)

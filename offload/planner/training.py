@@ -8,6 +8,11 @@ in memory, and in state that does not, travels:
     clip          read gradient, state; update; write state; forward   read masters; backward; write gradient
     no clip       read weights; forward                                read weights, state; backward; update; write both
 
+On an accelerator, the weights of a unit go up for each visit, its gradient comes down, and updates run beside:
+
+    clip          update; upload; forward            upload; backward; download
+    no clip       upload; forward                    upload; backward; download; update
+
 Weights are read as a copy in the model's dtype, which the update before wrote, or as the float32 masters that the state
 begins with, rounded on the way: whichever moves fewer bytes (see `has_copies`).
 """
@@ -18,9 +23,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from offload.planner.schedule import Compute, Read, Release, Schedule, Step, Write
+from offload.planner.schedule import Compute, Download, Read, Release, RingName, Schedule, Step, Upload, Write
 
-What = Literal["gradient", "weights", "masters"]
+What = Literal["gradient", "weights", "masters", "nothing"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +37,7 @@ class ReadShard(Read):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadCell(Read):
-    """Brings a unit's gradient or weights; takes a slot of the cells' ring."""
+    """Brings a unit's gradient or weights, or takes room for what will come; takes a slot of the cells' ring."""
 
     what: What
 
@@ -91,12 +96,16 @@ class TrainedUnit:
     Attributes:
         nbytes: of its cell: of its weights, and of its gradient.
         stays: the cell is kept in memory.
+        uploads: it computes on an accelerator with memory of its own.
+        stays_there: and has a place of its own there, from its forward to its backward.
     """
 
     name: str
     nbytes: int
     shards: tuple[TrainedShard, ...] = ()
     stays: bool = True
+    uploads: bool = False
+    stays_there: bool = False
 
     @property
     def masters_nbytes(self) -> int:
@@ -139,21 +148,33 @@ def emit_training(
     made = _Emitter()
     if is_due and loose is not None:
         made.update(loose)
+    if forward and loose is not None:
+        made.upload(loose)
     for unit in order:
-        is_last = unit is order[-1]
+        is_last = unit is order[-1] and backward  # its backward follows at once
         if is_due:
             made.bring(unit, "gradient")
             made.update(unit)
         elif forward:
             made.bring(unit, reads)
         if forward:
-            made.compute(Forward(index=0, unit=unit.name, after=made.ready(unit), nbytes=unit.nbytes))
-        if not (is_last and forward and backward):
+            made.upload(unit)
+            if unit.uploads and not is_last:
+                made.release(unit)
+            made.visit(Forward(index=0, unit=unit.name, nbytes=unit.nbytes), unit, loose)
+            if not is_last:
+                made.leave(unit)
+        if not (forward and (unit.uploads or is_last)):
             made.release(unit)
     for unit in reversed(order) if backward else ():
         if unit is not order[-1]:
-            made.bring(unit, "masters" if is_due else reads)
-        made.compute(Backward(index=0, unit=unit.name, after=made.ready(unit), nbytes=unit.nbytes))
+            if unit.stays_there:
+                made.bring(unit, "nothing")
+            else:
+                made.bring(unit, "masters" if is_due else reads)
+                made.upload(unit)
+        made.visit(Backward(index=0, unit=unit.name, nbytes=unit.nbytes), unit, loose)
+        made.download(unit)
         if clips:
             made.write(unit, "gradient")
             continue
@@ -162,8 +183,12 @@ def emit_training(
             made.write(unit, "weights")
         else:
             made.release(unit)
-    if backward and not clips and loose is not None:
-        made.update(loose)
+    if backward and loose is not None:
+        if loose.uploads:
+            made.visit(Backward(index=0, unit=loose.name, nbytes=loose.nbytes), loose, None)
+            made.download(loose)
+        if not clips:
+            made.update(loose)
     return made.finish()
 
 
@@ -181,6 +206,7 @@ class _Emitter:
         self._changed: dict[str, int] = {}  # shard or cell -> step that changed it last
         self._first: list[tuple[int, tuple[str, ...]]] = []  # reads of what no step before them changed
         self._ready: dict[str, int] = {}  # unit -> step after which its cell is as the next one wants it
+        self._there: dict[str, int] = {}  # unit -> the same of its cell on the accelerator
 
     def add(self, step: Step) -> int:
         self._steps.append(replace(step, index=len(self._steps)))
@@ -192,6 +218,37 @@ class _Emitter:
 
     def ready(self, unit: TrainedUnit) -> tuple[int, ...]:
         return (self._ready[unit.name],) if unit.name in self._ready else ()
+
+    def visit(self, step: Compute, unit: TrainedUnit, loose: TrainedUnit | None) -> None:
+        """A forward or backward. It changes the cell where it computes."""
+        if not unit.uploads:
+            self.compute(replace(step, after=self.ready(unit)))
+            return
+        names = [name for name in (unit.name, loose.name if loose is not None else "") if name in self._there]
+        self._there[unit.name] = self.add(replace(step, after=tuple(sorted({self._there[name] for name in names}))))
+
+    def upload(self, unit: TrainedUnit) -> None:
+        """Brings a unit's weights to the accelerator."""
+        if unit.uploads and unit.shards:
+            ring: RingName | None = None if unit.stays_there else "device"
+            at = self._read(
+                Upload(index=0, unit=unit.name, nbytes=unit.nbytes, ring=ring), [_host(unit)], self.ready(unit)
+            )
+            self._there[unit.name] = self._ready[unit.name] = at
+
+    def leave(self, unit: TrainedUnit) -> None:
+        """A unit's weights are not needed on the accelerator for now."""
+        if unit.uploads and unit.shards and not unit.stays_there:
+            self.add(Release(index=0, unit=unit.name, after=(self._there[unit.name],), ring="device"))
+
+    def download(self, unit: TrainedUnit) -> None:
+        """Brings a unit's gradient down, in place of its weights."""
+        if unit.uploads and unit.shards:
+            after = tuple(sorted({self._there[unit.name], *self.ready(unit)}))
+            at = self.add(Download(index=0, unit=unit.name, after=after, nbytes=unit.nbytes))
+            self._ready[unit.name] = self._changed[_host(unit)] = at
+            if not unit.stays_there:
+                self.add(Release(index=0, unit=unit.name, after=(at,), ring="device"))
 
     def bring(self, unit: TrainedUnit, what: What) -> None:
         if unit.stays or not unit.shards:
@@ -210,8 +267,14 @@ class _Emitter:
             if not shard.stays:
                 read = ReadShard(index=0, unit=unit.name, shard=shard.name, nbytes=shard.nbytes, ring="state")
                 after = (*after, self._read(read, [shard.name]))
-            update = Update(index=0, unit=unit.name, shard=shard.name, after=after, nbytes=shard.nbytes)
+            update = Update(
+                index=0, unit=unit.name, shard=shard.name, after=after, nbytes=shard.nbytes, is_beside=unit.uploads
+            )
             self._changed[shard.name] = done = self.compute(update)
+            if unit.uploads:
+                if _host(unit) not in self._changed:
+                    self._first.append((done, (_host(unit),)))
+                self._changed[_host(unit)] = done
             if not shard.stays:
                 write = WriteShard(index=0, unit=unit.name, shard=shard.name, after=(done,), nbytes=shard.nbytes)
                 self._changed[shard.name] = written = self.add(write)
@@ -235,11 +298,16 @@ class _Emitter:
             self._steps[index] = replace(self._steps[index], behind=self._changes(names))
         return tuple(self._steps)
 
-    def _read(self, read: Read, names: Sequence[str]) -> int:
-        at = self.add(replace(read, after=self._changes(names)))
+    def _read(self, read: Read | Upload, names: Sequence[str], after: tuple[int, ...] = ()) -> int:
+        at = self.add(replace(read, after=tuple(sorted({*after, *self._changes(names)}))))
         if rest := tuple(n for n in names if n not in self._changed):
             self._first.append((at, rest))
         return at
 
     def _changes(self, names: Sequence[str]) -> tuple[int, ...]:
         return tuple(sorted({self._changed[name] for name in names if name in self._changed}))
+
+
+def _host(unit: TrainedUnit) -> str:
+    """What the emitter calls a unit's cell in main memory, beside the name of what is stored of it."""
+    return f"{unit.name} in memory"

@@ -3,7 +3,7 @@
 The rules are those of runtime/executor.py: a lane runs its steps in order; a step starts when the steps it names are
 done and, if it takes a slot, when its ring has one free; a Release returns the slot of the step it follows. Reads of
 one lane overlap as far as slots allow, but share the disk, so the disk serves them one after the other. Writes do
-likewise, in a lane of their own.
+likewise, in a lane of their own; so do downloads, and what the CPU computes beside an accelerator.
 
 Lanes that run at the same time may slow each other down: then durations are work, and work is done at the rate that
 the lanes running beside leave (a fluid model: rates change only where something starts or ends).
@@ -15,12 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from offload.planner.schedule import Compute, Read, Release, Schedule, Step, Upload, Write
+from offload.planner.schedule import LANES, Release, Schedule, Step, lane_of
 
-LANES: Mapping[type[Step], str] = {Read: "read", Upload: "upload", Write: "write", Compute: "compute"}
-NAMES = tuple(LANES.values())
-COUNT = len(NAMES)
-TAKERS, COMPUTE = 2, COUNT - 1  # the first ones take slots; the last one is the model
+NAMES = (*(lane for lane in LANES.values() if lane != "compute"), "update", "compute")
+TAKERS = ("read", "upload")  # lanes whose steps take slots
 Keeps = Mapping[str, Mapping[str, float]]
 _EPSILON = 1e-12
 
@@ -109,21 +107,29 @@ class Clock:
         for step in schedule:
             if isinstance(step, Release):
                 releases.setdefault(step.after[0], []).append(step.ring)
-        self._steps: list[list[Step]] = [[s for s in schedule if isinstance(s, kind)] for kind in LANES]
+        lanes: dict[str, list[Step]] = {name: [] for name in NAMES}
+        for step in schedule:
+            if lane := lane_of(step):
+                lanes[lane].append(step)
+        self._names = tuple(name for name in NAMES if lanes[name])  # those with work; the last one is the model
+        self._steps = [lanes[name] for name in self._names]
+        self._rings = [
+            [getattr(s, "ring", None) if name in TAKERS else None for s in lanes[name]] for name in self._names
+        ]
         self._work = [[seconds(step) for step in steps] for steps in self._steps]
         self._frees = [[releases.get(step.index, ()) for step in steps] for steps in self._steps]
         self._demand = [
             [sharing.demand.get((lane, s.unit), 0.0) for s in steps]
-            for lane, steps in zip(NAMES, self._steps, strict=True)
+            for lane, steps in zip(self._names, self._steps, strict=True)
         ]
         self._shares = any(any(d) for d in self._demand) and sharing.capacity < inf
         self._capacity = sharing.capacity
-        self._rates = [_rates(mask, sharing.keeps) for mask in range(1 << COUNT)]
+        self._rates = [_rates(self._names, mask, sharing.keeps) for mask in range(1 << len(self._names))]
         self._size = len(schedule)
 
     def work_s(self, lane: str) -> float:
         """What a lane has to do in one pass, by itself."""
-        return sum(self._work[NAMES.index(lane)])
+        return sum(self._work[self._names.index(lane)]) if lane in self._names else 0.0
 
     @property
     def bound_s(self) -> float:
@@ -148,12 +154,12 @@ class Clock:
         return _Replay(self, records).run(passes, head_start, stop_when_steady)
 
 
-def _rates(mask: int, keeps: Keeps) -> tuple[float, ...]:
+def _rates(names: Sequence[str], mask: int, keeps: Keeps) -> tuple[float, ...]:
     """The part of its own rate that each lane has while those of `mask` run."""
     rates = []
-    for k, lane in enumerate(NAMES):
+    for k, lane in enumerate(names):
         rate = 1.0
-        for j, other in enumerate(NAMES):
+        for j, other in enumerate(names):
             if j != k and mask >> j & 1:
                 rate *= keeps.get(lane, {}).get(other, 1.0)
         rates.append(rate)
@@ -166,19 +172,21 @@ class _Replay:
     def __init__(self, clock: Clock, records: bool) -> None:
         self.clock, self.records = clock, records
         self.now = 0.0
-        self.at, self.number = [0] * COUNT, [0] * COUNT  # of each lane: the step it runs or will run next, and its pass
-        self.left: list[float | None] = [None] * COUNT  # work that is left of the running step
-        self.began = [0.0] * COUNT
+        self.count = count = len(clock._names)
+        self.model = count - 1  # its lane
+        self.at, self.number = [0] * count, [0] * count  # of each lane: the step it runs or will run next, and its pass
+        self.left: list[float | None] = [None] * count  # work that is left of the running step
+        self.began = [0.0] * count
         self.done: set[tuple[int, int]] = set()
         self.free = dict(clock._slots)
-        self.busy = [0.0] * COUNT
+        self.busy = [0.0] * count
         self.stall = 0.0
         self.ready = 0.0  # when the model's thread is
         self.is_held = False
         self.events: list[Event] = []
 
     def run(self, passes: int, head_start: bool, stop_when_steady: bool) -> Run:
-        steps = self.clock._steps
+        assert self.clock._names[-1:] == ("compute",), "a schedule without computing"
         ends: list[float] = []
         self.is_held = head_start
         begin, last_state, is_steady = 0.0, None, False
@@ -193,9 +201,9 @@ class _Replay:
                 continue
             finished = self._advance()
             for lane in finished:
-                if lane == COMPUTE and self.at[COMPUTE] == 0:  # the last unit of a pass
+                if lane == self.model and self.at[self.model] == 0:  # the last unit of a pass
                     ends.append(self.now)
-                    self.done = {key for key in self.done if key[1] >= self.number[COMPUTE] - 1}
+                    self.done = {key for key in self.done if key[1] >= min(self.number) - 1}
                     self.ready = self.now + self.clock._between
                     state = self._state()
                     if state == last_state and stop_when_steady:
@@ -204,11 +212,10 @@ class _Replay:
             if is_steady:
                 break
         starts = [begin, *ends[:-1]]
-        assert steps[COMPUTE], "a schedule without computing"
         return Run(
             pass_s=tuple(b - a for a, b in zip(starts, ends, strict=True)),
             events=tuple(sorted(self.events, key=lambda e: (e.start, e.step.index))),
-            busy_s=dict(zip(NAMES, self.busy, strict=True)),
+            busy_s=dict.fromkeys(NAMES, 0.0) | dict(zip(self.clock._names, self.busy, strict=True)),
             stall_s=self.stall,
             is_steady=is_steady,
         )
@@ -218,15 +225,15 @@ class _Replay:
         clock, moved = self.clock, True
         while moved:
             moved = False
-            for lane in range(COUNT):
+            for lane in range(self.count):
                 while self.left[lane] is None and self._may_start(lane, passes):
-                    if lane < TAKERS:
-                        self.free[clock._steps[lane][self.at[lane]].ring] -= 1  # type: ignore[attr-defined]
-                    elif lane == COMPUTE and self.now > self.ready:
+                    if (ring := clock._rings[lane][self.at[lane]]) is not None:
+                        self.free[ring] -= 1
+                    elif lane == self.model and self.now > self.ready:
                         self.stall += self.now - self.ready
                     self.began[lane] = self.now
                     self.left[lane] = clock._work[lane][self.at[lane]]
-                    if self.left[lane] or (lane == COMPUTE and self.at[COMPUTE] + 1 == len(clock._steps[COMPUTE])):
+                    if self.left[lane] or (lane == self.model and self.at[lane] + 1 == len(clock._steps[lane])):
                         break  # the end of a pass is always an event of its own
                     self._finish(lane)
                     moved = True
@@ -234,10 +241,11 @@ class _Replay:
     def _may_start(self, lane: int, passes: int) -> bool:
         steps = self.clock._steps[lane]
         number = self.number[lane]
-        if not steps or number >= passes or (lane == COMPUTE and (self.is_held or self.now < self.ready)):
+        if number >= passes or (lane == self.model and (self.is_held or self.now < self.ready)):
             return False
         step = steps[self.at[lane]]
-        if lane < TAKERS and self.free.get(step.ring, 0) < 1:  # type: ignore[attr-defined]
+        ring = self.clock._rings[lane][self.at[lane]]
+        if ring is not None and self.free.get(ring, 0) < 1:
             return False
         if step.behind and number and not all((index, number - 1) in self.done for index in step.behind):
             return False
@@ -246,19 +254,19 @@ class _Replay:
     def _advance(self) -> list[int]:
         """Lets time pass until something ends; returns the lanes whose step did."""
         left = self.left
-        mask = sum(1 << lane for lane in range(COUNT) if left[lane] is not None)
+        mask = sum(1 << lane for lane in range(self.count) if left[lane] is not None)
         rates: Sequence[float] = self.clock._rates[mask]
         if self.clock._shares:
             rates = self._shared(rates)
         step = inf
-        for lane in range(COUNT):
+        for lane in range(self.count):
             if (work := left[lane]) is not None:
                 step = min(step, work / rates[lane])
-        if left[COMPUTE] is None and not self.is_held and self.ready > self.now:
+        if left[self.model] is None and not self.is_held and self.ready > self.now:
             step = min(step, self.ready - self.now)
         self.now += step
         finished = []
-        for lane in range(COUNT):
+        for lane in range(self.count):
             if (work := left[lane]) is not None:
                 self.busy[lane] += step
                 rest = work - step * rates[lane]
@@ -272,7 +280,7 @@ class _Replay:
     def _shared(self, rates: Sequence[float]) -> Sequence[float]:
         """Those who use the shared memory slow down in proportion where together they ask for more than it has."""
         asked = [
-            self.clock._demand[k][self.at[k]] * rates[k] if self.left[k] is not None else 0.0 for k in range(COUNT)
+            self.clock._demand[k][self.at[k]] * rates[k] if self.left[k] is not None else 0.0 for k in range(self.count)
         ]
         if (total := sum(asked)) <= self.clock._capacity:
             return rates
@@ -288,7 +296,7 @@ class _Replay:
         for ring in clock._frees[lane][at]:
             self.free[ring] += 1
         self.left[lane] = None
-        if lane == COMPUTE:
+        if lane == self.model:
             self.ready = self.now
         if at + 1 == len(clock._steps[lane]):
             self.at[lane], self.number[lane] = 0, number + 1
@@ -297,10 +305,9 @@ class _Replay:
 
     def _state(self) -> tuple[object, ...]:
         """Where everything is, relative to the pass: equal states have equal futures."""
-        base = self.number[COMPUTE]
+        base = self.number[self.model]
         lanes = tuple(
             (self.at[k], self.number[k] - base, None if (left := self.left[k]) is None else round(left, 12))
-            for k in range(COUNT)
-            if self.clock._steps[k]
+            for k in range(self.count)
         )
         return lanes, tuple(self.free.values())

@@ -6,9 +6,9 @@ from collections.abc import Collection
 
 from offload.runtime.backprop import Backprop
 from offload.runtime.parameters import Parameters
-from offload.runtime.training_lanes import TrainingLanes
+from offload.runtime.training_lanes import LOOSE, TrainingLanes
 from offload.runtime.training_walk import Walk
-from offload.runtime.tuples import LOOSE, Tuples
+from offload.runtime.tuples import Tuples
 from offload.tiers.cells import Cells
 from offload.tiers.spill import Spill
 

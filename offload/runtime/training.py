@@ -25,9 +25,9 @@ from offload.runtime.gradients import GradientSums
 from offload.runtime.holdings import Holdings
 from offload.runtime.parameters import Parameters
 from offload.runtime.timeline import Timeline
-from offload.runtime.training_lanes import TrainingLanes
+from offload.runtime.training_lanes import LOOSE, TrainingLanes
 from offload.runtime.training_walk import LazyWeights, Rule, Walk
-from offload.runtime.tuples import LOOSE, Tuples
+from offload.runtime.tuples import Tuples
 from offload.tiers.cells import Cells, Shard
 from offload.tiers.host import as_tensor
 from offload.tiers.spill import Spill

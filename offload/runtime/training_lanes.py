@@ -3,8 +3,9 @@
     read lane        wait for what a read comes after, lease a slot, start it     as far ahead as rings have slots
     model's thread   take what arrived, change it in place, give it               the slot goes back when its write ends
 
-A pass that repeats is walked on beyond its end, into the next one. When another one begins, what was read ahead is
-dropped: nothing of it was changed.
+On an accelerator there are more lanes, which do in threads of their own what the model's thread does otherwise (see
+`runtime/beside.py`). A pass that repeats is walked on beyond its end, into the next one. When another one begins, what
+was read ahead is dropped: nothing of it was changed.
 """
 
 from __future__ import annotations
@@ -12,20 +13,38 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from offload.io.buffers import Buffer, BufferPool, Interrupted, Lease
-from offload.planner.schedule import Read, Schedule
+from offload.planner.schedule import Read, Schedule, Step, Upload
 from offload.planner.training import ReadCell, ReadShard
 from offload.runtime.masters import Masters
+from offload.runtime.progress import MODEL, Progress, lanes
 from offload.runtime.timeline import Timeline, now
 from offload.tiers.cells import Cells, page
 from offload.tiers.host import as_tensor
 from offload.tiers.spill import Spill
 from offload.tiers.statefile import StateFile
 
+LOOSE = "(loose)"
 _Key = tuple[str, str]  # "state" or "cells", and which
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A thread that does some steps of every pass.
+
+    Attributes:
+        name: of the lane, see `planner.schedule.lane_of`.
+        run: does a step, when what it comes after is done.
+        is_ahead: it may begin the next pass before the model does.
+    """
+
+    name: str
+    run: Callable[[Step], None]
+    is_ahead: bool
 
 
 class TrainingLanes:
@@ -46,14 +65,25 @@ class TrainingLanes:
         self.cell_ring: BufferPool | None = None
         self.kept: dict[str, memoryview] = {}  # shards that stay in memory
         self._masters: Masters | None = None
-        self._changed = threading.Condition()
+        self.progress = Progress()
+        self._lanes = [Lane("read", self._read, is_ahead=True)]
+        self._pools: list[BufferPool] = []
+        self._drop: Callable[[], None] = lambda: None
         self._arrived: dict[_Key, deque[tuple[Read, Lease, Future[int]]]] = {}  # bounded by the rings
         self._schedule: Schedule = ()
-        self._at = self._number = 0  # where the model is: step and pass
         self._repeats = False
-        self._failure: BaseException | None = None
-        self._is_stopping = False
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+
+    def split(self, beside: Sequence[Lane], pool: BufferPool, drop: Callable[[], None]) -> None:
+        """Lanes do from now on what the model's thread did.
+
+        Args:
+            pool: another ring in whose slots they work.
+            drop: gives back what they have prepared and nobody will take.
+        """
+        self._lanes += beside
+        self._pools.append(pool)
+        self._drop = drop
 
     def use_cell_ring(self, slots: int, nbytes: int) -> None:
         """Makes the ring of cells. No pass is under way."""
@@ -77,46 +107,51 @@ class TrainingLanes:
             repeats: the same pass is likely to come next.
             at: the step to begin with; one before it is done.
         """
-        if schedule is self._schedule and self._repeats and at == 0 and self._thread is not None:
-            with self._changed:
-                self._number, self._at = self._number + 1, 0
-                self._changed.notify_all()
+        if schedule is self._schedule and self._repeats and at == 0 and self._threads:
+            self.progress.again()
             return
         self.rest()
-        self._schedule, self._repeats, self._at = schedule, repeats, at
-        self._number += 1
-        if any(isinstance(s, Read) for s in schedule[at:]):
-            self._thread = threading.Thread(
-                target=self._run, args=(self._number, at), name="offload-reads", daemon=True
-            )
-            self._thread.start()
+        self._schedule, self._repeats = schedule, repeats
+        self.progress.start(schedule, at, splits=len(self._lanes) > 1)
+        names = lanes(schedule)
+        for lane in self._lanes:
+            steps = [step for step, name in zip(schedule, names, strict=True) if name == lane.name]
+            if steps:
+                run = (lane, steps, self.progress.number, at)
+                thread = threading.Thread(target=self._walk, args=run, name=f"offload-{lane.name}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
 
     def done(self, at: int) -> None:
-        """All steps before this one are done, or, if they are writes, have begun."""
-        with self._changed:
-            self._at = at
-            self._changed.notify_all()
+        """The model's steps before this one are done, or, if they are writes, have begun."""
+        self.progress.move(MODEL, self.progress.number, at)
 
     def rest(self) -> None:
         """Stops reading and gives back what was read ahead."""
-        if self._thread is None:
+        if not self._threads:
             return
-        with self._changed:
-            self._is_stopping = True
-            self._changed.notify_all()
-        pools = [p for p in (self.ring, self.cell_ring, self._masters) if p is not None]
+        progress = self.progress
+        with progress.changed:
+            progress.is_stopping = True
+            progress.changed.notify_all()
+        pools = [p for p in (self.ring, self.cell_ring, self._masters, *self._pools) if p is not None]
         for pool in pools:
             pool.interrupt()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         for arrivals in self._arrived.values():
             for _, lease, future in arrivals:
                 future.exception()
                 lease.release()
         self._arrived.clear()
+        self._drop()
         for pool in pools:
             pool.resume()
-        self._thread, self._is_stopping, self._schedule = None, False, ()
-        failure, self._failure = self._failure, None
+        self._threads.clear()
+        self._schedule = ()
+        with progress.changed:
+            progress.is_stopping = False
+            failure, progress.failure = progress.failure, None
         if failure is not None:
             raise failure
 
@@ -153,7 +188,7 @@ class TrainingLanes:
         """Waits for a cell. What was written in this run is compared with what comes back."""
         step, lease = self._wait(("cells", unit))
         assert isinstance(step, ReadCell)
-        if step.what != "masters":
+        if step.what in ("gradient", "weights"):
             self._spill.verify(unit, lease.view)
         return lease
 
@@ -205,31 +240,28 @@ class TrainingLanes:
         self._state.verify(name, buffer.view)
         self.kept[name] = buffer.view
 
-    # The read lane.
+    # Lanes.
 
-    def _run(self, number: int, at: int) -> None:
-        schedule = self._schedule
-        reads = [s for s in schedule if isinstance(s, Read)]
+    def _walk(self, lane: Lane, steps: Sequence[Step], number: int, at: int) -> None:
+        """A lane: its steps in order; in the first pass only those from `at` on, and what every visit needs."""
+        first, size, progress = number, len(self._schedule), self.progress
         try:
-            for step in reads:
-                if step.index >= at:
-                    self._read(step, number)
-            while self._repeats:
+            while number == first or self._repeats:
+                for step in steps:
+                    always = isinstance(step, Upload) and step.unit == LOOSE
+                    if number > first or step.index >= at or always:
+                        progress.wait(step, number, is_ahead=lane.is_ahead)
+                        lane.run(step)
+                    progress.move(lane.name, number, step.index + 1)
+                progress.move(lane.name, number, size)
                 number += 1
-                for step in reads:
-                    self._read(step, number)
         except Interrupted:
             return
         except BaseException as error:
-            with self._changed:
-                self._failure = error
-                self._changed.notify_all()
+            progress.fail(error)
 
-    def _read(self, step: Read, number: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._may_start(step, number) or self._is_stopping)
-            if self._is_stopping:
-                raise Interrupted("the lane is stopping")
+    def _read(self, step: Step) -> None:
+        assert isinstance(step, Read)
         if isinstance(step, ReadShard):
             key, ring = ("state", step.shard), self.ring
         else:
@@ -242,38 +274,39 @@ class TrainingLanes:
             lease.release()
             raise
         future.add_done_callback(lambda _: self._timeline.add("read", key[1], start, now(), step.nbytes))
-        with self._changed:
+        with self.progress.changed:
             self._arrived.setdefault(key, deque()).append((step, lease, future))
-            self._changed.notify_all()
+            self.progress.changed.notify_all()
 
     def _start(self, step: Read, lease: Lease) -> Future[int]:
         if isinstance(step, ReadShard):
             return self._state.read(step.shard, lease.view)
         assert isinstance(step, ReadCell)
+        if step.what == "nothing":
+            none: Future[int] = Future()
+            none.set_result(0)
+            return none
         if step.what != "masters":
             return self._spill.read(step.unit, lease.view)
         cell = self._cells.layouts[step.unit]
         return self._masters_of().load(cell.shards, as_tensor(lease.view)[: cell.nbytes])
 
-    def _may_start(self, step: Read, number: int) -> bool:
-        """The steps that it comes after are done: the model does its own in their order."""
-        here = (self._number, self._at)
-        return all((number, k) < here for k in step.after) and all((number - 1, k) < here for k in step.behind)
-
     def _wait(self, key: _Key) -> tuple[Read, Lease]:
         start = now()
-        with self._changed:
-            self._changed.wait_for(lambda: self._arrived.get(key) or self._failure is not None)
+        progress = self.progress
+        with progress.changed:
+            progress.changed.wait_for(
+                lambda: self._arrived.get(key) or progress.failure is not None or progress.is_stopping
+            )
             if not self._arrived.get(key):
-                assert self._failure is not None
-                raise self._failure
+                raise progress.failure or Interrupted("the lane is stopping")
             step, lease, future = self._arrived[key].popleft()
         try:
             future.result()
         except BaseException:
             lease.release()
             raise
-        self._timeline.stall("compute:read", key[1], start, now())
+        self._timeline.stall(f"{MODEL if len(self._lanes) == 1 else 'update'}:read", key[1], start, now())
         return step, lease
 
     def _masters_of(self) -> Masters:

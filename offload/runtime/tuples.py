@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 from offload.planner.schedule import Schedule
 from offload.planner.training import TrainedShard, TrainedUnit, emit_training
-from offload.runtime.training_lanes import TrainingLanes
+from offload.runtime.training_lanes import LOOSE, TrainingLanes
 from offload.tiers.cells import Cells, page
-
-LOOSE = "(loose)"
 
 
 class Tuples:
