@@ -122,6 +122,43 @@ def _multiply(
     _store(sums, 5, f)
 
 
+@helper
+def strip(
+    x: int, w: int, bias: int, y: int, rows: int, height: int, outputs: int, inputs: int, packed: int, ask: int,
+    most: int,
+) -> None:  # fmt: skip
+    """Rows of x by `height` rows of W, at most WIDE and a multiple of 16.
+
+    Args:
+        x, w, bias, y: addresses; of W, of the bias (or 0) and of y that of the first of these rows of W.
+        outputs, inputs: of all of W.
+        packed: this thread's memory, of `scratch_nbytes`.
+        ask: address of the rows of W that this thread takes next.
+        most: how many they are.
+    """
+    sums, stride, pairs, groups = packed + 4 * DEEP * WIDE, 2 * inputs, inputs // 2, height // 16
+    share = max(int64(1), WIDE * TALL // (rows + TALL - 1))  # rows of W to ask for while six rows of x are multiplied
+    for start in range(0, pairs, DEEP):
+        deep = min(int64(DEEP), pairs - start)
+        _pack(w + 4 * start, stride, groups, deep, packed)
+        asked, coming, left = int64(0), w + 4 * (start + DEEP), height
+        if start + DEEP >= pairs:
+            coming, left = ask, most
+        for row in range(0, rows, TALL):
+            lines = max(int64(0), min(share, left - asked))
+            _multiply(
+                x + row * stride + 4 * start, stride, rows - row, packed, deep, sums + 4 * WIDE * row, start == 0,
+                coming + asked * stride, stride, lines,
+            )  # fmt: skip
+            asked += lines
+    for row in range(rows):
+        for group in range(groups):
+            value = load_f32(sums, row * WIDE + 16 * group)
+            if bias:
+                value = value + load_bf16(bias, 16 * group)
+            store_bf16(y, row * outputs + 16 * group, value)
+
+
 @team_function("linear_many_bf16")
 def _many(block: int) -> None:
     pieces, x, w, bias, y = (
@@ -133,32 +170,14 @@ def _many(block: int) -> None:
     )
     rows, outputs, inputs = get_i64(block, 6), get_i64(block, 7), get_i64(block, 8)
     packed = get_i64(block, 9) + claim(block + 11 * 8) * get_i64(block, 10)  # this thread's
-    sums, stride, pairs = packed + 4 * DEEP * WIDE, 2 * inputs, inputs // 2
-    share = max(int64(1), WIDE * TALL // (rows + TALL - 1))  # rows of W to ask for while six rows of x are multiplied
-    piece = claim(block)
+    stride, piece = 2 * inputs, claim(block)
     while piece < pieces:
         coming, first = claim(block), piece * WIDE
-        groups = min(int64(WIDE), outputs - first) // 16
-        for start in range(0, pairs, DEEP):
-            deep = min(int64(DEEP), pairs - start)
-            _pack(w + first * stride + 4 * start, stride, groups, deep, packed)
-            asked, ask, most = int64(0), w + first * stride + 4 * (start + DEEP), groups * 16
-            if start + DEEP >= pairs:
-                ask = w + coming * WIDE * stride
-                most = min(int64(WIDE), outputs - coming * WIDE) if coming < pieces else int64(0)
-            for row in range(0, rows, TALL):
-                lines = max(int64(0), min(share, most - asked))
-                _multiply(
-                    x + row * stride + 4 * start, stride, rows - row, packed, deep, sums + 4 * WIDE * row, start == 0,
-                    ask + asked * stride, stride, lines,
-                )  # fmt: skip
-                asked += lines
-        for row in range(rows):
-            for group in range(groups):
-                value, at = load_f32(sums, row * WIDE + 16 * group), first + 16 * group
-                if bias:
-                    value = value + load_bf16(bias, at)
-                store_bf16(y, row * outputs + at, value)
+        most = min(int64(WIDE), outputs - coming * WIDE) if coming < pieces else int64(0)
+        strip(
+            x, w + first * stride, bias + 2 * first if bias else int64(0), y + 2 * first, rows,
+            min(int64(WIDE), outputs - first), outputs, inputs, packed, w + coming * WIDE * stride, most,
+        )  # fmt: skip
         piece = coming
 
 
@@ -194,13 +213,18 @@ def linear_many(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     outputs, inputs = weight.shape
     rows, threads = x.numel() // inputs, torch.get_num_threads()
     y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
-    size = 4 * WIDE * (DEEP + -(-rows // TALL) * TALL) + 4096
+    size = scratch_nbytes(rows)
     places = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
-    _many(-(-outputs // WIDE), *places, rows, outputs, inputs, _scratch(size * threads), size, 0)
+    _many(-(-outputs // WIDE), *places, rows, outputs, inputs, scratch(size * threads), size, 0)
     return y
 
 
-def _scratch(nbytes: int) -> int:
+def scratch_nbytes(rows: int) -> int:
+    """What a thread needs to multiply so many rows: a part of W in the order of products, and sums."""
+    return 4 * WIDE * (DEEP + -(-rows // TALL) * TALL) + 4096
+
+
+def scratch(nbytes: int) -> int:
     """The address of memory for one call at a time of this thread."""
     held = getattr(_memory, "held", None)
     if held is None or held.numel() < nbytes + 4096:

@@ -23,6 +23,7 @@ IMPLEMENTATIONS = ("torch", "cpu", "gpu")
 OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the reference
     "linear": ("cpu",),
     "linear_many": ("cpu",),
+    "linear_groups": ("cpu",),
     "linear_int8": ("cpu", "gpu"),
     "linear_int4": ("cpu", "gpu"),
     "linear_lossless": ("cpu", "gpu"),

@@ -25,6 +25,10 @@ def compile_kernels(kernels: Kernels, sources: Iterable[Source]) -> None:
     for dtype in {s.dtype for s in found if s.form is None and s.dtype.is_floating_point and len(s.shape) == 2}:
         for op, rows in (("linear", 1), ("linear_many", MANY)):
             _try(kernels, op, torch.zeros(_WIDTH, _WIDTH, dtype=dtype, device=kernels.device), dtype, rows)
+    for dtype in {s.dtype for s in found if s.form is None and len(s.shape) == 3}:
+        x, stack = (torch.zeros(*shape, _WIDTH, dtype=dtype) for shape in ((MANY + 1,), (2, _WIDTH)))
+        if kernels.device == "cpu" and kernels.choice("linear_groups").implementation != "torch":
+            kernels.run("linear_groups", x, stack, (1, MANY))
     for like in {(replace(s.form, outputs=_WIDTH, inputs=_WIDTH), s.dtype, s.is_made) for s in found if s.form}:
         form, dtype, is_made = like
         matrix = torch.zeros(_WIDTH, _WIDTH, dtype=dtype)

@@ -10,7 +10,15 @@ from offload.kernels.reference.checksum import checksum
 from offload.kernels.reference.directions import Along, Sides, direction, move_along
 from offload.kernels.reference.gate_up_silu import gate_up_silu
 from offload.kernels.reference.gather import gather_pages
-from offload.kernels.reference.linear import linear, linear_int4, linear_int8, linear_lossless, linear_many, linears
+from offload.kernels.reference.linear import (
+    linear,
+    linear_groups,
+    linear_int4,
+    linear_int8,
+    linear_lossless,
+    linear_many,
+    linears,
+)
 from offload.kernels.reference.square_sum import square_sum
 
 __all__ = [
@@ -27,6 +35,7 @@ __all__ = [
     "gate_up_silu",
     "gather_pages",
     "linear",
+    "linear_groups",
     "linear_int4",
     "linear_int8",
     "linear_lossless",

@@ -20,6 +20,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 linear_many = linear
 
 
+def linear_groups(x: torch.Tensor, weight: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """x [sum of rows, inputs], group by group, by weight [groups, outputs, inputs]: each row by its group's matrix."""
+    parts = [functional.linear(part, weight[group]) for group, part in enumerate(x.split(list(rows))) if len(part)]
+    return torch.cat(parts) if parts else x.new_empty(0, weight.shape[1])
+
+
 def linear_int8(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """As `linear`, in float32 throughout; the result has x's dtype."""
     wide = functional.linear(x.float(), dequantize_int8(weight), None if bias is None else bias.float())
