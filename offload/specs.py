@@ -24,6 +24,7 @@ class TensorSpec:
         stored_format: the same where it streams; differs when matrices are packed while memory fills.
         elements: how many it has.
         width: inputs of a matrix, or of each matrix of a stack, whoever uses it; 0 for vectors.
+        is_transposed: a matrix that lies as [inputs, outputs], as transformers' Conv1D has it.
         experts, chosen: of a tensor that holds one matrix for each expert of a mixture, how many there are and how many
             a token uses; 0 for all others.
     """
@@ -40,6 +41,7 @@ class TensorSpec:
     stored_format: str = ""
     elements: int = 0
     width: int = 0
+    is_transposed: bool = False
     experts: int = 0
     chosen: int = 0
 

@@ -43,6 +43,7 @@ def describe(anatomy: Anatomy | Layers, sources: Mapping[str, Source | Plain], c
     def tensor(name: str) -> TensorSpec:
         source = sources[name]
         outputs, inputs = source.shape if name in anatomy.linears else (0, 0)
+        is_transposed = name in anatomy.transposed
         is_stack = len(source.shape) == 3 and experts > 0 and source.shape[0] == experts
         return TensorSpec(
             name=name,
@@ -56,7 +57,8 @@ def describe(anatomy: Anatomy | Layers, sources: Mapping[str, Source | Plain], c
             format=_format(source),
             stored_format=_format(source.unpacked),
             elements=prod(source.shape),
-            width=source.shape[-1] if len(source.shape) >= 2 else 0,
+            width=source.shape[0 if is_transposed else -1] if len(source.shape) >= 2 else 0,
+            is_transposed=is_transposed,
             experts=experts if is_stack else 0,
             chosen=chosen if is_stack else 0,
         )

@@ -57,3 +57,4 @@ class Layers:
     loose: tuple[str, ...]
     tables: frozenset[str]
     linears: frozenset[str]
+    transposed: frozenset[str] = frozenset()

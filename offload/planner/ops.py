@@ -3,6 +3,8 @@
 The ops that a profile should hold, by name (those of `offload.kernels.OPS`, and two more), and what they are over:
 
     linear, linear_lossless, linear_int8, linear_int4    (outputs, inputs)             rows
+    linear_transposed                                    (outputs, inputs)             rows; a matrix as Conv1D has it
+    linear_groups                                        (outputs, inputs)             rows of one expert of many
     unpack_lossless, dequantize_int8, dequantize_int4    (outputs, inputs)             rows (always 1: a whole matrix)
     decode_attention                                     (heads, kv heads, head dim)   bytes of keys and values read
     attention                                            (heads, kv heads, head dim)   tokens of one prompt, all at once
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 from types import MappingProxyType
 
+from offload.planner.experts import rows_of_experts
 from offload.profile import FORMAT_BITS, OpCost, Profile
 from offload.specs import ModelSpec, TensorSpec, UnitSpec, Workload
 
@@ -125,12 +128,39 @@ class OpCosts:
 
     def matrix(self, tensor: TensorSpec, format: str, dtype: str, rows: int) -> Sum:
         """The product with one matrix, or with those of a stack of experts that the rows choose."""
+        outputs, inputs = tensor.elements // tensor.width // max(1, tensor.experts), tensor.width
         if tensor.experts:
-            touched = tensor.experts * (1 - (1 - tensor.chosen / tensor.experts) ** rows)
-            each = max(1, round(rows * tensor.chosen / touched))
-            outputs = tensor.elements // tensor.width // tensor.experts
-            return self.linear(format, dtype, outputs, tensor.width, each).times(touched)
-        return self.linear(format, dtype, tensor.elements // tensor.width, tensor.width, rows)
+            return self.experts(format, dtype, (outputs, inputs), tensor.experts, tensor.chosen, rows)
+        return self.linear(format, dtype, outputs, inputs, rows, is_transposed=tensor.is_transposed)
+
+    def experts(self, format: str, dtype: str, shape: tuple[int, int], experts: int, chosen: int, tokens: int) -> Sum:
+        """The products of the experts that so many tokens choose, by how many rows each of them gets."""
+        key = ("experts", format, dtype, *shape, experts, chosen, tokens)
+        if key not in self._known:
+            by = self.of_groups(format)
+            hit = [
+                (self._group(format, dtype, shape, n, by), count)
+                for n, count in rows_of_experts(experts, chosen, tokens)
+            ]
+            self._known[key] = Sum(
+                sum(s.seconds * count for s, count in hit),
+                sum(s.spread_s * count for s, count in hit),  # not independent: they are read from one curve
+                sum(s.estimated_s * count for s, count in hit),
+            )
+        return self._known[key]
+
+    def of_groups(self, format: str) -> str | None:
+        """Whose table has products by experts, each by its own rows; None: it is not known."""
+        named = {t.implementation for t in self.profile.ops if t.op == "linear_groups" and t.format == format}
+        return "cpu" if "cpu" in named and not self.exact else "torch" if "torch" in named else None
+
+    def _group(self, format: str, dtype: str, shape: tuple[int, int], rows: int, by: str | None) -> Sum:
+        """The rows of one expert, beside others."""
+        if by is None:
+            return self.linear(format, dtype, *shape, rows)
+        elements = shape[0] * shape[1]
+        nbytes, flops = elements * FORMAT_BITS.get(format, 16) / 8, 2.0 * rows * elements
+        return self._cost("linear_groups", by, format, shape, rows, flops=flops, nbytes=nbytes, dtype=dtype)
 
     def apart(self, tensor: TensorSpec, format: str, dtype: str, rows: int, first: int) -> Sum:
         """A product whose first rows the accelerator has and the others the CPU (runtime/apart.py)."""
@@ -153,23 +183,27 @@ class OpCosts:
         link = self.profile.lanes.get("h2d")
         return self.profile.cost("handoff") + (link.seconds(nbytes) if link else 0.0)
 
-    def linear(self, format: str, dtype: str, outputs: int, inputs: int, rows: int) -> Sum:
-        """y = x W^T."""
-        key = ("linear", format, dtype, outputs, inputs, rows)
+    def linear(
+        self, format: str, dtype: str, outputs: int, inputs: int, rows: int, *, is_transposed: bool = False
+    ) -> Sum:
+        """y = x W^T; W lies as [inputs, outputs] where it is transposed."""
+        key = ("linear", format, dtype, outputs, inputs, rows, is_transposed)
         if key not in self._known:
-            self._known[key] = self._linear(format, dtype, outputs, inputs, rows)
+            self._known[key] = self._linear(format, dtype, outputs, inputs, rows, is_transposed)
         return self._known[key]
 
-    def _linear(self, format: str, dtype: str, outputs: int, inputs: int, rows: int) -> Sum:
+    def _linear(self, format: str, dtype: str, outputs: int, inputs: int, rows: int, is_transposed: bool) -> Sum:
         kind = format.partition("-")[0]
         kernel = "gpu" if self.processor == "device" else "cpu"
         shape, elements = (outputs, inputs), outputs * inputs
         flops, few = 2.0 * rows * elements, rows <= FEW and not self.exact
         if kind not in _UNPACK:
             nbytes = elements * FORMAT_BITS.get(kind, 16) / 8
-            return self._cost(
-                "linear", self._of_plain(rows), kind, shape, rows, flops=flops, nbytes=nbytes, dtype=dtype
-            )
+            op, by = "linear", self._of_plain(rows)
+            if is_transposed:  # by torch, and unmeasured as torch does the other layout
+                known = any((t.op, t.processor) == ("linear_transposed", self.processor) for t in self.profile.ops)
+                op, by = "linear_transposed" if known else "linear", "torch"
+            return self._cost(op, by, kind, shape, rows, flops=flops, nbytes=nbytes, dtype=dtype)
         packed = elements * FORMAT_BITS.get(format, FORMAT_BITS[kind]) / 8
         if few:
             return self._cost(f"linear_{kind}", kernel, format, shape, rows, flops=flops, nbytes=packed, dtype=dtype)

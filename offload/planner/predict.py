@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import inf, sqrt
 
 from offload.planner.bound import Bound
-from offload.planner.ops import FEW, VERY_FEW, OpCosts, Phase, Sum, decode, prefill
+from offload.planner.firsts import first_s
+from offload.planner.ops import FEW, OpCosts, Phase, Sum, decode, prefill
 from offload.planner.placement import Placement, Tier
 from offload.planner.prediction import PassCost, Prediction, interval_of
 from offload.planner.schedule import Compute, Read, Schedule, Step, Upload, emit
@@ -129,13 +130,10 @@ class Pricer:
 
     def once_s(self, phase: Phase) -> float:
         """What computing takes in the first pass only: libraries make kernels for its rows, and memory is new."""
-        profile, seconds = self.computer.profile, 0.0
         if self.computer.processor != "cpu":
-            return seconds
-        if phase.rows > VERY_FEW:
-            shapes = {(t.elements, t.width) for u in self.spec.units for t in u.tensors if t.width and not t.is_table}
-            seconds += len(shapes) * profile.cost("first")
-        return seconds + workspace(self.spec, self.work).nbytes / MIB * profile.cost("touch")
+            return 0.0
+        touch_s = workspace(self.spec, self.work).nbytes / MIB * self.computer.profile.cost("touch")
+        return first_s(self.spec, phase, self.ops) + touch_s
 
     def _sources(self, placement: Placement) -> list[tuple[float, tuple[str, ...]]]:
         """What streams to main memory, as (part of it, lanes on its way): from the tiers below, each filled in turn.

@@ -10,31 +10,27 @@ differ by is a block; what is left of a generated token is the loop around the m
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from offload.checkpoint.skeleton import build
-from offload.kernels import available
+from offload.errors import ModelError
 from offload.probes.area import Area
 from offload.probes.resident import resident
-from offload.probes.sampling import LEAST_S, Meter, Now, Sample
+from offload.probes.sampling import LEAST_S, Meter, Sample
+from offload.probes.small import Watch, small_model
 from offload.probes.subject import Subject
 from offload.profile import Curve, OpTable
-from offload.units import MIB
 
-VOCABULARY = 512
 LEAST_PART = 0.02  # of a block: less is not seen as the difference of two models
 PAST = 16  # tokens before the one whose step is timed, where keys and values shall not matter
 NEW = 12  # tokens of a generation
-TIMED = "offload_probe_timed"  # the name of sdpa under a watch
-MOST_READ = 16 * MIB  # of a matrix: half of a usual cache is as good as all of it
+MODEL_ERRORS = AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError
 PART_S = 1 / 3  # of an op's time for a point: all the reading is not counted, and takes more than what is
 
 
@@ -51,30 +47,6 @@ class BlockFigures:
     tables: tuple[OpTable, ...]
     step_s: float
     start_s: float
-
-
-@dataclass
-class Watch:
-    """A clock that stands still while something runs whose time is told elsewhere.
-
-    Attributes:
-        now: the clock that goes on.
-        attention_s: seconds of each attention since somebody cleared it.
-    """
-
-    now: Now
-    aside_s: float = 0.0
-    attention_s: list[float] = field(default_factory=list)
-
-    def __call__(self) -> float:
-        return self.now() - self.aside_s
-
-    def aside(self, run: Callable[[], Any]) -> Any:
-        began = self.now()
-        try:
-            return run()
-        finally:
-            self.aside_s += self.now() - began
 
 
 Pair = tuple[float, float]
@@ -108,7 +80,11 @@ class Blocks:
         self._area = area
 
     def figures(self, rows: Sequence[int], tokens: Sequence[int], kv_tokens: Sequence[int]) -> BlockFigures:
-        """Rows up to 64 are sequences of one token, more of them the tokens of one prompt."""
+        """Rows up to 64 are sequences of one token, more of them the tokens of one prompt.
+
+        Raises:
+            ModelError: the model's own code fails on a small model.
+        """
         with torch.no_grad(), self._models() as models:
             block = [(n, *self._step(models, n)[0]) for n in rows if n <= 64]
             prompts = {n: self._prompt(models, n) for n in sorted({*tokens, *(r for r in rows if r > 64)})}
@@ -129,18 +105,34 @@ class Blocks:
 
     @contextmanager
     def _models(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        few, more = (small_model(self._subject, n, self._watch, self._area) for n in self._layers)
+        few, more = (self._tried(n) for n in self._layers)
         with resident(few, exact=self._exact), resident(more, exact=self._exact):
             yield few, more
 
+    def _tried(self, layers: int) -> nn.Module:
+        """A small model that has run. What its own code raises before tells of the model; later it would be a fault."""
+        try:
+            model: Any = small_model(self._subject, layers, self._watch, self._area)
+            with resident(model, exact=self._exact):
+                for run in (self._prompts(model, 2), self._steps(model, 1, PAST)):
+                    run()
+        except MODEL_ERRORS as error:
+            raise ModelError(f"a model of {layers} layers fails: {type(error).__name__}: {error}") from error
+        return model  # type: ignore[no-any-return]
+
     def _step(self, models: tuple[Any, Any], sequences: int, past: int = PAST) -> tuple[Pair, Pair]:
         """One new token of each sequence; (seconds, spread) of one block, and of its attention."""
+        return self._slope([self._steps(m, sequences, past) for m in models])
+
+    def _steps(self, model: Any, sequences: int, past: int) -> Callable[[], Any]:
         ids = torch.ones(sequences, 1, dtype=torch.int64)
-        return self._slope([partial(m, ids, past_key_values=self._cache(m, sequences, past)) for m in models])
+        return partial(model, ids, past_key_values=self._cache(model, sequences, past))
 
     def _prompt(self, models: tuple[Any, Any], tokens: int) -> tuple[Pair, Pair]:
-        ids = torch.ones(1, tokens, dtype=torch.int64)
-        return self._slope([partial(m, ids, use_cache=True, logits_to_keep=1) for m in models])
+        return self._slope([self._prompts(m, tokens) for m in models])
+
+    def _prompts(self, model: Any, tokens: int) -> Callable[[], Any]:
+        return partial(model, torch.ones(1, tokens, dtype=torch.int64), use_cache=True, logits_to_keep=1)
 
     def _slope(self, runs: Sequence[Callable[[], Any]]) -> tuple[Pair, Pair]:
         low = self._meter.time(runs[0])
@@ -187,90 +179,3 @@ class Blocks:
             curve=Curve.of(points),
             threads=torch.get_num_threads(),
         )
-
-
-def small_model(subject: Subject, layers: int, watch: Watch, area: Area) -> nn.Module:
-    """The subject's architecture with so many blocks, whose matrices and attention run aside of the watch."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    AttentionInterface.register(TIMED, _timed(ALL_ATTENTION_FUNCTIONS["sdpa"], watch))
-    AttentionMaskInterface.register(TIMED, sdpa_mask)
-    config = copy.deepcopy(subject.config)
-    text = config.get_text_config(decoder=True)
-    text.num_hidden_layers, text.vocab_size = layers, min(VOCABULARY, text.vocab_size)
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    text.pad_token_id = text.bos_token_id = text.eos_token_id = None
-    model = build(config, subject.dtype, attn_implementation=TIMED)
-    reader = _Reader(area)
-    for module in model.modules():
-        if type(module) is nn.Linear or type(module).__name__ == "Conv1D":
-            outputs = module.out_features if type(module) is nn.Linear else module.nf
-            nbytes = _numel(module._parameters["weight"]) * subject.dtype.itemsize  # type: ignore[arg-type]
-            module.forward = _Answer(int(outputs), partial(reader.read, nbytes), watch)  # type: ignore[method-assign, assignment]
-        elif any(p is not None and p.dim() > 2 for p in module._parameters.values()):  # a stack of experts
-            module.forward = lambda x, *_, **__: x  # type: ignore[method-assign]
-    room = torch.full((max(_numel(p) for p in model.parameters()),), 0.01, dtype=subject.dtype)
-    for module in model.modules():  # all parameters share their memory: no block reads much of it
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                real = room[: _numel(parameter)].view(parameter.shape)
-                module._parameters[name] = nn.Parameter(real, requires_grad=False)
-    model.generation_config.eos_token_id = None  # type: ignore[union-attr]
-    return model
-
-
-class _Reader:
-    """Reads an area piece by piece, with all threads, so that caches hold what a product would have left in them."""
-
-    def __init__(self, area: Area) -> None:
-        self._area, self._at = area.bytes, 0
-        self._by_kernel = available()["cpu"] == "yes"
-
-    def read(self, nbytes: int) -> None:
-        nbytes = min(nbytes, MOST_READ, self._area.numel()) // MIB * MIB
-        if not nbytes:
-            return
-        if self._at + nbytes > self._area.numel():
-            self._at = 0
-        piece = self._area[self._at : self._at + nbytes]
-        self._at += nbytes
-        if self._by_kernel:
-            from offload.kernels.cpu import bandwidth
-
-            bandwidth.read(piece)
-        else:
-            piece.view(torch.float32).sum()
-
-
-class _Answer:
-    """A product that takes no time by the watch: one tensor for each shape of its input."""
-
-    def __init__(self, outputs: int, read: Callable[[], None], watch: Watch) -> None:
-        self._outputs, self._read, self._watch = outputs, read, watch
-        self._known: dict[tuple[int, ...], torch.Tensor] = {}
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self._watch.aside(self._read)
-        shape = (*x.shape[:-1], self._outputs)
-        if shape not in self._known:
-            self._known[shape] = torch.full(shape, 0.01, dtype=x.dtype)
-        return self._known[shape]
-
-
-def _timed(attention: Callable[..., Any], watch: Watch) -> Callable[..., Any]:
-    """An attention in transformers' form whose time is kept, call by call."""
-
-    def attend(*args: Any, **kwargs: Any) -> Any:
-        before = watch.aside_s
-        found = watch.aside(lambda: attention(*args, **kwargs))
-        watch.attention_s.append(watch.aside_s - before)
-        return found
-
-    return attend
-
-
-def _numel(parameter: torch.Tensor) -> int:
-    return parameter.numel()

@@ -33,7 +33,7 @@ def plain_tables(
     """Products with plain weights: by the kernel, if there is one, and by torch."""
     kinds = ((Kernels(meter.device, exact=False), rows), (Kernels(meter.device, exact=True), torch_rows))
     for outputs, inputs in shapes:
-        part = _fitting(outputs, inputs * dtype.itemsize, area)
+        part = fitting(outputs, inputs * dtype.itemsize, area)
         if not part:
             continue
         weights = area.copies((part, inputs), dtype)
@@ -42,7 +42,7 @@ def plain_tables(
             if implementation == "torch" and not kernels.exact:
                 continue  # the other one measures it
             curve = _curve(weights, (part, inputs), dtype, amounts, kernels, meter, outputs / part)
-            yield _table("linear", implementation, str(dtype)[6:], (outputs, inputs), curve, meter)
+            yield table_of("linear", implementation, str(dtype)[6:], (outputs, inputs), curve, meter)
 
 
 def packed_tables(
@@ -56,7 +56,7 @@ def packed_tables(
     assert wanted is not None
     host, kernels = Kernels("cpu", exact=False), Kernels(meter.device, exact=False)
     for outputs, inputs in shapes:
-        part = _fitting(outputs, inputs * 2, area)
+        part = fitting(outputs, inputs * 2, area)
         if not part:
             continue
         random = torch.empty(part, inputs, dtype=dtype).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
@@ -69,11 +69,11 @@ def packed_tables(
         kind, scale = form.kind, outputs / part
         implementation = kernels.choice(f"linear_{kind}").implementation
         curve = _curve(faces, (part, inputs), dtype, rows, kernels, meter, scale)
-        yield _table(f"linear_{kind}", implementation, format, (outputs, inputs), curve, meter)
+        yield table_of(f"linear_{kind}", implementation, format, (outputs, inputs), curve, meter)
         whole = meter.time(*(partial(_unpack, view, dtype, kernels) for view in views)).scaled(scale)
         op = UNPACK[kind]
         once = Curve.of([(1, whole.seconds, whole.spread)])
-        yield _table(op, kernels.choice(op).implementation, format, (outputs, inputs), once, meter)
+        yield table_of(op, kernels.choice(op).implementation, format, (outputs, inputs), once, meter)
 
 
 def product(weights: Sequence[torch.Tensor], rows: int, kernels: Kernels) -> tuple[Run, ...]:
@@ -115,12 +115,12 @@ def _unpack(weight: Weight, dtype: torch.dtype, kernels: Kernels) -> None:
         kernels.unpack(rows_of(weight, first, min(outputs, first + step)), dtype)
 
 
-def _fitting(outputs: int, row_nbytes: int, area: Area) -> int:
+def fitting(outputs: int, row_nbytes: int, area: Area) -> int:
     """Outputs of a matrix that fit twice into the area: all, but of the largest; time grows with them."""
     return min(outputs, area.nbytes // 2 // (row_nbytes + 16))
 
 
-def _table(op: str, implementation: str, format: str, shape: Shape, curve: Curve, meter: Meter) -> OpTable:
+def table_of(op: str, implementation: str, format: str, shape: Shape, curve: Curve, meter: Meter) -> OpTable:
     return OpTable(
         op=op,
         implementation=implementation,

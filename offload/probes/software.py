@@ -13,7 +13,6 @@ from statistics import median
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from offload.io.buffers import Buffer
 from offload.io.engine import Engine
@@ -36,13 +35,13 @@ def launch_s(meter: Meter) -> float:
         return meter.time(*runs).seconds
 
 
-def first_s(meter: Meter) -> float:
+def first_s(meter: Meter, *, exact: bool) -> float:
     """What the first product with a number of rows takes beyond those that follow: libraries make a kernel for it."""
-    weight = torch.full((512, 512), 0.01, dtype=torch.bfloat16)
+    weight, kernels = torch.full((512, 512), 0.01, dtype=torch.bfloat16), Kernels("cpu", exact=exact)
     beyond = []
     with torch.no_grad():
         for rows in UNUSUAL:
-            run = functools.partial(functional.linear, torch.full((rows, 512), 0.01, dtype=torch.bfloat16), weight)
+            (run,) = product([weight], rows, kernels)
             began = meter.now()
             run()
             first = meter.now() - began

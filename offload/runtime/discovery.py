@@ -47,6 +47,7 @@ class Anatomy:
         loose: parameters outside every unit, or shared by several; they must stay where the model computes.
         tables: parameters of units that only embeddings use.
         linears: weights of units that only nn.Linear modules use.
+        transposed: those that only Conv1D modules of transformers use: products by a matrix [inputs, outputs].
         owners: parameter name -> every place that holds it; the first gives the name.
     """
 
@@ -54,6 +55,7 @@ class Anatomy:
     loose: tuple[str, ...]
     tables: frozenset[str]
     linears: frozenset[str]
+    transposed: frozenset[str]
     owners: dict[str, tuple[Owner, ...]]
 
 
@@ -105,13 +107,24 @@ def dissect(root: nn.Module, keep: Callable[[nn.Parameter], bool] = lambda _: Fa
         for name, holders in owners.items()
         if all(type(o.module) is nn.Linear and o.attribute == "weight" for o in holders)
     }
+    transposed = {
+        name
+        for name, holders in owners.items()
+        if all(is_conv1d(o.module) and o.attribute == "weight" for o in holders)
+    }
     return Anatomy(
         units=tuple(u for u in units if u.tensors or not shares),
         loose=tuple(sorted(loose)),
         tables=frozenset(tables - loose),
         linears=frozenset(linears - loose),
+        transposed=frozenset(transposed - loose),
         owners={name: tuple(holders) for name, holders in owners.items()},
     )
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the linear layer that transformers has from GPT; it is told by name, so that none is imported."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def _is_plain_table(owner: Owner) -> bool:
