@@ -17,12 +17,14 @@ from rich.console import Console
 from offload import api
 from offload.budgets import resolve
 from offload.checkpoint import find, read_config
-from offload.checkpoint.outline import outline
+from offload.checkpoint.outline import Outline, outline
 from offload.commands.bar import bar
 from offload.commands.training import Progress, announce, note, place, say, summarise
 from offload.errors import BudgetError, UsageError
 from offload.finetune import finish, reading
+from offload.finetune.assemble_zeroth import place_zeroth
 from offload.finetune.config import Config
+from offload.finetune.copies import Copies, copies
 from offload.finetune.disk import Finished, check_room, finish_state, forget_finished, read_finished
 from offload.finetune.forecast import Batch, Forecast, forecast
 from offload.finetune.journal import Journal, check_journal, read_journal
@@ -38,6 +40,7 @@ from offload.optim import make, options_of
 from offload.plan.machine import machine
 from offload.plan.process import process_nbytes
 from offload.planner.schedule import explain
+from offload.runtime.discovery import dissect
 from offload.specs import ModelSpec
 from offload.units import parse_bytes
 
@@ -68,8 +71,12 @@ def execute(request: Request) -> int:
     with bar(console) as progress:
         prepared = prepare(config, tokenizer, read_config(directory), progress=progress)
         total = 0 if request.resume else prepared.feed.count(config.train, _records(progress))
-    spec = outline(directory, read_checkpoint(directory)).spec
-    outlook = replace(foresee(config, spec, total), forecast=_forecast(config, spec, directory))
+    sketch = outline(directory, read_checkpoint(directory))
+    outlook = foresee(config, sketch.spec, total)
+    if config.method == "full":
+        outlook = replace(outlook, forecast=_forecast(config, sketch.spec, directory))
+    if config.method == "zo":
+        outlook = replace(outlook, copies=_copies(config, sketch, total))
     announce(config, prepared, total, outlook, console)
     output, limit = Path(config.train.output_dir), config.budgets.disk_limit
     state = Path(config.budgets.offload_dir or output / STATE)
@@ -120,9 +127,9 @@ def engine_arguments(config: Config, *, resume: bool) -> dict[str, Any]:
     if config.method == "lora":
         arguments["lora"] = {name: getattr(config.lora, name) for name in config.lora.__struct_fields__}
     if config.method == "zo":
-        arguments |= {"zo_eps": config.zo.eps, "zo_write_every": config.zo.write_every}
-    rows = max(train.per_device_train_batch_size, train.per_device_eval_batch_size or 0)
-    arguments["tokens"] = rows * config.data.max_length
+        zo = config.zo
+        arguments |= {"zo_eps": zo.eps, "zo_write_every": zo.write_every, "zo_sparsity": zo.sparsity}
+    arguments["tokens"] = _tokens(config)
     optional = ("cpu_memory", "gpu_memory", "disk_limit", "device")
     arguments |= {name: value for name in optional if (value := getattr(budgets, name)) is not None}
     known = inspect.signature(api.finetuning).parameters
@@ -151,8 +158,6 @@ def _already_finished(
 
 def _forecast(config: Config, spec: ModelSpec, directory: Path) -> Forecast | None:
     """A step on this machine, by method full."""
-    if config.method != "full":
-        return None
     train = config.train
     batch = Batch(
         rows=train.per_device_train_batch_size,
@@ -168,6 +173,27 @@ def _forecast(config: Config, spec: ModelSpec, directory: Path) -> Forecast | No
         )  # fmt: skip
     except BudgetError:  # the trainer measures, and says what does not fit
         return None
+
+
+def _copies(config: Config, sketch: Outline, steps: int) -> Copies:
+    """What method zo writes of weights."""
+    budgets, anatomy = resolve(cpu_memory=config.budgets.cpu_memory), dissect(sketch.model, shares=False)
+    try:
+        placement = place_zeroth(
+            sketch.model, anatomy, sketch.sources, budgets, _tokens(config), process_nbytes(exact=False)
+        )
+    except BudgetError:  # the trainer says what does not fit
+        return Copies()
+    streamed = sum(sketch.sources[t.name].nbytes for ts in placement.bundles.values() for t in ts)
+    found = copies(streamed, sketch.spec.nbytes - streamed, steps=steps, every=config.zo.write_every)
+    limit = config.budgets.disk_limit
+    return found if limit is None else replace(found, disk_nbytes=min(found.disk_nbytes, parse_bytes(limit, "limit")))
+
+
+def _tokens(config: Config) -> int:
+    """Of a micro-batch, at most."""
+    train = config.train
+    return max(train.per_device_train_batch_size, train.per_device_eval_batch_size or 0) * config.data.max_length
 
 
 def _records(progress: Any) -> Any:

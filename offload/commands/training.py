@@ -77,6 +77,8 @@ def _plan(outlook: Outlook) -> str:
         text += f", optimizer state of {format_bytes(outlook.state_nbytes)} on disk, twice"
     if outlook.activation_nbytes:
         text += f", activations of {format_bytes(outlook.activation_nbytes)} on disk"
+    if outlook.copies.disk_nbytes:
+        text += f", weights that are written back {format_bytes(outlook.copies.disk_nbytes)} on disk at most"
     if not outlook.write_bytes_per_step:
         return text
     text += (

@@ -57,6 +57,7 @@ def assemble(
     overwrite: bool,
     shard_count: int = SHARD_COUNT,
     slots: int = SLOTS,
+    belongs: Mapping[str, Any] | None = None,
 ) -> Trainer:
     """A trainer whose state is new, or that of the last commit.
 
@@ -69,6 +70,7 @@ def assemble(
         save: writes the model, given its weights, to a folder.
         put_back: gets the last weights when the trainer is closed.
         travels: weights may travel where they do not fit in memory.
+        belongs: what else the state belongs to, beside parameters and optimizer.
 
     Raises:
         BudgetError, ModelError, UsageError, StorageError, CheckpointError: see offload.errors.
@@ -96,7 +98,7 @@ def assemble(
         "dtype": sorted({str(dtype) for dtype, _ in parameters.values()}),
         "optimizer": optimizer.name,
         "shard": shard_count,
-    }
+    } | dict(belongs or {})
     _warm(optimizer, kernels)
     ring = min(slots, len(shards)) * max(shards.values())
     plan = plan_first(layouts, ring, cpu_memory, wishes, travels=travels)

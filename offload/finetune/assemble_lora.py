@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 from offload.checkpoint import Opened
+from offload.checkpoint.fingerprint import fingerprint
 from offload.finetune.assemble import SLOTS, assemble
 from offload.finetune.lora import A, B, Lora, adapt, begin, save_adapters
 from offload.finetune.room import backward_nbytes, place_beside, spec_of
@@ -60,6 +61,7 @@ def assemble_lora(
             fill=lambda views: begin(views, seed), streams=streams, travels=False,
             save=lambda views, folder: save_adapters(root, lora, targets, views, folder, engine),
             seed=seed, cpu_memory=budgets.cpu_memory, **options,
+            belongs={"adapters": lora.adds, "checkpoint": fingerprint(opened.checkpoint)},
         )  # fmt: skip
     except BaseException:
         streams.close()

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from offload.checkpoint import Opened
+from offload.checkpoint.fingerprint import fingerprint
 from offload.errors import ModelError, UsageError
 from offload.finetune.assemble import DTYPES
 from offload.finetune.export import export_checkpoint
 from offload.finetune.room import place_beside, spec_of
+from offload.finetune.sparse import thresholds
 from offload.finetune.trainer import Trainer
 from offload.io.engine import Engine
 from offload.kernels.chosen import Kernels
 from offload.kernels.reference.directions import Along, Sides
-from offload.runtime.discovery import dissect
+from offload.planner.placement import Placement
+from offload.runtime.discovery import Anatomy, dissect
 from offload.runtime.sides import sides_nbytes
 from offload.runtime.zeroth import Zeroth, uses
 from offload.specs import Budgets
+from offload.tiers.layout import Source
 from offload.tiers.logfile import LogFile
 
 
@@ -29,8 +35,10 @@ def assemble_zeroth(
     learning_rate: float,
     eps: float,
     write_every: int | None,
+    sparsity: float,
     budgets: Budgets,
     tokens: int,
+    disk_limit: int | None,
     offload_dir: Path,
     seed: int,
     resume: bool,
@@ -41,6 +49,8 @@ def assemble_zeroth(
         raise UsageError(f"eps={eps}: weights are moved by a positive distance")
     if write_every is not None and write_every < 1:
         raise UsageError(f"zo_write_every={write_every}: give a number of steps from 1 on, or None")
+    if not 0 <= sparsity < 1:
+        raise UsageError(f"zo_sparsity={sparsity}: give the share of weights that do not move, from 0 to below 1")
     root, sources = opened.model, opened.sources
     strange = sorted({str(s.dtype) for s in sources.values() if s.dtype not in DTYPES})
     if strange:
@@ -56,6 +66,8 @@ def assemble_zeroth(
         "dtype": sorted({str(s.dtype) for s in sources.values()}),
         "optimizer": "zo",
         "seed": seed,
+        "sparsity": sparsity,
+        "checkpoint": fingerprint(opened.checkpoint),
     }
     state = LogFile(offload_dir, identity, resume=resume, overwrite=overwrite)
     try:
@@ -63,12 +75,15 @@ def assemble_zeroth(
         for base in state.bases:
             base.verify(state.folder, engine, lambda d: str(kernels.run("checksum", d)))
             found |= base.sources(state.folder, sources)
-        spec = spec_of(anatomy, found, getattr(root, "config", None), by_rows=False)
-        sides = {"both sides of the largest unit": sides_nbytes(uses(anatomy), found)}
-        placement = place_beside(spec, budgets, tokens, sides)
+        if sparsity and "limits" not in state.facts:
+            found_limits = thresholds(sources, sparsity, engine)
+            state.facts["limits"] = {n: limit.hex() for n, limit in found_limits.items()}
+        limits = {n: float.fromhex(limit) for n, limit in state.facts.get("limits", {}).items()}
+        placement = place_zeroth(root, anatomy, found, budgets, tokens)
         training = Zeroth(
-            root, anatomy, found, placement, engine, kernels, state, eps=eps, seed=seed, write_every=write_every
-        )
+            root, anatomy, found, placement, engine, kernels, state,
+            eps=eps, seed=seed, limits=limits, write_every=write_every, disk_limit=disk_limit,
+        )  # fmt: skip
     except BaseException:
         state.close()
         raise
@@ -85,6 +100,24 @@ def assemble_zeroth(
         root, training, None, engine,
         learning_rate=learning_rate, cpu_memory=budgets.cpu_memory, wishes=None, save=save, finish=finish,
     )  # fmt: skip
+
+
+def place_zeroth(
+    root: Any,
+    anatomy: Anatomy,
+    sources: Mapping[str, Source],
+    budgets: Budgets,
+    tokens: int,
+    base_nbytes: int | None = None,
+) -> Placement:
+    """Where weights live. Arguments as for `place_beside`.
+
+    Raises:
+        BudgetError: not even the ring fits.
+    """
+    spec = spec_of(anatomy, sources, getattr(root, "config", None), by_rows=False)
+    sides = {"both sides of the largest unit": sides_nbytes(uses(anatomy), sources)}
+    return place_beside(spec, budgets, tokens, sides, base_nbytes)
 
 
 def _warm(kernels: Kernels) -> None:

@@ -76,10 +76,12 @@ class Zo(Section):
     Attributes:
         eps: length of the step to both sides along a random direction, per weight.
         write_every: steps after which weights that stream are written back; default: as it pays.
+        sparsity: share of each parameter's weights, the largest ones, that do not move (Sparse MeZO); 0: all move.
     """
 
     eps: Positive = 1e-3
     write_every: AtLeast1 | None = None
+    sparsity: Share = 0.0
 
 
 class Budgets(Section):

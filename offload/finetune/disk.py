@@ -44,9 +44,7 @@ def check_room(outlook: Outlook, offload_dir: Path, output_dir: Path, limit: int
         BudgetError: it takes more than `limit` in offload_dir.
         StorageError: a disk has not as much free.
     """
-    parts = {"optimizer state, twice": outlook.disk_nbytes - outlook.activation_nbytes}
-    parts |= {"activations": outlook.activation_nbytes} if outlook.activation_nbytes else {}
-    sums = " + ".join(f"{format_bytes(n)} ({what})" for what, n in parts.items())
+    sums = " + ".join(f"{format_bytes(n)} ({what})" for what, n in outlook.disk_parts.items()) or "nothing"
     if limit is not None and outlook.disk_nbytes > limit:
         raise BudgetError(
             f"budgets.disk_limit={format_bytes(limit)} is less than this run takes in {offload_dir}: {sums}. Give at "

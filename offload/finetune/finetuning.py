@@ -40,6 +40,7 @@ def finetuning(
     lora: Mapping[str, Any] | None = None,
     zo_eps: float = 1e-3,
     zo_write_every: int | None = None,
+    zo_sparsity: float = 0.0,
     optimizer: str = "adamw",
     learning_rate: float = 1e-5,
     max_grad_norm: float | None = 1.0,
@@ -74,6 +75,7 @@ def finetuning(
             passes a step and no optimizer, whose state on disk is a log of one number a step.
         zo_eps: how far zo moves weights to each side.
         zo_write_every: steps after which zo writes back the weights that stream; None: as it pays.
+        zo_sparsity: share of each parameter's weights, the largest ones, that zo leaves alone (Sparse MeZO).
         lora: r, lora_alpha, lora_dropout and target_modules of the adapters, as PEFT names them.
         optimizer: adamw, adamw_8bit (moments in 8 bits, half the bytes to move), sgd (with momentum 0.9), adafactor or
             apollo (a third of the bytes; see docs/finetuning.md).
@@ -93,6 +95,7 @@ def finetuning(
             inputs of units that wait in memory or, where that is short or the disk has time, on disk; "keep",
             "recompute", "disk".
         disk_limit: bytes that state, and what does not fit in memory, may take in offload_dir; default: what is free.
+            zo writes no weights back for which there is no room, and applies a longer log.
         resume: go on from the last commit in offload_dir, if there is one.
         overwrite: replace a state that is there.
         io: I/O backend: threads, uring or aiofiles.
@@ -139,8 +142,8 @@ def finetuning(
             read = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
             return assemble_zeroth(
                 read, engine, kernels, learning_rate=learning_rate, eps=zo_eps, write_every=zo_write_every,
-                budgets=replace(budgets, resident=wishes.weights), tokens=tokens,
-                offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
+                sparsity=zo_sparsity, budgets=replace(budgets, resident=wishes.weights), tokens=tokens,
+                disk_limit=limit, offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
             )  # fmt: skip
         slots = SLOTS
         if isinstance(model, nn.Module):

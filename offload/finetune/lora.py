@@ -43,6 +43,13 @@ class Lora:
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout={self.lora_dropout} is not a share from 0 to 1")
 
+    @property
+    def adds(self) -> str:
+        """What adapters compute: trained ones are of no use with another."""
+        targets = self.target_modules
+        where = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+        return f"r={self.r}, lora_alpha={self.lora_alpha:g}, of {where}"
+
 
 def adapt(root: nn.Module, lora: Lora) -> dict[str, nn.Linear]:
     """Adds adapters, on meta, and freezes all else; returns the adapted modules by name.

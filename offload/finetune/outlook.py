@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from offload.finetune.config import Config
+from offload.finetune.copies import NONE, Copies
 from offload.finetune.forecast import Forecast
 from offload.kernels.chosen import Kernels
 from offload.optim import make
@@ -31,6 +32,7 @@ class Outlook:
         exports_written: copies that are written in the whole run.
         drive_bytes: what the drive is rated to have written in its life.
         forecast: a step on this machine; None where nobody knows.
+        copies: of weights that are written back, by method zo.
     """
 
     params: int
@@ -43,11 +45,23 @@ class Outlook:
     exports_written: int = 1
     drive_bytes: int = DRIVE_BYTES
     forecast: Forecast | None = None
+    copies: Copies = NONE
 
     @property
     def disk_nbytes(self) -> int:
         """Taken in offload_dir."""
-        return SLOTS * self.state_nbytes + self.activation_nbytes + self.scratch_nbytes
+        return sum(self.disk_parts.values())
+
+    @property
+    def disk_parts(self) -> dict[str, int]:
+        """The same by purpose, of what there is."""
+        parts = {
+            "optimizer state, twice": SLOTS * self.state_nbytes,
+            "weights and gradients that do not stay in memory": self.scratch_nbytes,
+            "activations": self.activation_nbytes,
+            "weights written back, at most": self.copies.disk_nbytes,
+        }
+        return {what: nbytes for what, nbytes in parts.items() if nbytes}
 
     @property
     def scratch_nbytes(self) -> int:
@@ -62,12 +76,14 @@ class Outlook:
     @property
     def write_bytes_per_step(self) -> int:
         """Written in a step, and read, at most: what stays in memory is written for commits only."""
-        return self.state_nbytes + self.activation_nbytes + self.scratch_nbytes
+        return self.state_nbytes + self.activation_nbytes + self.scratch_nbytes + self.copies.step_nbytes
 
     @property
     def write_bytes(self) -> int:
         """Written in the whole run, at most; the first state counts too."""
-        return self.state_nbytes + self.steps * self.write_bytes_per_step + self.exports_written * self.export_nbytes
+        each = self.write_bytes_per_step - self.copies.step_nbytes
+        exported = self.exports_written * self.export_nbytes
+        return self.state_nbytes + self.steps * each + self.copies.nbytes + exported
 
     @property
     def drive_steps(self) -> int:
@@ -81,6 +97,7 @@ class Outlook:
             "weight_bytes": self.weight_nbytes,
             "state_bytes": self.state_nbytes,
             "activation_bytes": self.activation_nbytes,
+            "written_back_bytes_at_most": self.copies.nbytes,
             "disk_bytes": self.disk_nbytes,
             "output_bytes": self.output_nbytes,
             "write_bytes_per_step_at_most": self.write_bytes_per_step,

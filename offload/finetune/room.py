@@ -51,17 +51,20 @@ def backward_nbytes(spec: ModelSpec, tokens: int) -> dict[str, int]:
     }
 
 
-def place_beside(spec: ModelSpec, budgets: Budgets, tokens: int, beside: Mapping[str, int]) -> Placement:
+def place_beside(
+    spec: ModelSpec, budgets: Budgets, tokens: int, beside: Mapping[str, int], base_nbytes: int | None = None
+) -> Placement:
     """Keeps as much as fits, and at most what the budgets ask for.
 
     Args:
         tokens: of a micro-batch.
         beside: what else a step takes, by purpose.
+        base_nbytes: what the process takes before any weight; None: what this one takes now.
 
     Raises:
         BudgetError: not even the ring fits; says which budget would do.
     """
-    base = rss_bytes()
+    base = rss_bytes() if base_nbytes is None else base_nbytes
     reserve = LIBRARIES + SLACK + int(MARGIN * budgets.cpu_memory)
     parts = {"the process itself": base, "libraries and margin": reserve}
     parts |= {f"{name} ({tokens:,} tokens)": n for name, n in step_nbytes(spec, tokens).items()} | dict(beside)

@@ -108,7 +108,8 @@ class Trainer:
     @property
     def fallbacks(self) -> tuple[str, ...]:
         """What did not go the fast way, a sentence each."""
-        return self._engine.fallbacks
+        own = self.training.fallbacks if isinstance(self.training, Zeroth) else ()
+        return (*self._engine.fallbacks, *own)
 
     def whereabouts(self) -> Whereabouts | None:
         """Where weights that are not trained by gradients are; None where all are."""

@@ -14,6 +14,7 @@ import torch
 from offload.runtime.backprop import Loss
 from offload.runtime.discovery import Anatomy
 from offload.runtime.streams import Streams, Whereabouts
+from offload.runtime.timeline import now
 from offload.runtime.training import Pass, Training
 
 ENDLESS = 1 << 63
@@ -32,6 +33,7 @@ class Adapted(Training):
         super().__init__(root, anatomy, *others, frozen=nowhere, **options)
         self.streams = streams
         self._units = [u.name for u in anatomy.units]
+        self._entered = 0.0
         streams.start(self.timeline)
 
     def run(self, losses: Sequence[Loss], scales: Sequence[float], numbers: Callable[[float], Any], step: int) -> Pass:
@@ -54,9 +56,13 @@ class Adapted(Training):
         """See Owner."""
         self.streams.enter(unit)
         super().enter(unit, is_backward=is_backward)
+        self._entered = now()
 
     def leave(self, unit: str, *, is_backward: bool) -> None:
         """See Owner."""
+        if not self.cells.layouts[unit].places:  # all others count themselves
+            name = "backward" if is_backward else "forward"
+            self.timeline.add("compute", f"{name} {unit}", self._entered, now())
         super().leave(unit, is_backward=is_backward)
         self.streams.leave(unit)
 

@@ -75,9 +75,13 @@ class Executor:
         emit: makes the schedule of one pass for an order of units.
         mover: moves bundles; owns the rings.
         timeline: receives spans and stalls.
+        counts_compute: whether what lies between `enter` and `leave` is a span; False where the caller knows better.
     """
 
-    def __init__(self, order: Sequence[str], emit: Emit, mover: Mover, timeline: Timeline) -> None:
+    def __init__(
+        self, order: Sequence[str], emit: Emit, mover: Mover, timeline: Timeline, *, counts_compute: bool = True
+    ) -> None:
+        self._counts_compute = counts_compute
         self._full_order, self._emit, self._mover, self._timeline = tuple(order), emit, mover, timeline
         self._changed = threading.Condition()
         self._flights: dict[_Key, Flight] = {}
@@ -124,7 +128,8 @@ class Executor:
             return
         step, start = self._inside
         self._inside = None
-        self._timeline.add("compute", step.unit, start, now(), step.nbytes)
+        if self._counts_compute:
+            self._timeline.add("compute", step.unit, start, now(), step.nbytes)
         for release in self._releases.get(step.index, ()):
             self._release(release, self._schedule[step.after[0]], self._pass)
         self._at += 1

@@ -97,7 +97,7 @@ class Streams:
         self._binder.unbind(self.names)
         self._binder.bind({n: t for n in self.names if (t := self.store.resident(n)) is not None})
         if self._order:
-            self._executor = Executor(self._order, self._emit, self.store, timeline)
+            self._executor = Executor(self._order, self._emit, self.store, timeline, counts_compute=False)
 
     def travels(self, unit: str) -> bool:
         """Whether some weights of a unit are not there between visits."""

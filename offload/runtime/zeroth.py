@@ -37,6 +37,7 @@ from offload.runtime.writeback import WriteBack
 from offload.tiers.images import Base, Images
 from offload.tiers.layout import Source
 from offload.tiers.logfile import LogFile
+from offload.units import format_bytes
 
 TOGETHER = 8  # micro-batches of an evaluation that share a pass over weights
 REPLAYED = 64  # updates that a resumed run applies at most to weights that stay; with more, a commit writes them
@@ -58,6 +59,10 @@ class Zeroth:
         seed: of directions.
         limits: parameter -> the magnitude above which its weights do not move; those that are not named all move.
         write_every: steps after which what streams is written back; None: as it pays.
+        disk_limit: bytes that weights may take in the log's folder; None: what is free.
+
+    Attributes:
+        fallbacks: what did not go the fast way, a sentence each.
     """
 
     ring_nbytes = 0
@@ -76,9 +81,11 @@ class Zeroth:
         seed: int,
         limits: Mapping[str, float] | None = None,
         write_every: int | None = None,
+        disk_limit: int | None = None,
     ) -> None:
         self.root, self.state, self._engine, self._kernels = root, state, engine, kernels
-        self._eps, self._seed, self._sources = eps, seed, sources
+        self._eps, self._seed, self._sources, self._disk_limit = eps, seed, sources, disk_limit
+        self.fallbacks: tuple[str, ...] = ()
         self.timeline = Timeline()
         self._along = {n: Along(seed, n, (limits or {}).get(n, float("inf"))) for n in sources}
         self._stored = dict.fromkeys(sources, ("", 0))  # parameter -> its base, if not the checkpoint, and its updates
@@ -101,6 +108,7 @@ class Zeroth:
         self._step = 0  # the step whose direction is used; 0: weights stay as they are
         self._half = 0
         self._apply_s = 0.0
+        self._entered = 0.0
         try:
             self.streams.fill()
             self.streams.start(self.timeline)
@@ -150,7 +158,8 @@ class Zeroth:
         """Makes the present step the one that a later run finds."""
         if self._current is not None:
             self._current.sync()
-        if len(self.state.log) - min((self._stored[n][1] for n in self._staying), default=0) > REPLAYED:
+        replayed = len(self.state.log) - min((self._stored[n][1] for n in self._staying), default=0)
+        if replayed > REPLAYED and self._has_room({STAYING: self.streams.store.arena.used_nbytes}):
             self._write_staying()
         found = []
         for file, base in self._bases.items():
@@ -172,7 +181,7 @@ class Zeroth:
 
     def _pass(self, losses: Sequence[Loss], step: int) -> list[float]:
         updates = len(self.state.log) - min((self._has[n] for n in self._travelling), default=0)
-        is_writing = bool(self._step) and self._rhythm.is_due(updates)
+        is_writing = bool(self._step) and self._rhythm.is_due(updates) and self._has_room(self._image_sizes())
         if is_writing:
             self._begin_images()
         self.streams.follow(self._order)
@@ -203,7 +212,7 @@ class Zeroth:
                 self._kernels.run("move_along", weights, self._along[name], due, kept, sides)
             if stays:
                 self._has[name] = len(self.state.log)
-        end = now()
+        end = self._entered = now()
         self.timeline.add("move", unit, start, end, 0)
         if in_slot:
             self._apply_s += end - start
@@ -221,6 +230,7 @@ class Zeroth:
         raise AssertionError("there is no backward pass")
 
     def leave(self, unit: str, *, is_backward: bool) -> None:
+        self.timeline.add("compute", unit, self._entered, now())
         if self._images is not None and self.streams.travels(unit):
             start = now()
             self._images.wait(unit)
@@ -251,10 +261,21 @@ class Zeroth:
 
     # Writing back.
 
-    def _begin_images(self) -> None:
+    def _image_sizes(self) -> dict[str, int]:
         store = self.streams.store
-        sizes = {unit: store.image_nbytes(unit) for unit in self.streams.travelling}
-        self._images = Images(self.state.folder, len(self.state.log), sizes, self._engine, self._checksum)
+        return {unit: store.image_nbytes(unit) for unit in self.streams.travelling}
+
+    def _has_room(self, sizes: Mapping[str, int]) -> bool:
+        """Whether weights may be written; without it the log goes on growing, and with it what is applied."""
+        if self._disk_limit is None or self.state.taken_nbytes() + sum(sizes.values()) <= self._disk_limit:
+            return True
+        self.fallbacks = (
+            f"weights were not written back for want of room: disk_limit={format_bytes(self._disk_limit)}",
+        )
+        return False
+
+    def _begin_images(self) -> None:
+        self._images = Images(self.state.folder, len(self.state.log), self._image_sizes(), self._engine, self._checksum)
 
     def _end_images(self) -> None:
         """What streams is read from the new file from now on."""

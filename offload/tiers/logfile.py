@@ -31,6 +31,7 @@ class LogFile:
         folder: of the state.
         log: a number for each step, in order.
         step, extra, bases: of the last commit.
+        facts: what every later run needs and cannot find out: plain JSON values, set before the first commit.
 
     Raises:
         UsageError, CheckpointError, StorageError: as `open_state`.
@@ -41,6 +42,7 @@ class LogFile:
         self.log: list[float] = []
         self.step, self.extra = 0, dict[str, Any]()
         self.bases: tuple[Base, ...] = ()
+        self.facts: dict[str, Any] = {}
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(folder / "state.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -62,6 +64,7 @@ class LogFile:
             if commit is not None:
                 check_identity(commit.identity, self._identity)
                 self.step, self.extra = commit.step, dict(commit.extra["extra"])
+                self.facts = dict(commit.extra.get("facts", {}))
                 self.log = [float.fromhex(by) for by in commit.extra["log"]]
                 self.bases = tuple(map(Base.from_dict, commit.extra.get("bases", ())))
             else:
@@ -78,12 +81,21 @@ class LogFile:
         Args:
             bases: files that are durable. Those of the last commit that are not among them are removed.
         """
-        told = {"log": [by.hex() for by in self.log], "extra": dict(extra), "bases": [b.as_dict() for b in bases]}
+        told = {
+            "log": [by.hex() for by in self.log],
+            "extra": dict(extra),
+            "bases": [b.as_dict() for b in bases],
+            "facts": self.facts,
+        }
         if bases:
             sync_folder(self.folder)  # their names, before a manifest that has them
         write_commit(self.folder, Commit(step=len(self.log), shards={}, identity=self._identity, extra=told))
         self.step, self.extra, self.bases = len(self.log), dict(extra), tuple(bases)
         self.sweep(())
+
+    def taken_nbytes(self) -> int:
+        """Of all files of weights."""
+        return sum(path.stat().st_size for path in self.folder.glob(BASES))
 
     def sweep(self, used: Sequence[str]) -> None:
         """Removes files of weights that neither the last commit has nor `used` names."""

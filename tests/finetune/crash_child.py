@@ -2,6 +2,7 @@
 
     crash_child.py FOLDER SEED KILLS
 
+What FOLDER's name ends with says what is trained: clip, noclip, travel-clip, travel-noclip or zo.
 Every child goes on from the last commit. Each is killed (SIGKILL) at its k-th call of those that touch files, k drawn
 at random, until KILLS of them have been; the last runs to its end. Prints one JSON line: a digest of all weights and
 state, and the losses and norms that were seen of each step.
@@ -21,10 +22,11 @@ from typing import Any
 import torch
 
 import offload
+from offload.runtime import zeroth
 from offload.tiers.commit import MANIFEST
 
 STEPS = 6
-CALLS = ("open", "write", "fsync", "rename", "pwritev", "preadv", "close")
+CALLS = ("open", "write", "fsync", "rename", "pwritev", "preadv", "close", "unlink", "posix_fallocate")
 
 
 def batch(step: int) -> dict[str, torch.Tensor]:
@@ -55,25 +57,31 @@ def load_libraries() -> None:
 
     import offload.kernels.cpu.adamw_step
     import offload.kernels.cpu.checksum
+    import offload.kernels.cpu.move_along
     import offload.kernels.cpu.square_sum
 
     assert offload.finetuning is not None
+
+
+def options(name: str) -> dict[str, Any]:
+    """What the folder's name asks for."""
+    if name.endswith("zo"):
+        zeroth.REPLAYED = 2  # so that weights that stay are written too
+        return {"method": "zo", "zo_eps": 1e-2, "zo_write_every": 2, "resident_weights": 0.4}
+    return {
+        "max_grad_norm": None if name.endswith("noclip") else 0.5,
+        "resident": 0.3,
+        "resident_weights": 0.4 if "travel" in name else None,
+    }
 
 
 def train(folder: Path, k: int | None) -> None:
     """Trains to the end, with a commit after each step, and writes what it saw."""
     if k is not None:
         arm(k)
-    clip = None if folder.name.endswith("noclip") else 0.5
     with offload.finetuning(
-        folder / "model",
-        offload_dir=folder / "state",
-        max_grad_norm=clip,
-        learning_rate=1e-2,
-        resident=0.3,
-        resident_weights=0.4 if "travel" in folder.name else None,
-        resume=True,
-    ) as trainer:  # fmt: skip
+        folder / "model", offload_dir=folder / "state", learning_rate=1e-2, resume=True, **options(folder.name)
+    ) as trainer:
         while trainer.step_number < STEPS:
             step = trainer.step_number
             if trainer.extra.get("position", 0) != step:
@@ -84,8 +92,8 @@ def train(folder: Path, k: int | None) -> None:
             trainer.extra = {"position": trainer.step_number}
             trainer.commit()
         digest = hashlib.sha256()
-        for name, parameter in sorted(trainer.model.named_parameters()):
-            digest.update(name.encode() + parameter.detach().view(torch.int16).numpy().tobytes())
+        for name, weights in sorted(trainer.weights().items()):
+            digest.update(name.encode() + weights.detach().view(torch.int16).numpy().tobytes())
     state = json.loads((folder / "state" / MANIFEST).read_bytes().partition(b"\n")[2])
     for name, (_, checksum) in sorted(state["shards"].items()):
         digest.update(f"{name} {checksum}".encode())

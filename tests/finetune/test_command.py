@@ -18,9 +18,16 @@ from plain_trainer import PlainTrainer, plain_finetuning
 from tiny_text import save
 
 from offload import api
+from offload.checkpoint.outline import outline
 from offload.cli import main
+from offload.errors import BudgetError
+from offload.finetune.assemble_zeroth import place_zeroth
 from offload.finetune.journal import read_journal
 from offload.finetune.trainer import Trainer
+from offload.io.safetensors import read_checkpoint
+from offload.runtime.discovery import dissect
+from offload.specs import Budgets
+from offload.tiers.logfile import LogFile
 
 TALK = [
     {
@@ -352,3 +359,50 @@ def test_it_says_where_weights_that_no_gradient_trains_live(
     plan = json.loads(capfd.readouterr().out.splitlines()[-1])["plan"]
     assert plan["streamed_nbytes"] == plan["step_nbytes"] == 0
     assert plan["resident_nbytes"] == plan["weight_bytes"]
+
+
+BASE = 100 << 20  # bytes of a process, as plan and run are told
+
+
+def small_budget(model: Path, tokens: int) -> int:
+    """Bytes with which a part of the weights streams."""
+    sketch = outline(model, read_checkpoint(model))
+    anatomy = dissect(sketch.model, shares=False)
+    for budget in range(BASE, 4 * BASE, 1 << 17):
+        try:
+            place_zeroth(sketch.model, anatomy, sketch.sources, Budgets(cpu_memory=budget), tokens, BASE)
+        except BudgetError:
+            continue
+        return budget
+    raise AssertionError("nothing fits")
+
+
+def test_the_plan_has_what_zo_writes_back(
+    trainer: Any, config: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if trainer is PlainTrainer:
+        pytest.skip("it holds everything in memory")
+    monkeypatch.setattr("offload.finetune.room.rss_bytes", lambda: BASE)
+    monkeypatch.setattr("offload.commands.finetune.process_nbytes", lambda exact: BASE)
+    options = [
+        "method=zo", "zo.write_every=2", "train.max_steps=6", "train.save_steps=1",
+        f"budgets.cpu_memory={small_budget(model, 2 * 64)}", "--json",
+    ]  # fmt: skip
+    most: list[int] = []
+    count = LogFile.sweep
+    monkeypatch.setattr(LogFile, "sweep", lambda log, used: (most.append(log.taken_nbytes()), count(log, used))[1])
+    assert run(config, *options) == 0
+    report = json.loads(capsys.readouterr().out)
+    plan, streamed = report["plan"], report["plan"]["streamed_nbytes"]
+    assert 0 < streamed < plan["weight_bytes"]
+    assert plan["written_back_bytes_at_most"] == 2 * streamed
+    pages = 4096 * 64
+    assert streamed <= max(most) <= plan["disk_bytes"] + pages
+    assert 2 * streamed <= report["write_bytes"] <= plan["written_back_bytes_at_most"] + pages
+    limited = [f"train.output_dir={tmp_path / 'limited'}", f"budgets.disk_limit={streamed // 2}"]
+    most.clear()
+    assert run(config, *options, *limited) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (max(most), report["write_bytes"]) == (0, 0)
+    assert report["plan"]["disk_bytes"] <= streamed // 2

@@ -67,6 +67,8 @@ def test_overrides(path: Path) -> None:
         ("train.warmup_steps=-1", "train.warmup_steps: expected float >= 0"),
         ("train.lr_scheduler_type=cosinus", "known are constant, constant_with_warmup, linear, cosine"),
         ("data.format=csv", "data.format: invalid enum value 'csv'"),
+        ("zo.sparcity=0.5", r"did you mean zo.sparsity\?"),
+        ("zo.sparsity=1", "zo.sparsity: expected float < 1"),
         ("method=half", "method: invalid enum value 'half'"),
         ("budgets.cpu_memory=lots", "budgets: cpu_memory='lots' is not a size"),
         ("budgets.cpu_memory=-5", "not a size"),

@@ -64,6 +64,10 @@ def test_weights_are_read_once_there_and_once_back(tmp_path: Path) -> None:
             trainer.step(batches(step, 2))
         streams = trainer.training.streams
         assert trainer.training.streams.statistics().restarts == 0
+        computed = [s.name for s in trainer.training.timeline.spans if s.lane == "compute"]
+        names = trainer.training.backprop.order
+        forward = [f"forward {n}" for n in names[:-1]]
+        assert computed == 3 * [*forward, *(f"backward {n}" for n in reversed(names))], "each visit counts once"
         visits = streams.statistics().entered
         assert visits == 3 * (2 * len(streams.travelling) - (streams.travelling[-1] == "lm_head"))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,16 @@ EPS, RATE, SEED = 1e-2, 1e-2, 7
 
 
 class PlainMezo:
-    """The definition: move all weights, run, move them to the other side, run, update."""
+    """The definition: move all weights, run, move them to the other side, run, update.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: in memory.
+        sparsity: share of each parameter's weights that stays as it is.
+    """
+
+    def __init__(self, model: Any, sparsity: float = 0.0) -> None:
         self.model, self._steps = model.eval(), 0
+        self._along = {n: Along(SEED, n, threshold(p, sparsity)) for n, p in model.named_parameters()}
 
     @torch.no_grad()
     def step(self, given: list[dict[str, torch.Tensor]]) -> tuple[float, float]:
@@ -40,16 +49,29 @@ class PlainMezo:
 
     def _move(self, base: dict[str, torch.Tensor], by: float) -> None:
         for name, parameter in self.model.named_parameters():
-            move_along(base[name], Along(SEED, name), [(self._steps, by)], parameter.data)
+            move_along(base[name], self._along[name], [(self._steps, by)], parameter.data)
+
+
+def threshold(weights: torch.Tensor, sparsity: float) -> float:
+    """The magnitude up to which weights move, by sorting them."""
+    if not sparsity:
+        return math.inf
+    moving = weights.numel() - math.floor(sparsity * weights.numel())
+    found = weights.detach().float().abs().flatten().sort().values[moving - 1]
+    if weights.dtype is torch.float32:
+        found = (found.view(torch.int32) | 0xFFFF).view(torch.float32)
+    return float(found)
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "qwen3_moe"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_it_equals_plain_mezo(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sparsity", [0.0, 0.75])
+def test_it_equals_plain_mezo(kind: str, dtype: torch.dtype, sparsity: float, tmp_path: Path) -> None:
     MODELS[kind].save(tmp_path / "model", dtype)
-    mezo = PlainMezo(plain(tmp_path / "model", dtype))
+    mezo = PlainMezo(plain(tmp_path / "model", dtype), sparsity)
     options: dict[str, Any] = {
         "method": "zo", "zo_eps": EPS, "seed": SEED, "learning_rate": RATE, "offload_dir": tmp_path / "state",
+        "zo_sparsity": sparsity,
     }  # fmt: skip
     for first in (0, 3):  # the second time from the log
         with offload.finetuning(tmp_path / "model", resume=True, **options) as trainer:
@@ -63,7 +85,7 @@ def test_it_equals_plain_mezo(kind: str, dtype: torch.dtype, tmp_path: Path) -> 
             trainer.flush()
             theirs = dict(mezo.model.named_parameters())
             assert all(torch.equal(p, theirs[n]) for n, p in trainer.model.named_parameters())
-    assert (tmp_path / "state" / MANIFEST).stat().st_size < 1000
+    assert (tmp_path / "state" / MANIFEST).stat().st_size < (5000 if sparsity else 1000)
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == [MANIFEST, "state.lock"]
 
 
@@ -79,3 +101,48 @@ def test_a_log_belongs_to_its_seed(tmp_path: Path) -> None:
         offload.finetuning(tmp_path / "model", seed=2, resume=True, **options)
     with pytest.raises(offload.UsageError, match="resume"):
         offload.finetuning(tmp_path / "model", seed=1, **options)
+
+
+def test_sparse_mezo_leaves_the_largest_weights_alone(tmp_path: Path) -> None:
+    MODELS["llama"].save(tmp_path / "model", torch.bfloat16)
+    before = dict(plain(tmp_path / "model", torch.bfloat16).named_parameters())
+    options: dict[str, Any] = {
+        "method": "zo", "zo_eps": EPS, "zo_sparsity": 0.75, "learning_rate": 1.0, "offload_dir": tmp_path / "state",
+    }  # fmt: skip
+    with offload.finetuning(tmp_path / "model", **options) as trainer:
+        trainer.step(batches(0, 1))
+        for name, weights in trainer.weights().items():
+            limit = threshold(before[name], 0.75)
+            stays = before[name].detach().abs() > limit
+            assert torch.equal(weights[stays], before[name].detach()[stays]), name
+            assert stays.float().mean() <= 0.75
+            assert (weights != before[name].detach())[~stays].float().mean() > 0.5, name
+        trainer.commit()
+    with pytest.raises(offload.CheckpointError, match=r"its sparsity is 0.75, this run's is 0.5"):
+        offload.finetuning(tmp_path / "model", resume=True, **options | {"zo_sparsity": 0.5})
+    with pytest.raises(offload.UsageError, match=r"zo_sparsity=1: give the share"):
+        offload.finetuning(tmp_path / "model", resume=True, **options | {"zo_sparsity": 1})
+
+
+@pytest.mark.parametrize("method", ["zo", "lora"])
+def test_a_state_belongs_to_its_checkpoint(method: str, tmp_path: Path) -> None:
+    """A copy is the same one; other weights of the same shapes in its place are not."""
+    MODELS["llama"].save(tmp_path / "model", torch.bfloat16)
+    options: dict[str, Any] = {"method": method, "offload_dir": tmp_path / "state"}
+    with offload.finetuning(tmp_path / "model", **options) as trainer:
+        trainer.step(batches(0, 1))
+        trainer.commit()
+    shutil.copytree(tmp_path / "model", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "model")
+    with offload.finetuning(tmp_path / "copy", resume=True, **options) as trainer:
+        assert trainer.step_number == 1
+    shard = sorted((tmp_path / "copy").glob("*.safetensors"))[1]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    what = r"[\d,]+ bytes in \d+ files, headers [0-9a-f]{12}, weights [0-9a-f]{12}"
+    with pytest.raises(offload.CheckpointError, match=rf"its checkpoint is '{what}', this run's is '{what}'") as found:
+        offload.finetuning(tmp_path / "copy", resume=True, **options)
+    one, other = (text.rpartition(", ") for text in re.findall(what, str(found.value)))
+    assert one[0] == other[0], "only the weights differ"
+    assert one[2] != other[2]
