@@ -68,6 +68,22 @@ def test_answers_are_those_of_transformers(
         assert (answer["finish"], answer["prompt_tokens"], answer["text"]) == ("length", len(ids), None)
 
 
+def test_an_accelerator_shares_passes_too(
+    checkpoint: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Keys and values lie on the device, and what does not fit there beside them travels."""
+    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    assert run(checkpoint, prompts, "-o", here) == 0
+    capsys.readouterr()
+    device = ("--device", "emulated", "--gpu-memory", "800KB", "--resident", "0.5")
+    assert run(checkpoint, prompts, "-o", there, *device) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["rows"] == sum(LENGTHS) + 7 * 5
+    assert report["uploaded_bytes"] > 0
+    assert report["pool_bytes"] > 0
+    assert lines(there) == lines(here)
+
+
 @pytest.mark.parametrize(
     "sampling",
     [(), ("--sample", "--seed", "3", "--temperature", "1.5"), ("--exact", "--sample", "--seed", "3")],

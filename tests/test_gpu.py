@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import transformers
 from models import MODELS
 
 import offload
+from offload.cli import main
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,6 +60,23 @@ def test_offloaded_equals_on_the_card(name: str, dtype: torch.dtype, place: str,
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
         assert torch.equal(again[key], value), f"{key}, second time"
+
+
+def test_many_prompts_share_passes_on_the_card(tmp_path: Path) -> None:
+    """Rows of a pass are in one matrix on the card, and keys and values lie there; tokens are those of the CPU."""
+    checkpoint = MODELS["llama"].save(tmp_path / "model")
+    prompts = tmp_path / "prompts.jsonl"
+    ids = [[5 + (7 * i + j) % 300 for j in range(n)] for i, n in enumerate((3, 9, 4, 9, 1, 5, 2))]
+    prompts.write_text("".join(json.dumps({"prompt_ids": one}) + "\n" for one in ids))
+    found = []
+    for device, options in (("cpu", []), ("cuda", ["--gpu-memory", "900KB", "--resident", "0.5"])):
+        out = tmp_path / f"{device}.jsonl"
+        arguments = ["generate", *map(str, (checkpoint, prompts)), "-o", str(out), "--device", device, *options]
+        with pytest.raises(SystemExit) as end:
+            main([*arguments, "--max-new-tokens", "6", "--json"])
+        assert end.value.code in (0, None)
+        found.append([json.loads(line)["tokens"] for line in out.read_text().splitlines()])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("resident", [0, 0.5])

@@ -34,7 +34,7 @@ from offload.kernels.cpu.team import TeamFunction, team_function
 from offload.kernels.cpu.vector import fma, splat_f32
 
 CHUNK = 512  # tokens; whole blocks
-ALONE = 1 << 19  # bytes of keys up to which one thread is done before it has met the others
+ALONE = 1 << 19  # bytes of keys, for each new token, up to which one thread is done before it has met the others
 _INFINITY = float("inf")
 _LN_2 = math.log(2)
 
@@ -267,7 +267,7 @@ def decode_attention(
         v.data_ptr(), *(stride * v.itemsize for stride in v.stride()[:3]),
         *(0 if ends is None else ends.data_ptr() for ends in spans), window or 0, group, queries, dim, numbers,
         is_bf16, parts, sums, 0, 4 * size, scratch,
-        threads=None if batch * kv_heads * spanned * dim * k.itemsize > ALONE else 1,
+        threads=None if batch * kv_heads * spanned * dim * k.itemsize * queries > ALONE else 1,
     )  # fmt: skip
     _merge(
         batch * kv_heads * rows, chunks, rows, dim, parts, sums, out.data_ptr(), lse.data_ptr(), is_bf16,

@@ -131,7 +131,10 @@ def load(
         )
         if saved is not None:
             division = adopt(saved, spec, division)
-        where = create(device, memory_nbytes=division.arena_nbytes, link_bytes_per_s=rate)
+        memory = division.arena_nbytes
+        if memory is not None and work.pool_tokens:  # which the device itself lends (runtime/pool.py)
+            memory += spec.kv_bytes_per_token * (work.pool_tokens + 1)
+        where = create(device, memory_nbytes=memory, link_bytes_per_s=rate)
         parts = opened.model, opened.anatomy, opened.sources
         session = Session(
             *parts,

@@ -22,6 +22,7 @@ from offload.plan import work_of
 from offload.planner.batching import Batching
 from offload.runtime.pool import KeyValuePool
 from offload.runtime.ragged import Ragged
+from offload.runtime.session import SessionStatistics
 from offload.specs import Workload
 from offload.units import format_bytes, format_seconds
 
@@ -40,7 +41,7 @@ class Report:
         answered, new_tokens: lines that were added, and their tokens. End tokens count, padding does not.
         ready_s, generate_s: until the model was loaded; from then to the last answer.
         predicted_s: what the planner expected of generate_s if no sequence ended early; 0: nothing.
-        read_bytes: from disk while generating.
+        read_bytes, uploaded_bytes: from disk, and to an accelerator, while generating.
         compute_s: of generate_s in the model's units, without waiting.
         resident_bytes, pool_bytes: of weights, and of keys and values in the shared pool.
     """
@@ -56,6 +57,7 @@ class Report:
     generate_s: float = 0.0
     predicted_s: float = 0.0
     read_bytes: int = 0
+    uploaded_bytes: int = 0
     compute_s: float = 0.0
     resident_bytes: int = 0
     pool_bytes: int = 0
@@ -119,11 +121,12 @@ class Job:
     def say(self, text: str) -> None:
         self.console.print(text, style="dim", highlight=False)
 
-    def measured(self, handle: Offloaded, began: float, read_before: int) -> None:
-        """Takes the counters of a session that has generated since `began`."""
+    def measured(self, handle: Offloaded, began: float, before: SessionStatistics) -> None:
+        """Takes the counters of a session that has generated since `began`, when they were `before`."""
         now = handle.session.statistics()
         self.report.generate_s = time.perf_counter() - began
-        self.report.read_bytes = now.read_bytes - read_before
+        self.report.read_bytes = now.read_bytes - before.read_bytes
+        self.report.uploaded_bytes = now.uploaded_bytes - before.uploaded_bytes
         self.report.compute_s = now.totals.busy_s.get("compute", 0.0)
 
     def conclude(self, handle: Offloaded) -> None:
@@ -144,6 +147,7 @@ def by_passes(job: Job, plan: Batching) -> None:
             head_dim=spec.head_dim,
             tokens=plan.pool_tokens,
             dtype=getattr(torch, spec.dtype),
+            device=handle.session.device,
         )
         report.pool_bytes = plan.pool_tokens * spec.kv_bytes_per_token
         job.say(
@@ -160,7 +164,7 @@ def by_passes(job: Job, plan: Batching) -> None:
             **options.drawing(),
         )
         began = said = time.perf_counter()
-        before = handle.session.statistics().read_bytes
+        before = handle.session.statistics()
         with Ragged(handle.model, handle.session.kernels, pool) as ragged, job.console.status("first pass") as status:
             for done in passes(
                 ragged,
@@ -201,7 +205,7 @@ def by_blocks(job: Job, batch: int) -> None:
             f"{format_bytes(handle.resident_nbytes)} of weights in memory, {format_bytes(handle.streamed_nbytes)} on "
             "disk"
         )
-        began, before = time.perf_counter(), handle.session.statistics().read_bytes
+        began, before = time.perf_counter(), handle.session.statistics()
         for count, block in enumerate(blocks, 1):
             what = f"batch {count} of {len(blocks)}"
             job.add(_answer(job, handle, block, what))

@@ -25,6 +25,8 @@ from offload.plan.planning import BATCHES
 from offload.runtime.ragged import refuses
 from offload.units import format_bytes, format_seconds
 
+UNPACED = "1TB/s"  # of an emulated link without a pace: memory is slower, and a plan knows how slow
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request(Running):
@@ -93,8 +95,6 @@ def _why_blocks(request: Request, directory: Path, before: Mapping[str, Any] | N
         return "the file of answers was begun so"
     if request.exact:
         return "exact results are those of the model's own generate"
-    if _device(request) != "cpu":
-        return f"the model computes on {_device(request)}"
     return refuses(sketch(directory, dtype=request.dtype).model)
 
 
@@ -106,6 +106,8 @@ def _ask(request: Request, lengths: Sequence[int]) -> Ask:
     """The model, the machine and the budgets, for the planner."""
     kept = ("model", "cpu_memory", "gpu_memory", "resident", "device", "link", "dtype", "exact", "slots")
     options = {name: getattr(request, name) for name in kept}
+    if request.link is None and _device(request) == "emulated":
+        options["link"] = UNPACED
     return ask_of(PlanRequest(**options, prompt_tokens=max(lengths), new_tokens=request.max_new_tokens, batch="auto"))
 
 

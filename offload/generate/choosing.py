@@ -66,7 +66,7 @@ class Chooser:
             logits: [sequences, vocabulary].
             sequences: number, tokens of its prompt, and all its tokens so far, of each.
         """
-        scores = logits.float()
+        scores = logits.to("cpu", torch.float32)
         processors = [self._of(prompt_tokens) for _, prompt_tokens, _ in sequences]
         kinds = {type(p).__name__ for chosen in processors for p in chosen}
         if kinds and kinds <= _ROW_BY_ROW:

@@ -11,7 +11,7 @@ from offload.plan.planning import Ask
 from offload.planner.batching import Batching, best, between
 from offload.planner.ops import Phase
 from offload.planner.predict import Pricer
-from offload.planner.schedule import Read
+from offload.planner.schedule import Read, Upload
 from offload.specs import Workload
 
 ANCHORS = (8, 64, 128, 192, 256, 384, 512, 1024, 2048)  # tokens of a pass that are priced; between them, lines
@@ -42,7 +42,7 @@ def plan_offline(ask: Ask, prompts: Sequence[int], new_tokens: int, sequences: i
     """
     mean = max(1, sum(prompts) // len(prompts))
     refusal: BudgetError | None = None
-    known: dict[int, Callable[[int], float]] = {}  # by bytes that stream: neighbours often place alike
+    known: dict[tuple[int, ...], Callable[[int], float]] = {}  # by bytes that travel: neighbours often place alike
 
     def pass_s_of(pool_tokens: int, pass_tokens: int, most: int) -> Callable[[int], float] | None:
         nonlocal refusal
@@ -57,13 +57,17 @@ def plan_offline(ask: Ask, prompts: Sequence[int], new_tokens: int, sequences: i
                 work,
                 slots=ask.slots,
                 extra_nbytes=ask.extra_nbytes,
+                extra_device_nbytes=ask.extra_nbytes,
                 base_nbytes=ask.base_nbytes,
             )
         except BudgetError as error:
             refusal = refusal or error
             return None
         pricer = Pricer(ask.spec, work, ask.computer)
-        streamed = round(sum(s.nbytes for s in pricer.schedule(division.placement) if isinstance(s, Read)) / (32 << 20))
+        steps = pricer.schedule(division.placement)
+        streamed = tuple(
+            round(sum(s.nbytes for s in steps if isinstance(s, kind)) / (32 << 20)) for kind in (Read, Upload)
+        )
         if streamed not in known:
             points = []
             for rows in ANCHORS:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from offload.io.buffers import Buffer
+from offload.tiers.device import Device
 from offload.tiers.host import as_tensor
 
 
@@ -59,23 +60,41 @@ class Runs:
 
 
 class KeyValuePool:
-    """Memory for keys and values of all layers, in huge pages.
+    """Memory for keys and values of all layers: the device's own, or main memory in huge pages.
 
     Args:
         layers, kv_heads, head_dim: of the model.
         tokens: of all sequences together.
         dtype: of keys and values.
+        device: where the model computes, which keeps this memory until it is closed; None: the CPU.
 
     Attributes:
         runs: who has which tokens.
         scrap: a token that nobody has, for rows of a pass that belong to no sequence.
     """
 
-    def __init__(self, *, layers: int, kv_heads: int, head_dim: int, tokens: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        tokens: int,
+        dtype: torch.dtype,
+        device: Device | None = None,
+    ) -> None:
         self.runs, self.scrap = Runs(tokens), tokens
         shape = (layers, 2, kv_heads, tokens + 1, head_dim)
-        self._buffer = Buffer(torch.Size(shape).numel() * dtype.itemsize)
-        self._whole = as_tensor(self._buffer.view).view(dtype).view(shape)
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        has_memory = device is not None and device.has_memory
+        self._buffer = Buffer(0 if has_memory else nbytes)
+        memory = device.allocate(nbytes) if device is not None and has_memory else as_tensor(self._buffer.view)
+        self._whole = memory.view(dtype).view(shape)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where it lies."""
+        return self._whole.device
 
     @property
     def layers(self) -> int:

@@ -10,8 +10,9 @@ transformers' models look their attention up by a name in their configuration. A
 pass, for which no mask is made; it writes keys and values into a pool and reads each sequence's from its run there.
 
 What a sequence gets does not depend on its company, nor on whether there is any: prompts are never cut, attention sees
-one sequence, and every product has at least MIN_ROWS rows. torch multiplies 16-bit matrices so that a row of the result
-depends on no other row, and not on their number from two rows on; a single row goes another way.
+one sequence, and every product has at least MIN_ROWS rows. On the CPU torch multiplies 16-bit matrices so that a row of
+the result depends on no other row, and not on their number from two rows on; a single row goes another way. A CUDA
+library chooses its kernels by the number of rows, so there company may change a rounding.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class Ragged:
             Refused: the model did not do what a ragged pass needs.
         """
         order = sorted(range(len(work)), key=lambda i: len(work[i][1]) > 1)  # single tokens first
-        now = _Pass([work[i] for i in order], self.pool.scrap)
+        now = _Pass([work[i] for i in order], self.pool.scrap, self.pool.torch_device)
         before = {key: config._attn_implementation for key, config in self._configs.items()}
         self._pass = now
         try:
@@ -143,7 +144,7 @@ class Ragged:
         for span, tokens in now.work:
             span.length += len(tokens)
         found = torch.empty_like(logits[: len(order)])
-        found[torch.tensor(order)] = logits[: len(order)]
+        found[torch.tensor(order, device=logits.device)] = logits[: len(order)]
         return found
 
     def _attend(
@@ -177,12 +178,12 @@ class Ragged:
         for start, end in now.prompts:
             part = slice(start, end)
             whole = query[:, :, part], key[:, :, part], value[:, :, part]
-            if end - start <= SHORT:
+            if end - start <= SHORT and self._kernels.device == "cpu":
                 by_kernel = self._kernels.attempt("decode_attention", *whole, scale=scale, window=window)
                 if by_kernel is not None:
                     out[0, part] = by_kernel[0][0].transpose(0, 1)
                     continue
-            mask = _band(end - start, window)
+            mask = _band(end - start, window, query.device)
             found = functional.scaled_dot_product_attention(
                 *whole, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1],
             )  # fmt: skip
@@ -224,7 +225,7 @@ class _Pass:
         layers: that have asked for attention.
     """
 
-    def __init__(self, work: Sequence[tuple[Span, Sequence[int]]], scrap: int) -> None:
+    def __init__(self, work: Sequence[tuple[Span, Sequence[int]]], scrap: int, device: torch.device) -> None:
         self.work, self.layers = work, set[int]()
         ids: list[int] = []
         positions: list[int] = []
@@ -241,22 +242,22 @@ class _Pass:
             last.append(len(ids) - 1)
         self.rows = len(ids)
         more = max(0, MIN_ROWS - len(ids))
-        self.ids = torch.tensor(ids + [0] * more)
-        self.positions = torch.tensor(positions + [0] * more)
-        self.places = torch.tensor(places + [scrap] * more)
-        self.last = torch.tensor(last + last[-1:] * max(0, MIN_ROWS - len(last)))
+        self.ids = torch.tensor(ids + [0] * more, device=device)
+        self.positions = torch.tensor(positions + [0] * more, device=device)
+        self.places = torch.tensor(places + [scrap] * more, device=device)
+        self.last = torch.tensor(last + last[-1:] * max(0, MIN_ROWS - len(last)), device=device)
         singles = [span for span, tokens in work if len(tokens) == 1]
         self.singles = len(singles)
-        self.first = torch.tensor([span.start for span in singles])
-        self.end = torch.tensor([span.start + span.length + 1 for span in singles])
+        self.first = torch.tensor([span.start for span in singles], device=device)
+        self.end = torch.tensor([span.start + span.length + 1 for span in singles], device=device)
         self.most = max((span.length + 1 for span in singles), default=0)
 
 
-def _band(tokens: int, window: int | None) -> torch.Tensor | None:
+def _band(tokens: int, window: int | None, device: torch.device) -> torch.Tensor | None:
     """What each token of a prompt sees, [tokens, tokens]; None where that is all up to itself."""
     if window is None or tokens <= window:
         return None
-    place = torch.arange(tokens)
+    place = torch.arange(tokens, device=device)
     apart = place[:, None] - place[None]
     return (apart >= 0) & (apart < window)
 
