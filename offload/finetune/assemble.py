@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from offload.errors import BudgetError, ModelError, UsageError
+from offload.finetune.accelerator import Accelerator
 from offload.finetune.activations import prepare
 from offload.finetune.memory import ACTIVATIONS, Wishes, plan_first
 from offload.finetune.trainer import Trainer
@@ -25,6 +26,7 @@ from offload.runtime.streams import Streams
 from offload.runtime.training import Training
 from offload.runtime.training_lanes import LOOSE
 from offload.tiers.cells import SHARD_COUNT, Cells, Shapes, lay_out_cell, page
+from offload.tiers.device import Device
 from offload.tiers.spill import Spill
 from offload.tiers.statefile import open_state, room
 from offload.units import MIB, format_bytes
@@ -58,6 +60,7 @@ def assemble(
     shard_count: int = SHARD_COUNT,
     slots: int = SLOTS,
     belongs: Mapping[str, Any] | None = None,
+    accelerator: Accelerator | None = None,
 ) -> Trainer:
     """A trainer whose state is new, or that of the last commit.
 
@@ -71,6 +74,7 @@ def assemble(
         put_back: gets the last weights when the trainer is closed.
         travels: weights may travel where they do not fit in memory.
         belongs: what else the state belongs to, beside parameters and optimizer.
+        accelerator: what computes; None: the CPU.
 
     Raises:
         BudgetError, ModelError, UsageError, StorageError, CheckpointError: see offload.errors.
@@ -100,6 +104,8 @@ def assemble(
         "shard": shard_count,
     } | dict(belongs or {})
     _warm(optimizer, kernels)
+    if accelerator is not None:
+        cpu_memory += accelerator.host_nbytes
     ring = min(slots, len(shards)) * max(shards.values())
     plan = plan_first(layouts, ring, cpu_memory, wishes, travels=travels)
 
@@ -112,16 +118,22 @@ def assemble(
     spill = Spill(offload_dir, engine, {c.unit: c.nbytes for c in layouts}, checksum)
     is_new = state.step == 0 and not state.has_commit
     training: Training | None = None
+    device: Device | None = None
     try:
         spill.take_room(c.unit for c in layouts if c.places and c.unit not in plan.kept)
         cells = Cells(layouts, plan.kept)
         make = Training if streams is None else partial(Adapted, streams=streams)
+        if accelerator is not None:
+            device, there = accelerator.open(layouts)
+            kernels = Kernels(device.torch_device.type, exact=kernels.exact)
+            make = partial(make, device=device, there=there)
         training = make(
             root, anatomy, cells, state, spill, optimizer,
             slots=slots, cell_slots=(plan.slots, plan.slot_nbytes), max_grad_norm=max_grad_norm, kernels=kernels,
             seed=seed,
         )  # fmt: skip
-        prepare(training.backprop, wishes.activations, cpu_memory, offload_dir, engine, left)
+        if device is None:
+            prepare(training.backprop, wishes.activations, cpu_memory, offload_dir, engine, left)
         if is_new:
             training.create(fill)
         else:
@@ -129,6 +141,8 @@ def assemble(
     except BaseException:
         if training is not None:
             training.close()
+        if device is not None:
+            device.close()
         state.close()
         engine.close()
         raise
@@ -140,6 +154,8 @@ def assemble(
                 put_back(made.present)
         finally:
             made.close()
+            if device is not None:
+                device.close()
             state.close()
             engine.close()
             cells.close()

@@ -14,6 +14,7 @@ from torch import nn
 from offload.budgets import Size, parse_resident, resolve
 from offload.checkpoint import Opened, find, open_checkpoint
 from offload.errors import BudgetError, UsageError
+from offload.finetune.accelerator import Accelerator, link_rate, named
 from offload.finetune.assemble import SLOTS, assemble
 from offload.finetune.assemble_lora import assemble_lora
 from offload.finetune.assemble_zeroth import assemble_zeroth
@@ -21,6 +22,7 @@ from offload.finetune.export import export_checkpoint, export_module
 from offload.finetune.forecast import Batch, forecast
 from offload.finetune.lora import Lora
 from offload.finetune.memory import Wishes
+from offload.finetune.room import backward_nbytes, step_nbytes
 from offload.finetune.trainer import Trainer
 from offload.hardware import rss_bytes
 from offload.io.engine import Engine
@@ -29,6 +31,7 @@ from offload.optim import make as make_optimizer
 from offload.optim.base import Optimizer
 from offload.profile import load_profile, preset
 from offload.runtime.discovery import dissect
+from offload.tiers.devices import warm_up
 from offload.tiers.transit import bring_into
 from offload.units import parse_bytes
 
@@ -49,8 +52,10 @@ def finetuning(
     eps: float | None = None,
     optimizer_args: Mapping[str, Any] | None = None,
     cpu_memory: Size = None,
+    gpu_memory: Size = None,
     offload_dir: str | os.PathLike[str] | None = None,
     device: str | None = None,
+    link: str | float | None = None,
     dtype: str | torch.dtype = "auto",
     seed: int = 0,
     resident: Size = None,
@@ -84,8 +89,11 @@ def finetuning(
         weight_decay, betas, eps: of the optimizer; None: its own default. Norms and biases do not decay.
         optimizer_args: other numbers of the optimizer, by name, such as apollo's rank.
         cpu_memory: what the whole process may use, as in "4GiB"; default: what the machine and its cgroup have free.
+        gpu_memory: the same for the GPU; default: what it has free.
         offload_dir: a folder on a fast disk for the optimizer's state, which a later run can go on from.
-        device: cpu.
+        device: what computes the model: cpu, cuda, cuda:N or emulated; default: cuda when there is one. Updates run on
+            the CPU beside it.
+        link: pace of the emulated device's link, as in "8GB/s".
         dtype: of the model's weights: "auto" is the checkpoint's.
         seed: of dropout.
         resident: how much of the optimizer's state stays in memory: "auto", a fraction such as 0.25, or bytes.
@@ -109,14 +117,17 @@ def finetuning(
         raise UsageError(f"method={method!r} is not known; there are full, lora and zo")
     if lora is not None and method != "lora":
         raise UsageError(f'lora= was given, but method={method!r}; say method="lora"')
-    if device not in (None, "cpu"):
-        raise UsageError(f"device={device!r}: training runs on the cpu for now")
+    if method != "full" and (device not in (None, "cpu") or gpu_memory is not None):
+        raise UsageError(f"device={device!r}, gpu_memory={gpu_memory!r}: method={method!r} runs on the cpu for now")
+    device = named(device) if method == "full" else "cpu"
     if offload_dir is None:
         raise UsageError("name a folder on a fast disk for the optimizer's state: offload_dir=")
     kernels = Kernels("cpu", exact=False)
     numbers = {"weight_decay": weight_decay, "betas": betas, "eps": eps} | dict(optimizer_args or {})
     rule = make_optimizer(optimizer, kernels, **numbers)
-    budgets = resolve(cpu_memory=cpu_memory, resident=resident)
+    budgets = resolve(cpu_memory=cpu_memory, gpu_memory=gpu_memory, resident=resident, device=device)
+    pace = link_rate(link, device)
+    warm_up(device)
     limit = parse_bytes(disk_limit, "disk_limit") if disk_limit is not None else None
     wishes = Wishes(budgets.resident, activations, parse_resident(resident_weights), limit)
     engine = Engine(io, strict=strict)
@@ -146,6 +157,9 @@ def finetuning(
                 disk_limit=limit, offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
             )  # fmt: skip
         slots = SLOTS
+        accelerator: Accelerator | None = None
+        if budgets.gpu_memory is not None:
+            accelerator = Accelerator(name=device, memory=budgets.gpu_memory, link_bytes_per_s=pace)
         if isinstance(model, nn.Module):
             root, anatomy = model, dissect(model, shares=False)
             given = {
@@ -165,6 +179,9 @@ def finetuning(
             root, anatomy = opened.model, dissect(opened.model, shares=False)
             slots = _slots(opened, rule, max_grad_norm, budgets.cpu_memory, tokens)
             parameters = {n: (s.dtype, s.shape) for n, s in opened.sources.items()}
+            if accelerator is not None:
+                parts = step_nbytes(opened.spec, tokens) | backward_nbytes(opened.spec, tokens)
+                accelerator = replace(accelerator, activations=parts)
 
             def fill(views: Mapping[str, torch.Tensor]) -> None:
                 bring_into(views, opened.sources, engine)
@@ -181,7 +198,7 @@ def finetuning(
             put_back=put_back if given else None, travels=not given,
             learning_rate=learning_rate, max_grad_norm=max_grad_norm,
             cpu_memory=budgets.cpu_memory, wishes=wishes, offload_dir=Path(offload_dir),
-            seed=seed, resume=resume, overwrite=overwrite, slots=slots,
+            seed=seed, resume=resume, overwrite=overwrite, slots=slots, accelerator=accelerator,
         )  # fmt: skip
     except BaseException:
         engine.close()

@@ -73,6 +73,7 @@ class Trainer:
         self.training, self.optimizer, self.learning_rate = training, optimizer, learning_rate
         self._root, self._engine, self._save, self._finish = root, engine, save, finish
         self._cpu_memory, self._wishes, self._travels = cpu_memory, wishes, travels
+        self._where = training.device.torch_device if isinstance(training, Training) else torch.device("cpu")
         self.extra: dict[str, Any] = dict(training.state.extra)
         self._step = training.state.step
         self._broken: str | None = None
@@ -214,7 +215,7 @@ class Trainer:
 
     def _loss(self, batch: MicroBatch) -> Callable[[], torch.Tensor]:
         def loss() -> torch.Tensor:
-            given = dict(batch)
+            given = {name: value.to(self._where) for name, value in batch.items()}
             if hasattr(self._root, "config"):
                 given.setdefault("use_cache", False)  # type: ignore[arg-type]
             found = self._root(**given)

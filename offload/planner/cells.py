@@ -46,9 +46,22 @@ def plan_cells(cells: Mapping[str, int], room: int, most: int | None = None) -> 
     most = total if most is None else most
     if total <= min(room, most):
         return CellPlan(kept=frozenset(cells), slots=0, slot_nbytes=0, nbytes=total, travels_nbytes=0)
+    best = _best(cells, room, most, WORK) or _best(cells, room, most, 0)
+    if best is None:
+        largest = max(cells.values())
+        raise BudgetError(
+            f"{format_bytes(max(0, room))} is left for weights, and {FEWEST} slots for the largest part of the model "
+            f"take {format_bytes(FEWEST * largest)}"
+        )
+    return best
+
+
+def _best(cells: Mapping[str, int], room: int, most: int, work: int) -> CellPlan | None:
+    """With a ring that holds so many bytes, or as few slots as will do; None: it does not fit."""
+    total = sum(cells.values())
     best: CellPlan | None = None
     for size in sorted({n for n in cells.values() if n}, reverse=True):
-        slots = min(MOST, max(FEWEST, -(-WORK // size)))
+        slots = min(MOST, max(FEWEST, -(-work // size)))
         must = sum(n for n in cells.values() if n > size)
         left = min(room - slots * size, most) - must
         if left < 0:
@@ -68,10 +81,4 @@ def plan_cells(cells: Mapping[str, int], room: int, most: int | None = None) -> 
             best = CellPlan(
                 kept=frozenset(kept), slots=slots, slot_nbytes=size, nbytes=held, travels_nbytes=travels
             )  # fmt: skip
-    if best is None:
-        largest = max(cells.values())
-        raise BudgetError(
-            f"{format_bytes(max(0, room))} is left for weights, and {FEWEST} slots for the largest part of the model "
-            f"take {format_bytes(FEWEST * largest)}"
-        )
     return best

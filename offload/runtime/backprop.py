@@ -80,6 +80,7 @@ class _Call:
     where: list[int]
     spec: TreeSpec
     seed: int
+    device: torch.device
     out_spec: TreeSpec | None = None
     out_leaves: list[Any] = field(default_factory=list)
     graph: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
@@ -91,9 +92,9 @@ class _Call:
         for at, tensor in zip(self.where, tensors, strict=True):
             leaves[at] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
-        torch.default_generator.manual_seed(self.seed)
+        sow(self.seed, self.device)
         result = self.part.forward(*args, **kwargs)
-        torch.default_generator.manual_seed(self.seed + 1)  # of what the model does between units
+        sow(self.seed + 1, self.device)  # of what the model does between units
         self.out_leaves, self.out_spec = tree_flatten(result)
         return [leaf for leaf in self.out_leaves if isinstance(leaf, torch.Tensor)]
 
@@ -106,14 +107,22 @@ class Backprop:
         units: (name, module) in any order; they must not contain each other.
         owner: is told of every visit.
         seed: of random numbers.
+        device: where it computes.
 
     Attributes:
         stash: where inputs wait that are swapped; None: nowhere.
         is_pressed: whether memory is so short that inputs are swapped even if their units were not told to.
     """
 
-    def __init__(self, root: nn.Module, units: Sequence[tuple[str, nn.Module]], owner: Owner, seed: int = 0) -> None:
-        self._owner, self._seed = owner, seed
+    def __init__(
+        self,
+        root: nn.Module,
+        units: Sequence[tuple[str, nn.Module]],
+        owner: Owner,
+        seed: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        self._owner, self._seed, self._device = owner, seed, device or torch.device("cpu")
         self.stash: Stash | None = None
         self.is_pressed: Callable[[], bool] = lambda: False
         self._away: list[tuple[int, int, list[Ticket]]] = []  # unit's place, micro-batch, what waits on disk
@@ -150,12 +159,14 @@ class Backprop:
 
         def body(number: int) -> None:
             self._local.number, self._local.inside, self._local.seen, self._local.now = number, None, set(), None
-            torch.default_generator.manual_seed(self._random(number, len(self.parts)))
+            sow(self._random(number, len(self.parts)), self._device)
             with torch.set_grad_enabled(self._learns):
                 loss = losses[number]()
-            found[number] = float(loss.detach())
             if scales is not None:
-                loss.backward(torch.tensor(scales[number], dtype=loss.dtype, device=loss.device))
+                # In this thread also where autograd has one for a device: micro-batches take turns in it.
+                with torch.autograd.set_multithreading_enabled(False):
+                    loss.backward(torch.tensor(scales[number], dtype=loss.dtype, device=loss.device))
+            found[number] = float(loss.detach())  # waits for a device that computes on its own, so at the end
             self._leave()
 
         state = torch.get_rng_state()
@@ -217,7 +228,7 @@ class Backprop:
             tensors = [leaves[k] for k in where]
             for k in where:
                 leaves[k] = None
-            call = _Call(part, leaves, where, spec, self._random(self._local.number, part.index))
+            call = _Call(part, leaves, where, spec, self._random(self._local.number, part.index), self._device)
             anchor = torch.zeros((), requires_grad=True)  # without one, autograd would not come back to the first unit
             out = _Unit.apply(self, call, anchor, *tensors)
             assert call.out_spec is not None
@@ -348,3 +359,10 @@ class _Unit(torch.autograd.Function):
         needs = ctx.needs_input_grad[3:]
         found = ctx.backprop.backward(ctx.call, ctx.saved_tensors, needs, grads)
         return (None, None, None, *found)
+
+
+def sow(seed: int, device: torch.device) -> None:
+    """Seeds the random numbers of the CPU, and of a device that draws its own."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)

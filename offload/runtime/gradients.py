@@ -12,18 +12,19 @@ from offload.errors import ModelError
 from offload.kernels.chosen import Kernels
 from offload.runtime.backprop import Gradients
 from offload.tiers.cells import Cells
+from offload.tiers.device_cells import DeviceCells
 
 
 class GradientSums:
     """Gradients on their way into cells, rounded once.
 
     Args:
-        cells: where they end.
+        cells: where they end: in memory, or on the accelerator that computes.
         loose: parameters whose gradient is complete at the end of the pass only.
         kernels: what computes.
     """
 
-    def __init__(self, cells: Cells, loose: Collection[str], kernels: Kernels) -> None:
+    def __init__(self, cells: Cells | DeviceCells, loose: Collection[str], kernels: Kernels) -> None:
         self._cells, self._loose, self._kernels = cells, loose, kernels
         self._sums: dict[str, torch.Tensor] = {}
         self._squares: dict[str, float] = {}

@@ -39,7 +39,7 @@ class Holdings:
             part = self._backprop.parts[unit]
             is_last = unit == self._backprop.order[-1]  # its backward follows at once: its graph is there anyway
             need = 0 if is_last else part.graph_nbytes * micro_batches
-            part.keeps = taken + need <= nbytes and (is_last or not self._tuples.travels(unit))
+            part.keeps = taken + need <= nbytes and (is_last or not self._tuples.comes_twice(unit))
             taken += need if part.keeps else 0
         return taken
 

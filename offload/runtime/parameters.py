@@ -21,6 +21,7 @@ class Parameters:
         anatomy: which modules hold them.
         shapes: dtype and shape of each that is trained.
         frozen: the values of all others.
+        device: what those that are absent say they are on.
     """
 
     def __init__(
@@ -28,16 +29,19 @@ class Parameters:
         anatomy: Anatomy,
         shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         frozen: Mapping[str, torch.Tensor],
+        device: torch.device | None = None,
     ) -> None:
         self.trained: dict[str, nn.Parameter] = {}
         self._absent: dict[str, torch.Tensor] = {}
+        self._device = device
+        self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._bound: list[tuple[nn.Module, str, nn.Parameter | None]] = []
         for name, owners in anatomy.owners.items():
             if name in frozen:
                 parameter = nn.Parameter(frozen[name], requires_grad=False)
             else:
                 dtype, shape = shapes[name]
-                self._absent[name] = torch.full((), torch.nan, dtype=dtype).expand(shape)
+                self._absent[name] = torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
                 parameter = self.trained[name] = nn.Parameter(self._absent[name])
             for owner in owners:
                 self._bound.append((owner.module, owner.attribute, owner.module._parameters[owner.attribute]))
@@ -54,8 +58,19 @@ class Parameters:
         for name in names:
             self.trained[name].data = self._absent[name]
 
+    def move_buffers(self, root: nn.Module) -> None:
+        """Buffers go along to the device."""
+        for module in root.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and self._device is not None and buffer.device.type != self._device.type:
+                    self._buffers.append((module, name, buffer))
+                    module._buffers[name] = buffer.to(self._device)
+
     def close(self) -> None:
-        """Gives the model its own parameters back."""
+        """Gives the model its own parameters and buffers back."""
+        for module, name, buffer in self._buffers:
+            module._buffers[name] = buffer
+        self._buffers.clear()
         for module, attribute, parameter in self._bound:
             module._parameters[attribute] = parameter
         self._bound.clear()

@@ -20,6 +20,7 @@ from offload.kernels.chosen import Kernels
 from offload.planner.schedule import Schedule
 from offload.planner.training import has_copies
 from offload.runtime.backprop import Backprop, Gradients, Loss
+from offload.runtime.beside import WalkBeside
 from offload.runtime.discovery import Anatomy
 from offload.runtime.gradients import GradientSums
 from offload.runtime.holdings import Holdings
@@ -29,6 +30,9 @@ from offload.runtime.training_lanes import LOOSE, TrainingLanes
 from offload.runtime.training_walk import LazyWeights, Rule, Walk
 from offload.runtime.tuples import Tuples
 from offload.tiers.cells import Cells, Shard
+from offload.tiers.device import Device
+from offload.tiers.device_cells import DeviceCells
+from offload.tiers.devices import CpuDevice
 from offload.tiers.host import as_tensor
 from offload.tiers.spill import Spill
 from offload.tiers.statefile import StateFile
@@ -68,6 +72,8 @@ class Training:
         kernels: what computes.
         seed: of random numbers.
         frozen: parameters that are used as they are; all others are in the cells.
+        device: where the model computes; None: on the CPU, with the cells as they are.
+        there: the cells on it.
     """
 
     def __init__(
@@ -85,28 +91,34 @@ class Training:
         kernels: Kernels,
         seed: int,
         frozen: Mapping[str, torch.Tensor] | None = None,
+        device: Device | None = None,
+        there: DeviceCells | None = None,
     ) -> None:
         self.root, self.cells, self.state = root, cells, state
         self._spill, self._rule, self._max_norm = spill, rule, max_grad_norm
         self.timeline = Timeline()
         layouts = cells.layouts.values()
         shapes = {n: (p.dtype, p.shape) for cell in layouts for n, p in cell.places.items()}
-        self._parameters = Parameters(anatomy, shapes, frozen or {})
+        self.device, self._there = device or CpuDevice(), there
+        where = self.device.torch_device
+        self._parameters = Parameters(anatomy, shapes, frozen or {}, where)
         self._parameters.show(cells.views)
-        self.backprop = Backprop(root, [(u.name, u.module) for u in anatomy.units], self, seed)
+        self._parameters.move_buffers(root)
+        self.backprop = Backprop(root, [(u.name, u.module) for u in anatomy.units], self, seed, where)
         self._loose = set(cells.layouts[LOOSE].places) if LOOSE in cells.layouts else set[str]()
-        self._sums = GradientSums(cells, self._loose, kernels)
+        self._sums = GradientSums(there or cells, self._loose, kernels)
         self._shards: dict[str, Shard] = {shard.name: shard for cell in layouts for shard in cell.shards}
         self._lanes = TrainingLanes(state, spill, cells, slots, self.timeline)
         self._lanes.use_cell_ring(*cell_slots)
-        self._walk = Walk(cells, self._lanes, self._parameters, rule, self.timeline)
+        parts = (cells, self._lanes, self._parameters, rule, self.timeline)
+        self._walk = Walk(*parts) if there is None else WalkBeside(*parts, there=there, device=self.device)
         clips = max_grad_norm is not None
         copies = has_copies(clips, max(d.itemsize for d, _ in shapes.values()))
         order = [u.name for u in anatomy.units]  # in which units run forward: as they stand, until it is seen
         self._is_seen = False
         self._is_due = False  # every cell holds a gradient
         self._has_copies = False  # the weights of every cell that does not stay are stored
-        self._tuples = Tuples(cells, self._lanes, order, clips=clips, writes_copies=copies)
+        self._tuples = Tuples(cells, self._lanes, order, clips=clips, writes_copies=copies, there=there)
         self._holdings = Holdings(
             self.backprop, cells, self._lanes, self._walk, self._parameters, spill, self._tuples
         )  # fmt: skip
@@ -152,6 +164,8 @@ class Training:
         self.backprop.close()
         self._parameters.close()
         self._sums.close()
+        if self._there is not None:
+            self._there.close()
 
     # Passes.
 
@@ -197,11 +211,14 @@ class Training:
         return found
 
     def flush(self) -> None:
-        """Applies every update that is due."""
+        """Applies every update that is due. The model's parameters are its weights then, where those stay in memory."""
         if self._is_due:
             self._begin(forward=False, backward=False)
             self._walk.finish()
             self._is_due = False
+        if self._there is not None:
+            self._lanes.rest()
+            self._parameters.show(self.cells.views)
 
     def commit(self, extra: Mapping[str, Any]) -> None:
         """Makes the present step the one that a later run finds."""
@@ -332,6 +349,8 @@ class Training:
 
     def _bring(self, unit: str) -> None:
         """Puts the weights of a cell that travels into a slot, in place of the one before."""
+        if self._there is not None:
+            self._lanes.rest()  # what lanes have brought ahead they would take back
         if self.cells.has(unit):
             return
         self._lanes.rest()

@@ -93,6 +93,11 @@ class TrainingLanes:
         self.cell_ring = BufferPool(slots, nbytes) if slots else None
 
     @property
+    def is_running(self) -> bool:
+        """Whether lanes are at work, or wait for the next pass."""
+        return bool(self._threads)
+
+    @property
     def ring_nbytes(self) -> int:
         """Of all rings."""
         rings = (self.ring, self.cell_ring) if self.cell_ring is not None else (self.ring,)

@@ -130,6 +130,11 @@ class Walk:
     # Steps.
 
     def _do(self, step: Step) -> None:
+        self._run(step)
+        self._next()
+
+    def _run(self, step: Step) -> None:
+        """What is not a visit."""
         if isinstance(step, Update):
             self._update(step)
         elif isinstance(step, WriteShard):
@@ -138,7 +143,6 @@ class Walk:
             self._lanes.give_cell(step.unit, self.let_go(step.unit))
         elif isinstance(step, Release) and step.ring == "cells" and step.unit in self._held_cells:
             self.let_go(step.unit).release()  # behind a write, its end does it
-        self._next()
 
     def _next(self) -> None:
         self._at += 1

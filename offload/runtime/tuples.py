@@ -8,6 +8,7 @@ from offload.planner.schedule import Schedule
 from offload.planner.training import TrainedShard, TrainedUnit, emit_training
 from offload.runtime.training_lanes import LOOSE, TrainingLanes
 from offload.tiers.cells import Cells, page
+from offload.tiers.device_cells import DeviceCells
 
 
 class Tuples:
@@ -16,15 +17,23 @@ class Tuples:
         order: units in which the model runs forward.
         clips: whether updates wait for the next forward pass.
         writes_copies: see `planner.training.has_copies`.
+        there: cells on the accelerator that computes, if one does.
 
     Attributes:
         order: see above; to be changed with `forget`.
     """
 
     def __init__(
-        self, cells: Cells, lanes: TrainingLanes, order: Sequence[str], *, clips: bool, writes_copies: bool
+        self,
+        cells: Cells,
+        lanes: TrainingLanes,
+        order: Sequence[str],
+        *,
+        clips: bool,
+        writes_copies: bool,
+        there: DeviceCells | None = None,
     ) -> None:
-        self._cells, self._lanes = cells, lanes
+        self._cells, self._lanes, self._there = cells, lanes, there
         self.order = list(order)
         self.clips, self.writes_copies = clips, writes_copies
         self._emitted: dict[tuple[bool, ...], Schedule] = {}
@@ -59,6 +68,10 @@ class Tuples:
         """Whether a unit's cell does not stay in memory."""
         return bool(self._cells.layouts[unit].places) and not self._cells.stays(unit)
 
+    def comes_twice(self, unit: str) -> bool:
+        """Whether a unit's weights are not where it computes between its forward and its backward."""
+        return self.travels(unit) if self._there is None else not self._there.stays(unit)
+
     def _unit(self, name: str) -> TrainedUnit:
         """A unit in the planner's words."""
         cell = self._cells.layouts[name]
@@ -69,4 +82,8 @@ class Tuples:
             )
             for s in cell.shards
         )  # fmt: skip
-        return TrainedUnit(name=name, nbytes=page(cell.nbytes), shards=shards, stays=not self.travels(name))
+        there = self._there
+        return TrainedUnit(
+            name=name, nbytes=page(cell.nbytes), shards=shards, stays=not self.travels(name),
+            uploads=there is not None, stays_there=there is not None and there.stays(name),
+        )  # fmt: skip

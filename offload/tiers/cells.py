@@ -187,6 +187,10 @@ class Cells:
         """Whether it is in memory now."""
         return unit in self._areas
 
+    def area(self, unit: str) -> torch.Tensor:
+        """Its bytes, while it is in memory."""
+        return self._areas[unit]
+
     def shard(self, shard: Shard) -> torch.Tensor:
         """The elements of a shard, weights or gradient, as they are in its cell."""
         return shard.of(self._areas[shard.unit])

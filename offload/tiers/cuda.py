@@ -1,4 +1,4 @@
-"""A CUDA device: one copy stream beside the model's own stream, ordered by events, never by a full synchronisation."""
+"""A CUDA device: a copy stream each way beside the model's own, ordered by events, never by a full synchronisation."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ class CudaDevice:
         self.name = f"cuda:{index}"
         self.torch_device = torch.device(self.name)
         self._stream = torch.cuda.Stream(self.torch_device)
+        self._down_stream = torch.cuda.Stream(self.torch_device)
         self._registered: list[int] = []
         self._uploaded = self._downloaded = 0
         self._lock = threading.Lock()
@@ -76,23 +77,24 @@ class CudaDevice:
             self._registered.remove(buffer.address)
 
     def upload(self, pairs: Pairs, after: Event | None) -> Event:
-        with torch.cuda.stream(self._stream):
-            if isinstance(after, CudaEvent):
-                self._stream.wait_event(after.event)  # the slot's last compute must not see the new bytes
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(self._stream)
+        event = _copy(pairs, self._stream, after)  # after a slot's last compute, which must not see the new bytes
         with self._lock:
             self._uploaded += sum(source.numel() for _, source in pairs)
-        return CudaEvent(event)
+        return event
+
+    def download_into(self, pairs: Pairs, after: Event | None) -> Event:
+        event = _copy(pairs, self._down_stream, after)
+        with self._lock:
+            self._downloaded += sum(source.numel() for _, source in pairs)
+        return event
 
     def download(self, tensor: torch.Tensor) -> Download:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)  # torch keeps such memory for the next
         host.copy_(tensor, non_blocking=True)  # on the model's stream: behind what computed it
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.torch_device))
-        self._downloaded += tensor.numel() * tensor.element_size()
+        with self._lock:
+            self._downloaded += tensor.numel() * tensor.element_size()
         return CudaDownload(host, event)
 
     def send(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
@@ -124,6 +126,18 @@ class CudaDevice:
         for address in self._registered:
             runtime.cudaHostUnregister(address)
         self._registered.clear()
+
+
+def _copy(pairs: Pairs, stream: torch.cuda.Stream, after: Event | None) -> CudaEvent:
+    """Enqueues copies of bytes on a stream, behind `after`."""
+    with torch.cuda.stream(stream):
+        if isinstance(after, CudaEvent):
+            stream.wait_event(after.event)
+        for target, source in pairs:
+            target.copy_(source, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(stream)
+    return CudaEvent(event)
 
 
 def measure_link(device: torch.device, nbytes: int = 64 * MIB, rounds: int = 3) -> float:

@@ -81,6 +81,9 @@ class Device(Protocol):
     def download(self, tensor: torch.Tensor) -> Download:
         """Starts copying what the model computed to main memory. For small tensors, in the model's thread."""
 
+    def download_into(self, pairs: Pairs, after: Event | None) -> Event:
+        """Copies (destination in main memory, source) pairs, not before `after`. Called from the download lane only."""
+
     def send(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
         """Copies from main memory to the device, ordered with the model's work. In the model's thread; `tensor` must
         not change afterwards."""

@@ -34,6 +34,9 @@ class CpuDevice:
     def download(self, tensor: torch.Tensor) -> Download:
         raise AssertionError("nothing is downloaded from the plain CPU")
 
+    def download_into(self, pairs: Pairs, after: Event | None) -> Event:
+        raise AssertionError("nothing is downloaded from the plain CPU")
+
     def send(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
         raise AssertionError("nothing is sent to the plain CPU")
 

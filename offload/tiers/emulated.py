@@ -84,12 +84,10 @@ class EmulatedDevice:
         return
 
     def upload(self, pairs: Pairs, after: Event | None) -> Event:
-        began = time.perf_counter()
-        for target, source in pairs:
-            for at in range(0, source.numel(), CHUNK):
-                target[at : at + CHUNK].copy_(source[at : at + CHUNK])
-                self._up.carry(min(CHUNK, source.numel() - at), began)
-        return Happened()
+        return _copy(pairs, self._up)
+
+    def download_into(self, pairs: Pairs, after: Event | None) -> Event:
+        return _copy(pairs, self._down)
 
     def download(self, tensor: torch.Tensor) -> Download:
         began = time.perf_counter()
@@ -119,3 +117,13 @@ class EmulatedDevice:
             buffer.close()
         self._buffers.clear()
         self._used = 0
+
+
+def _copy(pairs: Pairs, lane: _Lane) -> Event:
+    """Copies bytes at a lane's pace; they are there when it returns."""
+    began = time.perf_counter()
+    for target, source in pairs:
+        for at in range(0, source.numel(), CHUNK):
+            target[at : at + CHUNK].copy_(source[at : at + CHUNK])
+            lane.carry(min(CHUNK, source.numel() - at), began)
+    return Happened()

@@ -1,0 +1,109 @@
+"""The accelerator of a training run: which one computes, and what of its memory cells may take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from offload.errors import BudgetError, UsageError
+from offload.planner.cells import FEWEST, CellPlan, plan_cells
+from offload.runtime.training_lanes import LOOSE
+from offload.tiers.cells import Cell, page
+from offload.tiers.device import Device
+from offload.tiers.device_cells import DeviceCells
+from offload.tiers.devices import create
+from offload.units import format_bytes, parse_rate
+
+GRADIENTS = 3  # of the largest unit, beside its cell: as autograd gives it, in 16 bits, and its sum in 32
+UNKNOWN = 0.25  # of the memory: for activations of a model that nobody can say anything of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """What a user asks for.
+
+    Attributes:
+        name: emulated, cuda:N.
+        memory: bytes of its memory.
+        link_bytes_per_s: pace of an emulated one's link; None: as fast as memory copies go.
+        activations: purpose -> bytes of a micro-batch, beside weights and gradients; None: unknown.
+    """
+
+    name: str
+    memory: int
+    link_bytes_per_s: float | None = None
+    activations: Mapping[str, int] | None = field(default=None)
+
+    @property
+    def host_nbytes(self) -> int:
+        """What of its memory is the process's own."""
+        return self.memory if self.name == "emulated" else 0
+
+    def open(self, layouts: Sequence[Cell]) -> tuple[Device, DeviceCells]:
+        """The device, and room for cells on it.
+
+        Raises:
+            BudgetError: its memory is too small; says what would do.
+            UsageError: there is no such device.
+        """
+        plan = plan_there(layouts, self)
+        device = create(self.name, memory_nbytes=plan.nbytes, link_bytes_per_s=self.link_bytes_per_s)
+        try:
+            return device, DeviceCells({cell.unit: cell for cell in layouts}, device, plan)
+        except BaseException:
+            device.close()
+            raise
+
+
+def named(device: str | None) -> str:
+    """The device's full name, as in inference: CUDA if there is one, and with its number."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" and torch.cuda.is_available() else device
+
+
+def link_rate(link: str | float | None, device: str) -> float | None:
+    """The pace of the emulated device's link, in bytes per second."""
+    if link is not None and device != "emulated":
+        raise UsageError(f'link={link!r} sets the pace of device="emulated" only; the device is {device}')
+    return parse_rate(link, "link") if link is not None else None
+
+
+def plan_there(layouts: Sequence[Cell], asked: Accelerator) -> CellPlan:
+    """Which cells have a place of their own in the device's memory, and the ring for the others.
+
+    A cell with a place is uploaded once a step, the others twice.
+
+    Raises:
+        BudgetError: not even the ring fits beside what a micro-batch takes.
+    """
+    sizes = {cell.unit: page(cell.nbytes) for cell in layouts}
+    loose = sizes.pop(LOOSE, 0)
+    largest = max(sizes.values(), default=0)
+    parts = asked.activations if asked.activations is not None else {"activations": int(UNKNOWN * asked.memory)}
+    beside = {
+        f"{name}": nbytes
+        for name, nbytes in (
+            ("gradients of the largest part of the model", GRADIENTS * largest),
+            ("parameters that several parts use, with their gradient", (1 + GRADIENTS) * loose),
+            *parts.items(),
+        )
+        if nbytes
+    }
+    room = asked.memory - sum(beside.values())
+    try:
+        plan = plan_cells(sizes, room)
+    except BudgetError:
+        ring = FEWEST * largest
+        needed = sum(beside.values()) + ring
+        if asked.activations is None:
+            needed = int((needed - parts["activations"]) / (1 - UNKNOWN)) + 1
+        raise BudgetError(
+            f"gpu_memory={format_bytes(asked.memory)} is too small for this training, which takes there: "
+            + ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in beside.items())
+            + f", and {FEWEST} slots for the largest part of the model {format_bytes(ring)}. "
+            f"Give at least {format_bytes(needed)}, or shorter micro-batches"
+        ) from None
+    return replace(plan, kept=plan.kept | {LOOSE}, nbytes=plan.nbytes + loose)
