@@ -121,7 +121,9 @@ def generate(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="folder with config.json, and headers or weights; or a hub id")],
+    model: Annotated[
+        str, typer.Argument(help="folder with config.json, and headers or weights; hub id; or a fine-tuning YAML file")
+    ],
     cpu_memory: CpuMemory = None,
     gpu_memory: GpuMemory = None,
     resident: Resident = None,

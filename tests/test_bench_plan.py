@@ -16,7 +16,7 @@ from offload.bench.cells import TINY, grid, some
 from offload.bench.ledger import Ledger, Line
 from offload.bench.page import page
 from offload.bench.planning import PlanBench, scattered
-from offload.bench.scores import errors, regret, scores
+from offload.bench.scores import drift, errors, regret, scores
 from offload.bench.trial import trial
 from offload.errors import UsageError
 
@@ -115,6 +115,16 @@ def test_errors_and_regret() -> None:
     assert chosen is not None
     assert chosen["mean"] == pytest.approx(0.1)
     assert regret([{"cell": "a", "failed": "x"}]) is None
+
+
+def test_drift_tells_the_disk_from_the_model() -> None:
+    """The profile knew a disk of 4 GB/s; it had 2 before the run and after it. A token took 1.1 times as long."""
+    before, at_start = {"decode_s_per_token": 0.5, "disk_bytes_per_s": 4e9}, {"decode_s_per_token": 1.0}
+    measured: Line = {"cell": "a", "decode_s_per_token": 1.1, "hindsight_s_per_token": 1.0, "disk_bytes_per_s": 2e9}
+    found = drift(before, at_start, measured | {"disk_after_bytes_per_s": 2e9})
+    assert found["disk"] == [4e9, 2e9, 2e9]
+    assert found["errors"] == pytest.approx([0.5 / 1.1 - 1, 1 / 1.1 - 1, 1 / 1.1 - 1])
+    assert found["explains"]
 
 
 def test_another_file_is_left_alone(tmp_path: Path) -> None:

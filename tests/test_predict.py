@@ -70,6 +70,20 @@ def test_a_disk_that_binds() -> None:
     assert found.device_peak_bytes == 0
 
 
+def test_a_disk_is_faster_where_several_reads_are_in_flight() -> None:
+    """One slot: blocks of 10 MB as fast as 10 MB in flight, and two hand-offs each. Two: nearly as 20 MB in flight."""
+    rates = (CopyRate(10 * MB, 1, 1.0 * GB), CopyRate(10 * MB, 2, 2.0 * GB))
+    slow = machine(lanes={"read": Lane(rates)}, costs={"handoff": 1e-3})
+    spec = ModelSpec(units=tuple(UnitSpec(name=f"b{k}", tensors=(matrix(f"b{k}.w", 500, 10000),)) for k in range(8)))
+    pricer = Pricer(spec, Workload(batch=1, prompt_tokens=1, total_tokens=2), Computer(profile=slow))
+    one = pricer.decode(place(spec, host_nbytes=50 * MB, slots=1))
+    two = pricer.decode(place(spec, host_nbytes=60 * MB, slots=2))
+    assert one.read_bytes == two.read_bytes == 40 * MB
+    assert one.bound.disk_s == pytest.approx(0.04 + 4 * 2e-3)
+    assert one.seconds == pytest.approx(0.048 + 4 * 0.0005, rel=0.01)
+    assert two.bound.disk_s == pytest.approx(0.02, rel=0.06)
+
+
 def test_interference_and_costs_count() -> None:
     spec, work = model(), Workload(batch=1, prompt_tokens=1, total_tokens=2)
     placement = place(spec, host_nbytes=600 * MB, slots=2)
@@ -116,6 +130,28 @@ def test_an_upload_needs_a_link() -> None:
     assert (found.binding, found.upload_bytes_per_token, found.read_bytes_per_token) == ("link", 400 * MB, 0)
     assert found.decode_s_per_token == pytest.approx(0.4, rel=0.01)
     assert found.device_peak_bytes == 7 + 400 * MB + placement.device_ring.nbytes
+
+
+def test_copies_of_an_emulated_link_slow_computing_down_while_they_last() -> None:
+    """Copies make 10 GB/s alone and 5 beside computing, which keeps 0.6 meanwhile: at 2 GB/s for 0.4 of the time."""
+    cpu = replace(machine().processors["cpu"], copy=(MemoryRate(2, 10.0 * GB),))
+    pairs = {"cpu": {"cpu.copy": 0.6}, "cpu.copy": {"cpu": 0.5}}
+    profile = machine(processors={"cpu": cpu}, interference=pairs)
+    work = Workload(batch=1, prompt_tokens=1, total_tokens=2)
+    for link, expected in ((2.0 * GB, (0.84, 1.0)), (20.0 * GB, (0.6, 0.5))):
+        pricer = Pricer(model(), work, Computer(profile=profile, link_bytes_per_s=link))
+        assert pricer._beside_copies("cpu") == pytest.approx(expected)
+
+
+def test_a_product_in_two_places_is_both_and_what_lies_around_them() -> None:
+    """On an emulated accelerator one processor does both; a result that is small is there at once."""
+    cpu = replace(machine().processors["cpu"], launch_s=1e-4)
+    profile = machine(processors={"cpu": cpu}, costs={"apart": 1e-3, "sleep": 1e-2})
+    ops = OpCosts(profile, "cpu", link_bytes_per_s=1.0 * GB)
+    tensor = model().units[0].tensors[0]
+    assert ops.apart(tensor, "bfloat16", "bfloat16", 1, 4000).seconds == pytest.approx(0.005 + 1e-3)
+    slept = ops.apart(tensor, "bfloat16", "bfloat16", 60, 0).seconds - 0.005 - 1e-3
+    assert slept == pytest.approx(60 * 2 * (5000 + 10000) / GB + 2e-2)
 
 
 def test_tables_decide_before_the_roofline() -> None:

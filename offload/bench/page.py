@@ -29,6 +29,17 @@ def page(found: dict[str, Any]) -> str:
         ]
     if found["failed"]:
         lines += ["", "Not measured:", "", *(f"- {cell}: {why}" for cell, why in found["failed"].items())]
+    if found["drift"]:
+        lines += [
+            "",
+            "Where weights stream, a prediction is the model's times the disk's rate of the moment. `offload run` "
+            "measures that rate before it predicts; what was predicted before any cell ran rests on the profile's. "
+            "Errors of a token's time with the profile's rate, with the one just before the run, and (no prediction "
+            "any more) with the mean of before and after:",
+        ]
+        header = ["cell", "disk: profile, GB/s", "before", "after"]
+        header += ["error: profile", "before", "mean", "the disk explains"]
+        lines += ["", *_table(header, [_drift(one) for one in found["drift"]])]
     header = ["cell", "held out", "first token: predicted, s", "calibrated", "at start", "measured"]
     header += ["a token: predicted, s", "calibrated", "at start", "measured"]
     lines += ["", *_table(header, [_cell(one) for one in found["each"]])]
@@ -54,6 +65,11 @@ def _cell(one: dict[str, Any]) -> list[str]:
         for kind in ("predicted", "calibrated", "at_start", "measured"):
             row.append(f"{one[kind][name]:.4f}" if one[kind] else "")
     return row
+
+
+def _drift(one: dict[str, Any]) -> list[str]:
+    rates = [f"{rate / 1e9:.2f}" if rate else "" for rate in one["disk"]]
+    return [one["cell"], *rates, *(f"{e:+.1%}" for e in one["errors"]), "yes" if one["explains"] else ""]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

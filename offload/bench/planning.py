@@ -211,6 +211,7 @@ def predicted(plan: Plan) -> Line:
         **found.as_dict(),
         "plan": plan.found.best.label,
         "streams": not plan.found.fits,
+        "disk_bytes_per_s": plan.ask.profile.lane("read").bytes_per_s if found.read_bytes_per_token else None,
         "budgets": [plan.ask.budgets.cpu_memory, plan.ask.budgets.gpu_memory],
         "sum": {"prefill_s": found.prefill.serial_s, "decode_s_per_token": found.decode.serial_s},
         "max": {"prefill_s": found.prefill.bound.seconds, "decode_s_per_token": found.decode.bound.seconds},

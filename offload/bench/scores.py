@@ -37,6 +37,7 @@ def scores(ledger: Ledger, cells: Sequence[Cell]) -> dict[str, Any]:
         "fitted cells, not calibrated": pairs(before, fitted),
         "held-out cells, not calibrated": pairs(before, held),
         "held-out cells, calibrated by the fitted ones": pairs(after, held),
+        "all cells, at the start of each run": pairs(at_start, lambda _: True),
         "fitted cells, at the start of each run": pairs(at_start, fitted),
         "held-out cells, at the start of each run": pairs(at_start, held),
         "held-out cells, sum of times": [(_as(p, "sum"), m) for p, m in pairs(before, held)],
@@ -53,6 +54,7 @@ def scores(ledger: Ledger, cells: Sequence[Cell]) -> dict[str, Any]:
         "errors": {kind: errors(found) for kind, found in kinds.items() if found},
         "noise": noise(list(measured.values())),
         "regret": regret(ledger.all_of("alternative")),
+        "drift": [drift(before[n], at_start[n], m) for n, m in measured.items() if _reads(m) and n in at_start],
         "each": [_each(c, before, after, at_start, measured[c.name]) for c in cells if c.name in measured],
     }
 
@@ -112,6 +114,29 @@ def regret(lines: Sequence[Line]) -> dict[str, Any] | None:
     if not found:
         return None
     return {"cells": found, "mean": mean(found.values()), "max": max(found.values())}
+
+
+def drift(before: Line, at_start: Line, measured: Line) -> dict[str, Any]:
+    """How far a token was from its predictions where the disk was busy, and how far the disk from its rate.
+
+    Returns:
+        disk: bytes per second as the profile has it, just before the run and just after.
+        errors: of seconds of a token with each: the profile's rate, the rate before, and the mean of before and after.
+        explains: whether those rates, and nothing else, account for most of the error that the profile's rate left.
+    """
+    seconds = measured["decode_s_per_token"]
+    told = (before["decode_s_per_token"], at_start["decode_s_per_token"], measured["hindsight_s_per_token"])
+    errors = [one / seconds - 1 for one in told]
+    return {
+        "cell": measured["cell"],
+        "disk": [before.get("disk_bytes_per_s"), measured["disk_bytes_per_s"], measured["disk_after_bytes_per_s"]],
+        "errors": errors,
+        "explains": abs(errors[2]) < abs(errors[0]) / 2,
+    }
+
+
+def _reads(measured: Line) -> bool:
+    return bool(measured.get("read_bytes_per_token")) and measured.get("disk_after_bytes_per_s") is not None
 
 
 def _memory(predicted: Line) -> int:

@@ -1,7 +1,8 @@
 """One cell, measured in a process of its own: `python -m offload.bench.trial '{...}'` prints a JSON object.
 
 What the run predicts for itself, with the disk's rate of that moment, is appended to the ledger before anything is
-generated.
+generated. The disk is measured again afterwards; what the same prices make of the mean of both rates is no prediction,
+but shows how much of an error was the disk's.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ def trial(asked: dict[str, Any]) -> dict[str, Any]:
         plan=asked["plan"],
     )
     with handle:
-        handle.measure_disk()
+        before = handle.measure_disk()
         prediction, profile = expect(handle, model, handle.work)
         if asked["ledger"] is not None:
-            Ledger(Path(asked["ledger"])).add({"kind": "at start", "cell": asked["cell"], **prediction.as_dict()})
+            line = {"kind": "at start", "cell": asked["cell"], **prediction.as_dict(), "disk_bytes_per_s": before}
+            Ledger(Path(asked["ledger"])).add(line)
         runs: list[Generated] = []
         left: dict[str, float] = {}
         for number in range(asked["rounds"]):
@@ -59,19 +61,25 @@ def trial(asked: dict[str, Any]) -> dict[str, Any]:
             runs.append(run.bounded(disk_bytes_per_s=handle.disk_bytes_per_s, link_bytes_per_s=handle.link_bytes_per_s))
             left |= found if not number else {k: v for k, v in found.items() if k != "prefill"}
         each = [run.decode_s_per_token or 0.0 for run in runs]
-        seconds = sum(each) / len(each)
+        seconds, peak = sum(each) / len(each), peak_rss_bytes()
+        after = handle.measure_disk()
+        if before is not None and after is not None:
+            handle.disk_bytes_per_s = 2 / (1 / before + 1 / after)  # as many bytes at one as at the other
+        hindsight, _ = expect(handle, model, handle.work, remembers=False)
         return {
             "prefill_s": runs[0].prefill_s,
             "prefills_s": [run.prefill_s for run in runs],
             "decode_s_per_token": seconds,
             "decodes_s_per_token": each,
             "tokens_per_s": batch / seconds,
-            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_rss_bytes": peak,
             "device_peak_bytes": handle.session.statistics().device_peak_bytes,
             "binding": runs[0].bound.binding,
             "read_bytes_per_token": round(runs[0].read_bytes_per_token),
             "upload_bytes_per_token": round(runs[0].upload_bytes_per_token),
-            "disk_bytes_per_s": handle.disk_bytes_per_s,
+            "disk_bytes_per_s": before,
+            "disk_after_bytes_per_s": after,
+            "hindsight_s_per_token": hindsight.decode_s_per_token,
             "ready_s": handle.ready_s,
             "residuals": left,
             "fallbacks": list(handle.fallbacks),

@@ -40,6 +40,7 @@ from offload.optim import make, options_of
 from offload.plan.machine import machine
 from offload.plan.process import process_nbytes
 from offload.planner.schedule import explain
+from offload.profile import Profile
 from offload.runtime.discovery import dissect
 from offload.specs import ModelSpec
 from offload.units import parse_bytes
@@ -65,18 +66,8 @@ def execute(request: Request) -> int:
     console = Console(stderr=True, quiet=request.json)
     config = reading.read_config(request.config, request.overrides)
     directory = find(config.model)
-    tokenizer = tokenizer_of(directory)
-    if tokenizer is None:
-        raise UsageError(f"{config.model} has no tokenizer; put tokenizer.json and tokenizer_config.json beside it")
-    with bar(console) as progress:
-        prepared = prepare(config, tokenizer, read_config(directory), progress=progress)
-        total = 0 if request.resume else prepared.feed.count(config.train, _records(progress))
-    sketch = outline(directory, read_checkpoint(directory))
-    outlook = foresee(config, sketch.spec, total)
-    if config.method == "full":
-        outlook = replace(outlook, forecast=_forecast(config, sketch.spec, directory))
-    if config.method == "zo":
-        outlook = replace(outlook, copies=_copies(config, sketch, total))
+    tokenizer, prepared, total = read_data(config, directory, console, counts=not request.resume)
+    outlook = outlook_of(config, directory, total)
     announce(config, prepared, total, outlook, console)
     output, limit = Path(config.train.output_dir), config.budgets.disk_limit
     state = Path(config.budgets.offload_dir or output / STATE)
@@ -156,8 +147,38 @@ def _already_finished(
     return 0
 
 
-def _forecast(config: Config, spec: ModelSpec, directory: Path) -> Forecast | None:
-    """A step on this machine, by method full."""
+def read_data(config: Config, directory: Path, console: Console, *, counts: bool = True) -> tuple[Any, Prepared, int]:
+    """The model's tokenizer, what is learnt, and in how many steps: 0 where they are not counted.
+
+    Raises:
+        UsageError, DataError: see offload.errors.
+    """
+    tokenizer = tokenizer_of(directory)
+    if tokenizer is None:
+        raise UsageError(f"{config.model} has no tokenizer; put tokenizer.json and tokenizer_config.json beside it")
+    with bar(console) as progress:
+        prepared = prepare(config, tokenizer, read_config(directory), progress=progress)
+        return tokenizer, prepared, prepared.feed.count(config.train, _records(progress)) if counts else 0
+
+
+def outlook_of(config: Config, directory: Path, steps: int, hardware: str | None = None) -> Outlook:
+    """The plan of a run, from the checkpoint's headers alone.
+
+    Args:
+        steps: of the run; 0 when nobody has counted.
+        hardware: a profile's file or a preset; None: this machine.
+    """
+    sketch = outline(directory, read_checkpoint(directory))
+    outlook = foresee(config, sketch.spec, steps)
+    if config.method == "full":
+        outlook = replace(outlook, forecast=_forecast(config, sketch.spec, machine(hardware, directory)))
+    if config.method == "zo":
+        outlook = replace(outlook, copies=_copies(config, sketch, steps))
+    return outlook
+
+
+def _forecast(config: Config, spec: ModelSpec, profile: Profile) -> Forecast | None:
+    """A step on a machine, by method full."""
     train = config.train
     batch = Batch(
         rows=train.per_device_train_batch_size,
@@ -168,7 +189,7 @@ def _forecast(config: Config, spec: ModelSpec, directory: Path) -> Forecast | No
     budget = resolve(cpu_memory=config.budgets.cpu_memory).cpu_memory
     try:
         return forecast(
-            spec, rule, machine(None, directory), batch=batch, clips=bool(train.max_grad_norm), budget=budget,
+            spec, rule, profile, batch=batch, clips=bool(train.max_grad_norm), budget=budget,
             base=process_nbytes(exact=False),
         )  # fmt: skip
     except BudgetError:  # the trainer measures, and says what does not fit
@@ -270,14 +291,15 @@ def _rehearse(
     text = excerpt(prepared.feed, tokenizer)
     if request.json:
         facts = {"model": config.model, "total_steps": outlook.steps, "plan": outlook.as_dict()}
-        print(json.dumps(facts | {"data": _data(prepared), "excerpt": text}))
+        print(json.dumps(facts | {"data": data_of(prepared), "excerpt": text}))
     else:
         say(console, "the first row; what is learnt stands between ⟦ and ⟧:")
         print(text)
     return 0
 
 
-def _data(prepared: Prepared) -> dict[str, Any]:
+def data_of(prepared: Prepared) -> dict[str, Any]:
+    """What is learnt from, for --json."""
     rows = prepared.feed.rows
     return {
         "records": len(prepared.records),
@@ -311,6 +333,6 @@ def _report(
         "read_bytes": sum(x["read_bytes"] for x in steps),
         "write_bytes": sum(x["write_bytes"] for x in steps),
         "peak_rss_bytes": peak_rss_bytes(),
-        "data": _data(prepared),
+        "data": data_of(prepared),
         "versions": versions(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rich.console import Console
 
@@ -29,6 +30,8 @@ from offload.plan import (
 from offload.planner.whatif import parse_change
 from offload.specs import Workload, check_length
 from offload.units import parse_bytes, parse_rate
+
+CONFIGS = (".yaml", ".yml")  # of fine-tuning, in place of a model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,10 @@ class PlanRequest:
 
 def execute(request: PlanRequest) -> int:
     """Plans and prints; returns the exit status. Errors are raised."""
+    if Path(request.model).suffix in CONFIGS and not Path(request.model).is_dir():
+        from offload.commands import plan_training  # needs torch
+
+        return plan_training.execute(request)
     plan = plan_of(request)
     if request.output is not None:
         save(_saved(plan, request), request.output)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.table import Table
 
 from offload.plan import Plan, Variant, tiers_of, totals
+from offload.plan.classes import Classes
 from offload.planner.prediction import origin_of
 from offload.units import format_bytes, format_rate, format_seconds
 
@@ -53,17 +54,21 @@ def _table(*names: str) -> Table:
     return table
 
 
-def _places(plan: Plan) -> Table:
-    kinds = plan.classes()
+def places(kinds: Classes, budgets: Mapping[str, int | None]) -> Table:
+    """Bytes by class and tier, their sums, and what each tier may give."""
     tiers = tiers_of(kinds)
     table = _table("bytes", *tiers)
     for kind, row in kinds.items():
         table.add_row(kind, *(format_bytes(row[t]) if row.get(t) else "" for t in tiers))
-    sums, budgets = totals(kinds), plan.ask.budgets
-    of = {"host": budgets.cpu_memory, "device": budgets.gpu_memory}
+    sums = totals(kinds)
     table.add_row("total", *(format_bytes(sums[t]) for t in tiers), style="bold")
-    table.add_row("of", *(format_bytes(size) if (size := of.get(t)) else "" for t in tiers), style="dim")
+    table.add_row("of", *(format_bytes(size) if (size := budgets.get(t)) else "" for t in tiers), style="dim")
     return table
+
+
+def _places(plan: Plan) -> Table:
+    budgets = plan.ask.budgets
+    return places(plan.classes(), {"host": budgets.cpu_memory, "device": budgets.gpu_memory})
 
 
 def _times(plan: Plan) -> Table:

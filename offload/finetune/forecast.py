@@ -45,6 +45,10 @@ class Forecast:
     state_nbytes: of optimizer state that stays in memory.
     scratch_nbytes: on disk, for cells that travel.
     slots: of the ring of state, in shards.
+    gradient_nbytes: of sums of gradients, a unit's and the next one's.
+    activation_nbytes: beside graphs that are kept: inputs of units, one graph, the loss.
+    ring_nbytes: of the rings of state and of cells.
+    process_nbytes: of the process, with what is set aside for allocators.
     """
 
     schedule: Schedule
@@ -54,6 +58,21 @@ class Forecast:
     state_nbytes: int
     scratch_nbytes: int
     slots: int
+    gradient_nbytes: int = 0
+    activation_nbytes: int = 0
+    ring_nbytes: int = 0
+    process_nbytes: int = 0
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of main memory by class."""
+        return {
+            "weights": self.weights_nbytes,
+            "optimizer": self.state_nbytes,
+            "gradients": self.gradient_nbytes,
+            "activations": self.activation_nbytes + self.graphs_nbytes,
+            "buffers": self.ring_nbytes,
+            "process, margin": self.process_nbytes,
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -103,11 +122,12 @@ def _forecast(
     shards = [s for unit in every for s in unit.shards]
     sizes = {unit.name: unit.nbytes for unit in units}
     graphs = {unit.name: _graph(unit, batch) * batch.micro_batches for unit in spec.units}
-    at_once = 2 * max(sizes.values()) + batch.rows * batch.tokens * LOSSES * spec.logits_nbytes
+    sums = 2 * max(sizes.values())
+    at_once = batch.rows * batch.tokens * LOSSES * spec.logits_nbytes
     at_once += spec.hidden_nbytes * batch.rows * batch.tokens * batch.micro_batches * len(units)
     at_once += max(graphs.values()) // batch.micro_batches
     rings = (min(slots, len(shards)) + (STAGES / 3)) * max(s.nbytes for s in shards)
-    free = int(budget * (1 - MARGIN)) - SLACK - base - int(rings) - at_once - (loose.nbytes if loose else 0)
+    free = int(budget * (1 - MARGIN)) - SLACK - base - int(rings) - sums - at_once - (loose.nbytes if loose else 0)
     plan = plan_cells(sizes, free)
     left = free - plan.nbytes
     kept_graphs: set[str] = set()
@@ -141,11 +161,15 @@ def _forecast(
     return Forecast(
         schedule=schedule,
         cost=cost,
-        weights_nbytes=plan.nbytes - plan.slots * plan.slot_nbytes,
+        weights_nbytes=plan.nbytes - plan.slots * plan.slot_nbytes + (loose.nbytes if loose else 0),
         graphs_nbytes=sum(graphs[u] for u in kept_graphs),
         state_nbytes=taken,
         scratch_nbytes=plan.travels_nbytes,
         slots=slots,
+        gradient_nbytes=sums,
+        activation_nbytes=at_once,
+        ring_nbytes=int(rings) + plan.slots * plan.slot_nbytes,
+        process_nbytes=base + SLACK + int(budget * MARGIN),
     )
 
 

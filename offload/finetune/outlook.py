@@ -90,6 +90,19 @@ class Outlook:
         """Steps in which the drive would be worn out, at most bytes a step."""
         return self.drive_bytes // max(1, self.write_bytes_per_step)
 
+    def classes(self) -> dict[str, dict[str, int]]:
+        """Bytes by class and tier, as a plan of inference has them. Main memory only where a step was forecast: its
+        rows add up to the peak that was predicted."""
+        kinds = {kind: {"host": n} for kind, n in (self.forecast.memory() if self.forecast else {}).items()}
+        disk = {
+            "weights": self.scratch_nbytes,
+            "optimizer": SLOTS * self.state_nbytes,
+            "activations": self.activation_nbytes,
+        }
+        for kind, nbytes in disk.items():
+            kinds.setdefault(kind, {})["disk"] = nbytes
+        return {kind: row for kind, row in kinds.items() if any(row.values())}
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
@@ -103,6 +116,7 @@ class Outlook:
             "write_bytes_per_step_at_most": self.write_bytes_per_step,
             "write_bytes_at_most": self.write_bytes,
             "drive_steps_at_least": self.drive_steps,
+            "bytes": self.classes(),
             "predicted": self.forecast.as_dict() if self.forecast is not None else None,
         }
 

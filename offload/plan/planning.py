@@ -163,8 +163,9 @@ class Plan:
 
 
 def predicted_of(prediction: Prediction, profile: Profile) -> dict[str, Any]:
-    """The object `predicted`, which `plan --json` and `run --json` share."""
-    return prediction.as_dict() | {"hardware": profile.name}
+    """The object `predicted`, which `plan --json` and `run --json` share, with the disk's rate that it rests on."""
+    rate = profile.lanes["read"].bytes_per_s if "read" in profile.lanes else None
+    return prediction.as_dict() | {"hardware": profile.name, "disk_bytes_per_s": rate}
 
 
 def vars_of(variant: Variant) -> dict[str, Any]:
@@ -233,14 +234,14 @@ def _solve(ask: Ask, known: Known, *, depths: Sequence[int] = DEPTHS, refines: b
 
 
 def _shares(ask: Ask) -> tuple[float, ...]:
-    """What the CPU may multiply by of what would travel: around where it and the link finish together."""
+    """What the CPU may multiply by of what would travel: around where it and the link finish together, or all of it."""
     has_link = ask.link_bytes_per_s is not None or "h2d" in ask.profile.lanes
     if ask.exact or ask.budgets.gpu_memory is None or not has_link or "cpu" not in ask.profile.processors:
         return (0.0,)
     link = ask.link_bytes_per_s or ask.profile.lane("h2d").bytes_per_s
     cpu = ask.profile.processors["cpu"]
     balanced = balanced_share(cpu.bytes_per_s * cpu.efficiency, link)
-    return (0.0, *(round(balanced * part, 3) for part in (0.5, 0.75, 1.0)))
+    return (0.0, *(round(balanced * part, 3) for part in (0.5, 0.75, 1.0)), 1.0)
 
 
 def room_of(spec: ModelSpec, budgets: Budgets, division: Division, slots: int | None) -> Room:

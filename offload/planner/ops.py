@@ -170,16 +170,21 @@ class OpCosts:
         if rows > FEW:  # the CPU's rows go up instead
             passing = (outputs - first) * inputs * FORMAT_BITS.get(format, 16) / 8
             return self.linear(format, dtype, outputs, inputs, rows) + Sum(self._crossing_s(passing))
-        crossing = Sum(self._crossing_s(rows * inputs * width) + self._crossing_s(rows * (outputs - first) * width))
-        there = OpCosts(self.profile, "cpu").linear(format, dtype, outputs - first, inputs, rows) + crossing
-        if self.processor == "cpu":  # an emulated accelerator: one processor does both
-            return here + there
-        return max(here, there, key=lambda s: s.seconds)
+        crossing = self._crossing_s(rows * inputs * width) + self._crossing_s(rows * (outputs - first) * width)
+        there = OpCosts(self.profile, "cpu").linear(format, dtype, outputs - first, inputs, rows) + Sum(crossing)
+        around = Sum(self.profile.cost("apart"))
+        if self.processor == "cpu":  # an emulated accelerator: one processor does both, one after the other
+            return here + there + around
+        return max(here, there, key=lambda s: s.seconds) + around
 
     def _crossing_s(self, nbytes: float) -> float:
-        """Seconds of a small copy that somebody waits for. An emulated link is paced by sleeping."""
+        """Seconds of a small copy that somebody waits for.
+
+        An emulated link is paced by sleeping, which takes longer than asked; what the copy itself takes is in "apart".
+        """
         if self.link_bytes_per_s is not None:
-            return self.profile.cost("sleep") + nbytes / self.link_bytes_per_s
+            paced = nbytes / self.link_bytes_per_s
+            return paced + self.profile.cost("sleep") if paced > self.profile.processors["cpu"].launch_s else 0.0
         link = self.profile.lanes.get("h2d")
         return self.profile.cost("handoff") + (link.seconds(nbytes) if link else 0.0)
 

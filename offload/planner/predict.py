@@ -82,6 +82,10 @@ class Pricer:
         for unit, _ in self._order:
             costs[unit] = self.compute(unit, phase, on_disk, placement.first_rows).times(beside)
         submit, sources = profile.cost("read_submit"), self._sources(placement)
+        if placement.host_ring.slots == 1:  # the lane waits for the model and the model for the lane, in turn
+            submit += 2 * profile.cost("handoff")
+        reads = {s.unit: s.nbytes for s in schedule if isinstance(s, Read)}
+        flying = self._flying(placement, reads, sum(costs[unit].seconds for unit in reads))
         reading, uploading = profile.learned.factor("read"), profile.learned.factor("upload")
         upload_submit = profile.cost("handoff")
 
@@ -90,7 +94,7 @@ class Pricer:
                 return costs[step.unit].seconds
             if isinstance(step, Read):
                 return submit + reading * sum(
-                    max(profile.lane(lane).seconds(step.nbytes * share) for lane in lanes) for share, lanes in sources
+                    max(self._moved_s(lane, step.nbytes * share, flying) for lane in lanes) for share, lanes in sources
                 )
             assert isinstance(step, Upload)
             return upload_submit + uploading * self._upload_s(step.nbytes)
@@ -103,6 +107,18 @@ class Pricer:
             between_s=self.between_s(placement, phase),
         )
         return clock, sum((costs[s.unit] for s in schedule if isinstance(s, Compute)), Sum())
+
+    def _flying(self, placement: Placement, reads: Mapping[str, int], compute_s: float) -> float:
+        """Reads that are in flight together, on average: a slot is with the model while a unit computes, else on its
+        way. A disk is faster the more it is asked for at once."""
+        alone_s = sum(self.computer.profile.lane(self.computer.read).seconds(nbytes) for nbytes in reads.values())
+        return max(1.0, placement.host_ring.slots - min(1.0, compute_s / alone_s)) if alone_s else 1.0
+
+    def _moved_s(self, lane: str, nbytes: float, flying: float) -> float:
+        """Seconds of a read where so many of its kind are in flight."""
+        found = self.computer.profile.lane(lane)
+        together = min(flying * nbytes, max(nbytes, IN_FLIGHT))
+        return min(found.seconds(nbytes), nbytes / found.rate(together)) if nbytes else 0.0
 
     def compute(self, unit: str, phase: Phase, on_disk: frozenset[str], first_rows: Mapping[str, int]) -> Sum:
         """A unit's forward when those of its tensors stream, and the CPU has those rows."""
@@ -165,6 +181,21 @@ class Pricer:
         processor = self.computer.profile.processors[self.computer.processor]
         return max((r.bytes_per_s for r in processor.copy), default=inf)
 
+    def _beside_copies(self, computing: str) -> tuple[float, float]:
+        """The parts of their own rates that computing and an emulated link keep: the cores that compute also copy.
+
+        A pair of both at full speed was measured. A paced link copies for a part of the time only, and slows computing
+        down for that part; it is slower than its pace only where the copies beside computing are.
+        """
+        profile, copy, link = self.computer.profile, self._emulated_copy(), self.computer.link_bytes_per_s or inf
+        measured = "cpu.copy" in profile.interference.get(computing, {})
+        computes, copies = (
+            (profile.kept(computing, "cpu.copy"), profile.kept("cpu.copy", computing)) if measured else (0.5, 0.5)
+        )
+        beside = copies * copy
+        part = min(1.0, link / beside) if copy < inf else 0.0
+        return 1 - (1 - computes) * part, min(1.0, beside / min(link, copy)) if copy < inf else 1.0
+
     def _sharing(self, schedule: Schedule, costs: Mapping[str, Sum], phase: Phase) -> Sharing:
         """What was measured of pairs; the shared memory's capacity only where no pair was.
 
@@ -175,8 +206,8 @@ class Pricer:
         if phase.rows > FEW and f"{computer.processor}.gemm" in profile.interference:
             names["compute"] = f"{computer.processor}.gemm"
         keeps = {a: {b: min(1.0, profile.kept(names[a], names[b])) for b in names if b != a} for a in names}
-        if computer.link_bytes_per_s is not None:  # its copies take the memory, and the cores, that compute
-            keeps["compute"]["upload"] = 1 - min(1.0, computer.link_bytes_per_s / self._emulated_copy()) / 2
+        if computer.link_bytes_per_s is not None:
+            keeps["compute"]["upload"], keeps["upload"]["compute"] = self._beside_copies(names["compute"])
         measured = any(names["compute"] in profile.interference.get(names[a], {}) for a in ("read", "upload"))
         capacity = profile.shared.get("dram", inf)
         if measured or capacity == inf:

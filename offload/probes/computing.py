@@ -43,6 +43,7 @@ class Computing:
             "first": software.first_s(self._meter, exact=False),
             "first_torch": software.first_s(self._meter, exact=True),
             "sleep": software.sleep_s(self._meter),
+            "apart": software.apart_s(self._meter),
             "touch": software.touch_s(self._meter),
         }
 

@@ -25,11 +25,17 @@ class Activity:
         name: of the lane or processor, with a word behind a dot where it is one of several kinds of work.
         loop: the work.
         is_lane: it may run in a thread of its own; a processor's work belongs to the main thread, whose team it uses.
+        beside: names of what it ever runs beside; empty: everything.
     """
 
     name: str
     loop: Loop
     is_lane: bool = True
+    beside: tuple[str, ...] = ()
+
+    def meets(self, other: Activity) -> bool:
+        """Both may run at once, in two threads."""
+        return (self.is_lane or other.is_lane) and (not self.beside or other.name in self.beside)
 
 
 def repeat(runs: Sequence[Run], now: Now = time.perf_counter, finish: Run = lambda: None) -> Loop:
@@ -54,7 +60,7 @@ def repeat(runs: Sequence[Run], now: Now = time.perf_counter, finish: Run = lamb
 def matrix(
     activities: Sequence[Activity], seconds: float, on_pair: Callable[[str], None] = lambda _: None
 ) -> Mapping[str, Mapping[str, float]]:
-    """Every pair but two processors' work: name -> the other's name -> the part of its speed that it keeps.
+    """Every pair that may meet: name -> the other's name -> the part of its speed that it keeps.
 
     Each pair is measured alone, together and alone again, `ROUNDS` times, because a disk's mood changes within seconds:
     a part is of what both were alone just before and after.
@@ -62,7 +68,7 @@ def matrix(
     kept: dict[str, dict[str, float]] = {}
     for k, one in enumerate(activities):
         for other in activities[k + 1 :]:
-            if not (one.is_lane or other.is_lane):
+            if not (one.meets(other) and other.meets(one)):
                 continue
             on_pair(f"{one.name} beside {other.name}")
             parts: dict[str, list[float]] = {one.name: [], other.name: []}

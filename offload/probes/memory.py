@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mmap
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -48,6 +50,16 @@ def copy(area: Area, meter: Meter, threads: int | None = None) -> MemoryRate:
     """Half of the area to the other half."""
     half = area.nbytes // 2 // MIB * MIB
     return _copy(area.bytes[half : 2 * half], area.bytes[:half], threads or torch.get_num_threads(), meter)
+
+
+def copies(area: Area, nbytes: int) -> list[Callable[[], object]]:
+    """Copies of so many bytes from one half of the area to the other, each in another place, as an emulated link makes
+    them: by torch, from a thread of its own.
+    """
+    half = area.nbytes // 2
+    nbytes = min(nbytes, half)
+    places = range(0, half - nbytes + 1, nbytes)
+    return [partial(area.bytes[half + at :][:nbytes].copy_, area.bytes[at : at + nbytes]) for at in places]
 
 
 def _read(area: torch.Tensor, threads: int, meter: Meter) -> MemoryRate:

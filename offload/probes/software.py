@@ -20,6 +20,9 @@ from offload.kernels.chosen import Kernels
 from offload.probes.linears import product
 from offload.probes.resident import resident
 from offload.probes.sampling import Meter
+from offload.runtime import apart, linears
+from offload.runtime.apart import Apart, Crossing
+from offload.tiers.emulated import EmulatedDevice
 from offload.units import MIB
 
 UNITS = 64
@@ -139,6 +142,19 @@ def unit_s(meter: Meter) -> float:
         with resident(model):
             hooked = meter.time(*_times(model, x)).seconds
     return max(1e-9, (hooked - plain) / UNITS)
+
+
+def apart_s(meter: Meter) -> float:
+    """What a product in two places takes beyond both its products: views, a result, and its way across the link."""
+    kernels = Kernels("cpu", exact=False)
+    device = EmulatedDevice(0)
+    here, there = (torch.ones(64, 64, dtype=torch.bfloat16) for _ in range(2))
+    x = torch.ones(1, 64, dtype=torch.bfloat16)
+    both = Apart(here, there, Crossing(device, kernels))
+    with torch.no_grad():
+        one = meter.time(functools.partial(linears.multiply, x, here, None, kernels)).seconds
+        two = meter.time(lambda: apart.product(x.clone(), both, None, kernels, linears.multiply)).seconds
+    return max(1e-9, two - 2 * one)
 
 
 def _times(model: nn.Module, x: torch.Tensor) -> Sequence[functools.partial[torch.Tensor]]:

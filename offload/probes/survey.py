@@ -184,7 +184,9 @@ class Survey:
             weights = area.copies(shape, dtype)
             small = linears.product(weights, 1, Kernels("cpu", exact=False))
             large = linears.product(weights, GEMM_ROWS, Kernels("cpu", exact=False))
+            copying = memory.copies(area, block)
             found += [
+                Activity(name="cpu.copy", loop=repeat(copying, now), beside=("read", "cpu", "cpu.gemm")),
                 Activity(name="cpu", loop=repeat(small, now), is_lane=False),
                 Activity(name="cpu.gemm", loop=repeat(large, now), is_lane=False),
                 Activity(name="cpu.adamw", loop=repeat(others.steps(params, area), now), is_lane=False),

@@ -129,7 +129,8 @@ class Profile:
         ops: measured ops.
         costs: what software takes, in seconds, by name; see `cost`.
         interference: lane or processor -> the other -> the part of its own speed that it keeps while the other runs. A
-            processor alone stands for products of few rows; cpu.gemm and cpu.adamw for other work of it.
+            processor alone stands for products of few rows; cpu.gemm, cpu.adamw and cpu.copy (the copies of an emulated
+            link, as fast as they go) for other work of it.
         shared: capacities that several use at once, in bytes per second, by name (`dram`).
         calibration: op family -> factor learned from runs.
         drift: relative change of repeated key figures from the beginning to the end of measuring.
@@ -205,6 +206,7 @@ class Profile:
         touch         using a MiB of memory for the first time
         step          once a token: the generation loop around the model
         sleep         the shortest sleep: what pacing an emulated link takes each time
+        apart         a product in two places, beyond both its products
         read_submit   handing a read to the engine
         handoff       waking a waiting thread
         """
@@ -254,7 +256,8 @@ class Profile:
             low, high = below.curve.seconds(amount), above.curve.seconds(amount)
             share = log(size / prod(below.shape)) / log(prod(above.shape) / prod(below.shape))
             seconds = low ** (1 - share) * high**share
-        return OpCost(seconds, "scaled", near.curve.spread(amount))
+        least = self.processors[processor].launch_s if processor in self.processors else 0.0
+        return OpCost(max(seconds, least), "scaled", near.curve.spread(amount))
 
     def roofline(self, *, processor: str, flops: float, nbytes: float, dtype: str) -> OpCost:
         """What an op takes that no table knows: the slower of computing and reading, at the usual efficiency."""

@@ -2,7 +2,8 @@
 
 The bytes are really copied and the model really computes (on the CPU), so results are those of the CPU; only time is
 made up. Copies are paced by absolute deadlines, which do not drift: a chunk is over chunk / rate after the one before
-it, whoever asked for that one. Each direction has a link of its own.
+it, whoever asked for that one. A small copy that somebody waits for goes between the packets of a large one, as on
+PCIe, and the large one ends later by as much. Each direction has a link of its own.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from offload.errors import BudgetError
 from offload.io.buffers import Buffer
 from offload.tiers.device import DeviceStatistics, Download, Event, Happened, Pairs
 from offload.tiers.host import as_tensor
-from offload.units import MIB, format_bytes
+from offload.units import KIB, MIB, format_bytes
 
 CHUNK = 4 * MIB
+SMALL = 64 * KIB  # CUDA sends so much along with the command: it never queues behind a copy
 
 
 class _Lane:
@@ -36,8 +38,10 @@ class _Lane:
             self.nbytes += nbytes
             if self._bytes_per_s is None:
                 return
-            self._free_at = max(self._free_at, began) + nbytes / self._bytes_per_s
-            early = self._free_at - time.perf_counter()
+            takes = nbytes / self._bytes_per_s
+            self._free_at = max(self._free_at, began) + takes
+            over = began + takes if nbytes <= SMALL else self._free_at
+            early = over - time.perf_counter()
         if early > 0:
             time.sleep(early)
 

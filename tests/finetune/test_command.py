@@ -274,6 +274,37 @@ def test_a_small_disk_is_met_before_the_start(config: Path, tmp_path: Path, caps
     assert not (tmp_path / "out").exists()
 
 
+def plan(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["plan", *map(str, arguments)])
+    return int(end.value.code or 0)
+
+
+def test_plan_of_a_configuration(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The object that a run reports, without a run."""
+    memory = ("--hardware", "cpu-ddr5-nvme4", "--cpu-memory", "4GiB")
+    assert plan(config, *memory, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert run(config, "--dry-run", "--json", "budgets.cpu_memory=4GiB") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert all(facts[k] == found[k] for k in ("model", "total_steps", "data"))
+    assert found["plan"].keys() == facts["plan"].keys()
+    kinds = found["plan"]["bytes"]
+    assert kinds["optimizer"]["disk"] == 2 * found["plan"]["state_bytes"]
+    assert kinds["optimizer"]["host"] == found["plan"]["predicted"]["state_in_memory_bytes"]
+    assert sum(row.get("host", 0) for row in kinds.values()) <= 4 << 30
+    assert plan(config, *memory) == 0
+    text = capsys.readouterr().out
+    assert "parameters to train" in text
+    assert "optimizer" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_a_model_are_refused_for_a_configuration(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(config, "--batch", "4") == 2
+    assert "--batch goes with a model" in capsys.readouterr().err
+
+
 def test_dry_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(config, "--dry-run", "data.shuffle=false") == 0
     assert capsys.readouterr().out == "<s>User: Which is number 0?\nAssistant: ⟦It is 0.</s>⟧\n\n"
@@ -282,7 +313,8 @@ def test_dry_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert report["excerpt"] == "<s>User: Which is number 0?\nAssistant: ⟦It is 0.</s>⟧\n"
     assert report["total_steps"] == 12
     params = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(report["model"]).parameters())
-    predicted = report["plan"].pop("predicted")
+    predicted, kinds = report["plan"].pop("predicted"), report["plan"].pop("bytes")
+    assert kinds["optimizer"]["disk"] == 24 * params
     assert predicted["step_s"] >= predicted["bound_s"] > 0
     assert (predicted["read_bytes"], predicted["write_bytes"], predicted["scratch_bytes"]) == (0, 0, 0)  # it all fits
     assert predicted["state_in_memory_bytes"] >= 12 * params

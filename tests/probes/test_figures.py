@@ -88,6 +88,10 @@ def test_what_pairs_keep() -> None:
     assert kept["read"] == {"write": 0.5, "cpu": 0.5, "cpu.gemm": 0.5}
     assert kept["write"]["read"] == 1.0, "nothing is faster in company"
     assert kept["cpu"] == {"read": 0.9, "write": 0.9}, "two kinds of work of one processor are no pair"
+    seen.clear()
+    copying = Activity(name="cpu.copy", loop=loop("cpu.copy", 2.0, 1.0), beside=("cpu",))
+    kept = matrix([*lanes, copying, *work], 0.0)
+    assert kept["cpu.copy"] == {"cpu": 0.5}, "it is measured beside what it ever runs beside"
 
 
 def test_a_failure_beside_something_else_is_raised() -> None:

@@ -48,7 +48,7 @@ def measured(folder: Path, scratch: Path, cache: Path) -> Profile:
 def test_the_profile_is_whole(measured: Profile, scratch: Path) -> None:
     assert measured.source == "measured"
     assert {"read", "write"} <= set(measured.lanes)
-    assert {"read_submit", "handoff", "unit", "step"} <= set(measured.costs)
+    assert {"read_submit", "handoff", "unit", "step", "apart"} <= set(measured.costs)
     found = {(t.op, t.implementation, t.format) for t in measured.ops}
     assert {
         ("linear", "cpu", "bfloat16"), ("linear", "torch", "bfloat16"), ("linear_int8", "cpu", "int8"),
@@ -64,6 +64,7 @@ def test_the_profile_is_whole(measured: Profile, scratch: Path) -> None:
     for lane in ("read", "write"):
         assert set(measured.interference[lane]) >= {"cpu", "cpu.gemm", "cpu.adamw"}
         assert set(measured.interference["cpu"]) >= {lane}
+    assert set(measured.interference["cpu.copy"]) == {"read", "cpu", "cpu.gemm"}, "what an emulated link runs beside"
     assert measured.processors["cpu"].flops.keys() == {"bfloat16", "float32"}
     assert measured.tiers[-1].name == "disk"
     assert not list(scratch.iterdir())
