@@ -328,6 +328,7 @@ def test_dry_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         "write_bytes_per_step_at_most": 12 * params,
         "write_bytes_at_most": (1 + 12) * 12 * params + 4 * params,
         "drive_steps_at_least": 600 * 10**12 // (12 * params),
+        "written_back_bytes_at_most": 0,
     }
     assert run(config, "--explain") == 0
     assert "Backward" in capsys.readouterr().out
