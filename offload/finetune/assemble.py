@@ -14,7 +14,7 @@ from torch import nn
 from offload.errors import BudgetError, ModelError, UsageError
 from offload.finetune.accelerator import Accelerator
 from offload.finetune.activations import prepare
-from offload.finetune.memory import ACTIVATIONS, Wishes, plan_first
+from offload.finetune.memory import ACTIVATIONS, Wishes, plan_first, share_heap
 from offload.finetune.trainer import Trainer
 from offload.hardware import rss_bytes
 from offload.io.engine import Engine
@@ -103,6 +103,7 @@ def assemble(
         "optimizer": optimizer.name,
         "shard": shard_count,
     } | dict(belongs or {})
+    share_heap()
     _warm(optimizer, kernels)
     if accelerator is not None:
         cpu_memory += accelerator.host_nbytes

@@ -13,6 +13,12 @@ On an accelerator, the weights of a unit go up for each visit, its gradient come
     clip          update; upload; forward            upload; backward; download
     no clip       upload; forward                    upload; backward; download; update
 
+With a clip norm all state moves in the forward pass, which is short, and the disk has little to do in the backward pass.
+So the state of a cell that travels may be written there (`defers`), at the price of a second update:
+
+    deferred      read gradient, state; update; forward                read gradient, state; update; write state;
+                                                                       backward; write gradient
+
 Weights are read as a copy in the model's dtype, which the update before wrote, or as the float32 masters that the state
 begins with, rounded on the way: whichever moves fewer bytes (see `has_copies`).
 """
@@ -26,6 +32,7 @@ from typing import Literal
 from offload.planner.schedule import Compute, Download, Read, Release, RingName, Schedule, Step, Upload, Write
 
 What = Literal["gradient", "weights", "masters", "nothing"]
+Made = Literal["update", "trial", "rounding"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +61,15 @@ class Backward(Compute):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update(Compute):
-    """The optimizer's step of one shard: gradient and state become weights and state."""
+    """The optimizer's step of one shard: gradient and state become weights and state.
+
+    Attributes:
+        made: "trial": only the weights are wanted, and the slot with the state is dropped, since the update will be
+            made again; "rounding": the state is up to date, and the weights are made of it.
+    """
 
     shard: str
+    made: Made = "update"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +111,7 @@ class TrainedUnit:
         stays: the cell is kept in memory.
         uploads: it computes on an accelerator with memory of its own.
         stays_there: and has a place of its own there, from its forward to its backward.
+        defers: its state is written in the backward pass where updates wait for the forward pass, if it travels.
     """
 
     name: str
@@ -106,6 +120,7 @@ class TrainedUnit:
     stays: bool = True
     uploads: bool = False
     stays_there: bool = False
+    defers: bool = False
 
     @property
     def masters_nbytes(self) -> int:
@@ -146,6 +161,7 @@ def emit_training(
         forward, backward: what is run; neither: only the updates that are due.
     """
     made = _Emitter()
+    deferred = [u for u in order[:-1] if is_due and forward and backward and u.defers and not (u.stays or u.uploads)]
     if is_due and loose is not None:
         made.update(loose)
     if forward and loose is not None:
@@ -154,7 +170,10 @@ def emit_training(
         is_last = unit is order[-1] and backward  # its backward follows at once
         if is_due:
             made.bring(unit, "gradient")
-            made.update(unit)
+            if unit in deferred:
+                made.try_update(unit)
+            else:
+                made.update(unit)
         elif forward:
             made.bring(unit, reads)
         if forward:
@@ -167,7 +186,10 @@ def emit_training(
         if not (forward and (unit.uploads or is_last)):
             made.release(unit)
     for unit in reversed(order) if backward else ():
-        if unit is not order[-1]:
+        if unit in deferred:
+            made.bring(unit, "gradient")
+            made.update(unit, is_second=True)
+        elif unit is not order[-1]:
             if unit.stays_there:
                 made.bring(unit, "nothing")
             else:
@@ -261,16 +283,11 @@ class _Emitter:
             at = self._read(read, [unit.name])
         self._ready[unit.name] = at
 
-    def update(self, unit: TrainedUnit) -> None:
+    def update(self, unit: TrainedUnit, *, is_second: bool = False) -> None:
+        """The updates of a unit. The second time, state that is in memory has had its own."""
         for shard in unit.shards:
-            after = self.ready(unit)
-            if not shard.stays:
-                read = ReadShard(index=0, unit=unit.name, shard=shard.name, nbytes=shard.nbytes, ring="state")
-                after = (*after, self._read(read, [shard.name]))
-            update = Update(
-                index=0, unit=unit.name, shard=shard.name, after=after, nbytes=shard.nbytes, is_beside=unit.uploads
-            )
-            self._changed[shard.name] = done = self.compute(update)
+            done = self._update(unit, shard, "rounding" if is_second and shard.stays else "update")
+            self._changed[shard.name] = done
             if unit.uploads:
                 if _host(unit) not in self._changed:
                     self._first.append((done, (_host(unit),)))
@@ -279,6 +296,15 @@ class _Emitter:
                 write = WriteShard(index=0, unit=unit.name, shard=shard.name, after=(done,), nbytes=shard.nbytes)
                 self._changed[shard.name] = written = self.add(write)
                 self.add(Release(index=0, unit=unit.name, after=(written,), ring="state"))
+
+    def try_update(self, unit: TrainedUnit) -> None:
+        """Updates for the weights alone, except of state that is in memory."""
+        for shard in unit.shards:
+            if shard.stays:
+                self._changed[shard.name] = self._update(unit, shard, "update")
+                continue
+            done = self._update(unit, shard, "trial")
+            self.add(Release(index=0, unit=unit.name, after=(done,), ring="state"))
 
     def write(self, unit: TrainedUnit, what: What) -> None:
         if unit.stays or not unit.shards:
@@ -297,6 +323,18 @@ class _Emitter:
         for index, names in self._first:
             self._steps[index] = replace(self._steps[index], behind=self._changes(names))
         return tuple(self._steps)
+
+    def _update(self, unit: TrainedUnit, shard: TrainedShard, made: Made) -> int:
+        after = self.ready(unit)
+        if not shard.stays:
+            read = ReadShard(index=0, unit=unit.name, shard=shard.name, nbytes=shard.nbytes, ring="state")
+            after = (*after, self._read(read, [shard.name]))
+        return self.compute(
+            Update(
+                index=0, unit=unit.name, shard=shard.name, after=after, nbytes=shard.nbytes, is_beside=unit.uploads,
+                made=made,
+            )
+        )  # fmt: skip
 
     def _read(self, read: Read | Upload, names: Sequence[str], after: tuple[int, ...] = ()) -> int:
         at = self.add(replace(read, after=tuple(sorted({*after, *self._changes(names)}))))

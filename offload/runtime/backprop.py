@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from offload.errors import ModelError
+from offload.runtime.losses import use_pieces
 from offload.runtime.timeline import now
 from offload.runtime.turns import Turns, run
 from offload.tiers.stash import Stash, Ticket, can_put
@@ -134,6 +135,7 @@ class Backprop:
             self.parts[name] = Part(name, module, own, module.forward, len(self.parts))
             self._own_forward[name] = module.__dict__.get("forward")
             module.forward = self._wrapped(self.parts[name])  # type: ignore[method-assign]
+        self._own_loss_back = use_pieces(root)
         self._local = threading.local()  # of a micro-batch: number, now (unit and direction), inside, seen
         self._turns = Turns(1)
         self._step = 0
@@ -182,9 +184,10 @@ class Backprop:
         return found
 
     def close(self) -> None:
-        """Gives the units their own forward back, and the stash its memory and disk."""
+        """Gives the units their own forward back, the model its loss, and the stash its memory and disk."""
         if self.stash is not None:
             self.stash.close()
+        self._own_loss_back()
         for name, part in self.parts.items():
             part.module.__dict__.pop("forward", None)
             if self._own_forward[name] is not None:

@@ -14,6 +14,8 @@ from offload.runtime.backprop import Gradients
 from offload.tiers.cells import Cells
 from offload.tiers.device_cells import DeviceCells
 
+PIECE = 1 << 19  # elements: what caches hold, and is worth two threads
+
 
 class GradientSums:
     """Gradients on their way into cells, rounded once.
@@ -73,11 +75,13 @@ class GradientSums:
         self._sums.clear()
 
     def _sum(self, name: str, gradient: torch.Tensor) -> None:
-        """Adds to a parameter's gradient in float32."""
-        if name in self._sums:
-            self._sums[name] += gradient
-        else:
-            self._sums[name] = gradient.float().clone()
+        """Adds to a parameter's gradient in float32, in pieces: torch would first copy all of it to float32."""
+        if name not in self._sums:
+            self._sums[name] = gradient.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            return
+        total, flat = self._sums[name].view(-1), gradient.reshape(-1)
+        for first in range(0, len(flat), PIECE):
+            total[first : first + PIECE] += flat[first : first + PIECE]
 
     def _put(self, unit: str, gradients: Gradients) -> None:
         """Puts the gradient of a cell in place of its weights."""

@@ -37,6 +37,7 @@ class Masters:
     def __init__(self, state: StateFile, kept: Mapping[str, memoryview], count: int) -> None:
         self._state, self._kept = state, kept
         self._stages = BufferPool(STAGES, 4 * count)
+        self._stages.buffer.touch()
         self._queue: SimpleQueue[_Piece | Future[int] | None] = SimpleQueue()  # bounded by the stages
         self._thread = threading.Thread(target=self._run, name="offload-masters", daemon=True)
         self._thread.start()

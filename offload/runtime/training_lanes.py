@@ -62,6 +62,7 @@ class TrainingLanes:
         self._shards = {s.name: s for cell in cells.layouts.values() for s in cell.shards}
         self.nbytes = {name: state.nbytes(name) for name in self._shards}
         self.ring = BufferPool(max(1, min(slots, len(self.nbytes))), max(self.nbytes.values(), default=0))
+        self.ring.buffer.touch()  # what the first step takes is measured, and it need not use every slot
         self.cell_ring: BufferPool | None = None
         self.kept: dict[str, memoryview] = {}  # shards that stay in memory
         self._masters: Masters | None = None
@@ -91,6 +92,8 @@ class TrainingLanes:
         if self.cell_ring is not None:
             self.cell_ring.close()
         self.cell_ring = BufferPool(slots, nbytes) if slots else None
+        if self.cell_ring is not None:
+            self.cell_ring.buffer.touch()
 
     @property
     def is_running(self) -> bool:

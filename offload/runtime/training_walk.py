@@ -143,6 +143,10 @@ class Walk:
             self._lanes.give_cell(step.unit, self.let_go(step.unit))
         elif isinstance(step, Release) and step.ring == "cells" and step.unit in self._held_cells:
             self.let_go(step.unit).release()  # behind a write, its end does it
+        elif isinstance(step, Release) and step.ring == "state":
+            for lease in self._held_shards.values():  # of a trial; nobody writes it
+                lease.release()
+            self._held_shards.clear()
 
     def _next(self) -> None:
         self._at += 1
@@ -154,8 +158,11 @@ class Walk:
         shard = self._shards[step.shard]
         view, lease = self._lanes.take_shard(shard.name)
         start = now()
-        cell = self._cells.shard(shard)
-        self._rule.step(self.state_of(shard.name, view), cell, self.numbers, decays=shard.decays)
+        state, cell = self.state_of(shard.name, view), self._cells.shard(shard)
+        if step.made == "rounding":
+            self._rule.weights(state, cell)
+        else:
+            self._rule.step(state, cell, self.numbers, decays=shard.decays)
         self._timeline.add("update", shard.name, start, now(), len(view))
         if lease is None:
             self.dirty.add(shard.name)
