@@ -351,6 +351,7 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backprop: Backprop, call: _Call, anchor: torch.Tensor, *tensors: torch.Tensor) -> Any:
         ctx.backprop, ctx.call = backprop, call
+        ctx.gives_up_outputs = type(call.part.module) is nn.Linear  # whose backward does not read them; see losses.py
         ctx.set_materialize_grads(False)
         outputs = backprop.forward(call, tensors)
         ctx.save_for_backward(*[t for k, t in enumerate(tensors) if k not in call.away])
