@@ -81,7 +81,9 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignored: int, reduction: int, is_spent: bool
     ) -> torch.Tensor:
         rows = len(labels)
-        picked = torch.empty(rows, 1, dtype=torch.float32)  # the log-probability of each row's label
+        picked = torch.empty(
+            rows, 1, dtype=torch.float32, device=logits.device
+        )  # the log-probability of each row's label
         words = labels.masked_fill(labels == ignored, 0).unsqueeze(1)
         for piece in _pieces(logits):
             picked[piece] = _log_softmax(logits[piece]).gather(1, words[piece])
@@ -94,10 +96,12 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         logits, words, column, weight = ctx.saved_tensors
-        picked = torch.empty(len(column), 1, dtype=torch.float32)
+        picked = torch.empty(len(column), 1, dtype=torch.float32, device=logits.device)
         each = _aten.nll_loss_backward(grads[0], picked, column, None, ctx.reduction, ctx.ignored, weight)
-        found = logits.data if ctx.is_spent else torch.empty_like(logits)  # .data: autograd shall not take it for a change
-        sparse = torch.zeros(_rows(logits), logits.shape[1], dtype=torch.float32)  # the gradient of the log-softmax
+        found = (
+            logits.data if ctx.is_spent else torch.empty_like(logits)
+        )  # .data: autograd shall not take it for a change
+        sparse = torch.zeros(_rows(logits), logits.shape[1], dtype=torch.float32, device=logits.device)
         for piece in _pieces(logits):
             part = sparse[: len(each[piece])]
             part.scatter_(1, words[piece], each[piece])
