@@ -13,8 +13,8 @@ On an accelerator, the weights of a unit go up for each visit, its gradient come
     clip          update; upload; forward            upload; backward; download
     no clip       upload; forward                    upload; backward; download; update
 
-With a clip norm all state moves in the forward pass, which is short, and the disk has little to do in the backward pass.
-So the state of a cell that travels may be written there (`defers`), at the price of a second update:
+With a clip norm all state moves in the forward pass, which is short, and the disk rests in the backward pass. So the
+state of a cell that travels may be written there (`defers`), at the price of a second update:
 
     deferred      read gradient, state; update; forward                read gradient, state; update; write state;
                                                                        backward; write gradient

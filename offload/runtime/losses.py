@@ -1,9 +1,9 @@
 """The loss of a causal model, a few rows of logits at a time: torch's numbers without its float32 copies of the logits.
 
 torch makes three copies of all logits in float32 on the way to a loss and back: logits, their log-softmax, and its
-gradient twice. With 4,096 tokens and 49,152 words that is up to 2.4 GB beside logits and gradient of 0.4 GB in bf16. Every
-row's log-softmax and gradient are its own, so that pieces give the same bits; the mean over rows is torch's own, of
-one number a row.
+gradient twice. With 4,096 tokens and 49,152 words that is up to 2.4 GB beside logits and gradient of 0.4 GB in bf16.
+Every row's log-softmax and gradient are its own, so that pieces give the same bits; the mean over rows is torch's own,
+of one number a row. Where nobody else needs the logits, their gradient takes their place.
 """
 
 from __future__ import annotations
