@@ -28,12 +28,14 @@ class Accelerator:
         name: emulated, cuda:N.
         memory: bytes of its memory.
         link_bytes_per_s: pace of an emulated one's link; None: as fast as memory copies go.
+        overlaps: moving, computing and updating overlap.
         activations: purpose -> bytes of a micro-batch, beside weights and gradients; None: unknown.
     """
 
     name: str
     memory: int
     link_bytes_per_s: float | None = None
+    overlaps: bool = True
     activations: Mapping[str, int] | None = field(default=None)
 
     @property

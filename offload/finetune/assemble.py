@@ -127,7 +127,7 @@ def assemble(
         if accelerator is not None:
             device, there = accelerator.open(layouts)
             kernels = Kernels(device.torch_device.type, exact=kernels.exact)
-            make = partial(make, device=device, there=there)
+            make = partial(make, device=device, there=there, overlaps=accelerator.overlaps)
         training = make(
             root, anatomy, cells, state, spill, optimizer,
             slots=slots, cell_slots=(plan.slots, plan.slot_nbytes), max_grad_norm=max_grad_norm, kernels=kernels,

@@ -56,6 +56,7 @@ def finetuning(
     offload_dir: str | os.PathLike[str] | None = None,
     device: str | None = None,
     link: str | float | None = None,
+    overlap: bool = True,
     dtype: str | torch.dtype = "auto",
     seed: int = 0,
     resident: Size = None,
@@ -94,6 +95,7 @@ def finetuning(
         device: what computes the model: cpu, cuda, cuda:N or emulated; default: cuda when there is one. Updates run on
             the CPU beside it.
         link: pace of the emulated device's link, as in "8GB/s".
+        overlap: an accelerator computes while others move and update; False, one after the other, is for comparing.
         dtype: of the model's weights: "auto" is the checkpoint's.
         seed: of dropout.
         resident: how much of the optimizer's state stays in memory: "auto", a fraction such as 0.25, or bytes.
@@ -159,7 +161,9 @@ def finetuning(
         slots = SLOTS
         accelerator: Accelerator | None = None
         if budgets.gpu_memory is not None:
-            accelerator = Accelerator(name=device, memory=budgets.gpu_memory, link_bytes_per_s=pace)
+            accelerator = Accelerator(
+                name=device, memory=budgets.gpu_memory, link_bytes_per_s=pace, overlaps=overlap
+            )  # fmt: skip
         if isinstance(model, nn.Module):
             root, anatomy = model, dissect(model, shares=False)
             given = {

@@ -23,7 +23,7 @@ from offload.runtime.progress import MODEL, lanes
 from offload.runtime.timeline import now
 from offload.runtime.training_lanes import LOOSE, Lane
 from offload.runtime.training_walk import Walk
-from offload.tiers.device import Device, Event
+from offload.tiers.device import Device, Event, Happened
 from offload.tiers.device_cells import DeviceCells
 
 
@@ -45,10 +45,12 @@ class WalkBeside(Walk):
     Args:
         there: the cells on the accelerator.
         device: it.
+        overlaps: lanes work at once.
     """
 
-    def __init__(self, *parts: Any, there: DeviceCells, device: Device) -> None:
+    def __init__(self, *parts: Any, there: DeviceCells, device: Device, overlaps: bool = True) -> None:
         super().__init__(*parts)
+        self._lanes.progress.in_order = not overlaps
         self._there, self._device = there, device
         self._names: list[str] = []  # of each step, its lane
         self._flights: dict[str, deque[Flight]] = {}  # arrived, and not entered yet; bounded by the ring
@@ -79,10 +81,11 @@ class WalkBeside(Walk):
     def enter(self, unit: str) -> None:
         """See Walk."""
         step = self._schedule[self._at]
+        self._lanes.progress.wait_turn(step)
         if isinstance(step, Forward) or not self._there.stays(unit):
             self._arrive(unit)
         else:
-            self._lent[unit] = Flight(None, self._used[unit])
+            self._lent[unit] = Flight(None, self._used.get(unit, Happened()))
             self._parameters.show(self._there.show(unit, None))
         self._entered = now()
 

@@ -20,6 +20,7 @@ class Progress:
     Attributes:
         changed: notified whenever anything here changes.
         number: of the pass that the model is in.
+        in_order: nothing overlaps: a step begins when the one before it in the tuple is done. To compare with.
     """
 
     def __init__(self) -> None:
@@ -27,6 +28,7 @@ class Progress:
         self.number = 0
         self.failure: BaseException | None = None
         self.is_stopping = False
+        self.in_order = False
         self._lanes: list[str] = []
         self._here: dict[str, tuple[int, int]] = {}
 
@@ -64,6 +66,8 @@ class Progress:
 
     def are_done(self, step: Step, number: int) -> bool:
         """Whether the steps that this one comes after are, in that pass. The caller holds `changed`."""
+        if self.in_order and not self._is_reached(number, step.index):
+            return False
         return all(self._is_done(number, k) for k in step.after) and all(
             self._is_done(number - 1, k) for k in step.behind
         )
@@ -84,6 +88,11 @@ class Progress:
             if self.is_stopping:
                 raise Interrupted("the lane is stopping")
 
+    def wait_turn(self, step: Step) -> None:
+        """Waits, in the model's thread, until a visit may begin, where nothing overlaps."""
+        if self.in_order:
+            self.wait_model(lambda: self._is_reached(self.number, step.index))
+
     def wait_model(self, is_there: Callable[[], bool]) -> None:
         """Waits, in the model's thread. Raises what a lane failed with."""
         with self.changed:
@@ -103,6 +112,10 @@ class Progress:
     def _is_done(self, number: int, index: int) -> bool:
         lane = self._lanes[index]
         return lane == "read" or (number, index) < self._here[lane]
+
+    def _is_reached(self, number: int, index: int) -> bool:
+        """Whether the step before this one has been done, and so all before it."""
+        return index == 0 or (number, index - 1) < self._here[self._lanes[index - 1]]
 
 
 def lanes(schedule: Schedule) -> list[str]:

@@ -74,6 +74,7 @@ class Training:
         frozen: parameters that are used as they are; all others are in the cells.
         device: where the model computes; None: on the CPU, with the cells as they are.
         there: the cells on it.
+        overlaps: moving, computing and updating overlap there.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Training:
         frozen: Mapping[str, torch.Tensor] | None = None,
         device: Device | None = None,
         there: DeviceCells | None = None,
+        overlaps: bool = True,
     ) -> None:
         self.root, self.cells, self.state = root, cells, state
         self._spill, self._rule, self._max_norm = spill, rule, max_grad_norm
@@ -111,7 +113,8 @@ class Training:
         self._lanes = TrainingLanes(state, spill, cells, slots, self.timeline)
         self._lanes.use_cell_ring(*cell_slots)
         parts = (cells, self._lanes, self._parameters, rule, self.timeline)
-        self._walk = Walk(*parts) if there is None else WalkBeside(*parts, there=there, device=self.device)
+        beside = {"device": self.device, "overlaps": overlaps}
+        self._walk = Walk(*parts) if there is None else WalkBeside(*parts, there=there, **beside)
         clips = max_grad_norm is not None
         copies = has_copies(clips, max(d.itemsize for d, _ in shapes.values()))
         order = [u.name for u in anatomy.units]  # in which units run forward: as they stand, until it is seen

@@ -7,18 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import MODELS
 from reference_loop import ReferenceLoop
-from test_full import NUMBERS, B, F, check, plain
+from test_full import NUMBERS, B, F, batches, check, plain
+from test_travel import Backwards, held_out
 
 import offload
+from offload.finetune.trainer import Trainer
+from offload.planner.schedule import Download, Upload
+from offload.planner.training import Update
 
 CASES = [  # model, dtype, micro-batches, clip norm
     ("llama", B, 1, 0.5), ("llama", B, 2, None), ("llama", F, 1, None), ("llama-tied", B, 3, 0.5),
     ("llama-tied", B, 1, None), ("gpt2", B, 2, 0.5), ("gpt2", F, 1, None), ("qwen3_moe", B, 3, None),
     ("mixtral", F, 1, 0.5),
 ]  # fmt: skip
-SMALLEST = {"llama": "1MiB"}
 TIERS: dict[str, dict[str, Any]] = {
     "a ring on the device": {"share": 0.0},
     "half on the device": {"share": 0.5},
@@ -55,3 +59,133 @@ def test_on_a_device_equals_in_memory(
     with accelerated(tmp_path, kind, dtype, max_grad_norm=clip, seed=5, **TIERS[tier]) as trainer:
         loop = ReferenceLoop(plain(tmp_path / "model", dtype), max_grad_norm=clip, seed=5, **NUMBERS)
         check(trainer, loop, micro_batches)
+
+
+@pytest.mark.parametrize("clip", [0.5, None], ids=["clip", "no clip"])
+def test_one_thing_at_a_time_changes_nothing(clip: float | None, tmp_path: Path) -> None:
+    options: dict[str, Any] = TIERS["a ring in memory too"] | {"max_grad_norm": clip, "overlap": False}
+    with accelerated(tmp_path, "llama-tied", B, **options) as trainer:
+        loop = ReferenceLoop(plain(tmp_path / "model", B), max_grad_norm=clip, **NUMBERS)
+        check(trainer, loop, 2)
+
+
+@pytest.mark.parametrize("clip", [0.5, None], ids=["clip", "no clip"])
+@pytest.mark.parametrize("tier", ["half on the device", "a ring in memory too"])
+def test_between_steps(tier: str, clip: float | None, tmp_path: Path) -> None:
+    """Evaluation, saving, commits and a resume find the present weights and change nothing."""
+    options: dict[str, Any] = TIERS[tier] | {"max_grad_norm": clip}
+    with accelerated(tmp_path, "llama-tied", B, **options) as mine:
+        loop = ReferenceLoop(plain(tmp_path / "model", B), max_grad_norm=clip, **NUMBERS)
+        first = mine.evaluate(batches(50, 2))
+        check(mine, loop, 2, steps=1)
+        assert mine.evaluate(batches(50, 2)) != first
+        assert mine.evaluate(batches(50, 2)) == held_out(loop)
+        check(mine, loop, 1, steps=2)
+        mine.save(tmp_path / "out")
+        mine.flush()
+        shown = {n: p for n, p in mine.model.named_parameters() if mine.training.cells.stays(unit_of(mine, n))}
+        assert all(torch.equal(p, dict(loop.model.named_parameters())[n]) for n, p in shown.items())
+        mine.commit()
+        mine.step(batches(9, 1))
+    loaded = dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").named_parameters())
+    assert all(torch.equal(loaded[n], p) for n, p in loop.model.named_parameters())
+    with accelerated(tmp_path, "llama-tied", B, resume=True, **options) as mine:
+        assert mine.evaluate(batches(50, 2)) == held_out(loop)
+        check(mine, loop, 2, steps=2)
+
+
+def unit_of(trainer: Trainer, name: str) -> str:
+    return next(u for u, cell in trainer.training.cells.layouts.items() if name in cell.places)
+
+
+@pytest.mark.parametrize("clip", [0.5, None], ids=["clip", "no clip"])
+def test_bytes_are_what_the_tuple_says_and_every_slot_goes_back(clip: float | None, tmp_path: Path) -> None:
+    with accelerated(tmp_path, "llama", B, max_grad_norm=clip, **TIERS["some of each"]) as mine:
+        training = mine.training
+        device, there = training.device, training._there
+        for step in range(2):
+            mine.step(batches(step, 1))
+        training._lanes.rest()
+        before = device.statistics()
+        mine.step(batches(2, 1))
+        training._lanes.rest()
+        after = device.statistics()
+        steps = training.schedule()
+        cells = {u: cell.nbytes for u, cell in training.cells.layouts.items()}
+        down = sum(cells[s.unit] for s in steps if isinstance(s, Download))
+        assert after.downloaded_bytes - before.downloaded_bytes == down == sum(cells.values())
+        up = sum(cells[s.unit] for s in steps if isinstance(s, Upload))
+        once = sum(n for u, n in cells.items() if there.stays(u)) + cells[training._tuples.order[-1]] * (
+            not there.stays(training._tuples.order[-1])
+        )
+        assert up == 2 * sum(cells.values()) - once
+        assert after.uploaded_bytes - before.uploaded_bytes >= up  # and what was brought ahead
+        for pool in (there.ring, training._lanes.ring, training._lanes.cell_ring):
+            pool.check_integrity()
+            assert pool.statistics().leased == 0
+        assert device.statistics().peak_bytes <= device.memory_nbytes
+        updates = [s for s in steps if isinstance(s, Update)]
+        assert updates
+        assert all(s.is_beside for s in updates)
+
+
+@pytest.mark.parametrize("clip", [0.5, None], ids=["clip", "no clip"])
+def test_the_order_is_learnt(clip: float | None, tmp_path: Path) -> None:
+    found = []
+    for options in ({"device": "cpu"}, {"device": "emulated", "gpu_memory": "300KiB"}):
+        torch.manual_seed(0)
+        folder = tmp_path / f"{len(found)}"
+        with offload.finetuning(Backwards(), offload_dir=folder, max_grad_norm=clip, **options) as mine:
+            found.append([mine.step({"x": torch.ones(2, 8)}, 1e-3).loss for _ in range(4)])
+    assert found[0] == found[1]
+    assert found[0][-1] < found[0][0]
+
+
+def test_a_module_gets_its_last_weights(tmp_path: Path) -> None:
+    found = []
+    for options in ({"device": "cpu"}, {"device": "emulated", "gpu_memory": "300KiB"}):
+        torch.manual_seed(0)
+        module = Backwards()
+        with offload.finetuning(module, offload_dir=tmp_path / f"{len(found)}", **options) as mine:
+            for _ in range(3):
+                mine.step({"x": torch.ones(2, 8)}, 1e-3)
+        found.append({n: p.detach().clone() for n, p in module.named_parameters()})
+    assert all(torch.equal(p, found[1][n]) for n, p in found[0].items())
+
+
+@pytest.mark.parametrize("clip", [0.5, None], ids=["clip", "no clip"])
+def test_damage_is_named(clip: float | None, tmp_path: Path) -> None:
+    """What a lane finds out reaches the loop, and nothing hangs."""
+    with accelerated(tmp_path, "llama", B, max_grad_norm=clip, **TIERS["a ring in memory too"]) as mine:
+        mine.step(batches(0, 1))
+        training = mine.training
+        training._lanes.rest()
+        training.state.drain()
+        name = next(iter(training.state._shards))
+        training.state._shards[name].checksum = "0"
+        with pytest.raises(offload.CheckpointError, match="is damaged"):
+            mine.step(batches(1, 1))
+        with pytest.raises(offload.ModelError, match="Go on from the last commit"):
+            mine.step(batches(1, 1))
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute", "auto"])
+def test_graphs_are_kept_where_weights_stay(activations: str, tmp_path: Path) -> None:
+    with accelerated(tmp_path, "llama", B, share=0.5, activations=activations) as mine:
+        loop = ReferenceLoop(plain(tmp_path / "model", B), max_grad_norm=1.0, **NUMBERS)
+        check(mine, loop, 2)
+        there = mine.training._there
+        kept = [part.name for part in mine.training.backprop.parts.values() if part.keeps]
+        assert all(there.stays(unit) or unit == mine.training._tuples.order[-1] for unit in kept)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    MODELS["llama"].save(tmp_path / "model", B)
+    with pytest.raises(offload.UsageError, match="needs gpu_memory"):
+        offload.finetuning(tmp_path / "model", device="emulated", offload_dir=tmp_path / "state")
+    with pytest.raises(offload.UsageError, match="CUDA device"):
+        offload.finetuning(tmp_path / "model", device="cuda:7", gpu_memory="1GiB", offload_dir=tmp_path / "state")
+    with pytest.raises(offload.UsageError, match="no GPU was found"):
+        offload.finetuning(tmp_path / "model", device="cpu", gpu_memory="1GiB", offload_dir=tmp_path / "state")
+    with pytest.raises(offload.UsageError, match="link="):
+        offload.finetuning(tmp_path / "model", device="cpu", link="1GB/s", offload_dir=tmp_path / "state")
