@@ -51,6 +51,8 @@ class Offloaded:
         self.checkpoint_nbytes = 0
         self.weights = "none"
         self._restore: Callable[[], None] | None = None
+        self._another: Callable[[Workload], tuple[Division, Session]] | None = None
+        self._is_strict = False
 
     def __enter__(self) -> Any:
         return self.model
@@ -99,6 +101,28 @@ class Offloaded:
         """
         self.disk_bytes_per_s = disk_rate(self.session.store)
         return self.disk_bytes_per_s
+
+    @property
+    def can_divide(self) -> bool:
+        """Whether `divide_again` is to be had: of a loaded model that computes in main memory."""
+        return self._another is not None and not self.session.device.has_memory
+
+    def divide_again(self, work: Workload) -> None:
+        """Divides memory anew, for this work, and gives the model a session in which weights lie as that says.
+
+        Call it between passes; counters of the session begin anew. Memory that `work` does not need any more must be
+        free already.
+
+        Raises:
+            BudgetError: it does not fit; the model can run on as it was.
+            StorageError: reading failed; the model is closed.
+        """
+        assert self._another is not None
+        before = self.session
+        self.division, self.session = self._another(work)
+        self.work = work
+        before.close()
+        start(self, None, self._is_strict)
 
     def close(self) -> None:
         """Stops everything and gives memory and files back. A wrapped module gets its parameters back."""

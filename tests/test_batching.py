@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +14,22 @@ from offload.planner.batching import PASS_TOKENS, SEQUENCES, best, between, play
 from offload.runtime.pool import Runs
 
 
+class Pool:
+    """Runs without memory."""
+
+    def __init__(self, tokens: int) -> None:
+        self.runs = Runs(tokens)
+
+    def shrink(self, runs: Sequence[tuple[int, int]]) -> list[int | None]:
+        self.runs = Runs(sum(tokens for _, tokens in runs))
+        return [self.runs.take(tokens) for _, tokens in runs]
+
+
 class Counting:
     """Counts what would run through a model."""
 
     def __init__(self, tokens: int) -> None:
-        self.pool = SimpleNamespace(runs=Runs(tokens))
+        self.pool = Pool(tokens)
 
     def forward(self, work: Sequence[tuple[Any, Sequence[int]]]) -> torch.Tensor:
         return torch.zeros(len(work), 4)
@@ -37,21 +47,33 @@ class Never:
 @pytest.mark.parametrize("lengths", [[128] * 40, list(range(200, 20, -7)), [5], [300, 4, 4, 4]])
 @pytest.mark.parametrize(("pool", "pass_tokens", "sequences"), [(2000, 160, 99), (700, 64, 3), (1200, 999, 8)])
 @pytest.mark.parametrize("new_tokens", [1, 16])
+@pytest.mark.parametrize("divides", [False, True])
 def test_what_is_played_is_what_runs(
-    lengths: list[int], pool: int, pass_tokens: int, sequences: int, new_tokens: int
+    lengths: list[int], pool: int, pass_tokens: int, sequences: int, new_tokens: int, divides: bool
 ) -> None:
     rows: list[int] = []
+    played: list[int] = []
+    divided: list[int] = []
 
     def pass_s(count: int) -> float:
         rows.append(count)
         return 2.0
 
-    limits = {"pass_tokens": pass_tokens, "sequences": sequences}
-    seconds, number, most = play(lengths, new_tokens, pool_tokens=pool, pass_s=pass_s, **limits)
+    def again(tokens: int) -> Any:
+        played.append(tokens)
+        return pass_s, 1.0
+
+    limits: dict[str, Any] = {"pass_tokens": pass_tokens, "sequences": sequences}
+    helped = again if divides else None
+    seconds, number, most = play(lengths, new_tokens, pool_tokens=pool, pass_s=pass_s, again=helped, **limits)
     prompts = [Prompt(index=i, line=i, ids=(1,) * n) for i, n in enumerate(lengths)]
+    if divides:
+        limits["divide"] = divided.append
     ran = list(passes(Counting(pool), Never(), prompts, new_tokens=new_tokens, **limits))  # type: ignore[arg-type]
     assert [p.rows for p in ran] == rows
-    assert (len(ran), max(p.running for p in ran), seconds) == (number, most, 2.0 * number)
+    assert (len(ran), max(p.running for p in ran), seconds) == (number, most, 2.0 * number + len(played))
+    assert divided == played
+    assert not divides or new_tokens == 1 or divided or len(lengths) == 1 or pass_tokens == 999
     assert sum(rows) == sum(lengths) + len(lengths) * (new_tokens - 1)
 
 

@@ -34,10 +34,10 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def run(*arguments: object) -> int:
+def run(*arguments: object, new_tokens: int = 6) -> int:
     """The exit status of the command line."""
     with pytest.raises(SystemExit) as end:
-        main(["generate", *map(str, arguments), "--max-new-tokens", "6", "--json"])
+        main(["generate", *map(str, arguments), "--max-new-tokens", str(new_tokens), "--json"])
     return int(end.value.code or 0)
 
 
@@ -66,6 +66,26 @@ def test_answers_are_those_of_transformers(
         expected = model.generate(alone, attention_mask=mask, max_new_tokens=6, do_sample=False)
         assert answer["tokens"] == expected[0, len(ids) :].tolist()
         assert (answer["finish"], answer["prompt_tokens"], answer["text"]) == ("length", len(ids), None)
+
+
+def test_room_that_ended_sequences_leave_goes_to_weights(
+    checkpoint: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The seventh sequence runs alone at last, in a pool of its own size, and in another session."""
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert run(checkpoint, prompts, "-o", whole, "--cpu-memory", "4GiB", new_tokens=16) == 0
+    assert json.loads(capsys.readouterr().out)["divisions"] == 1  # all is in memory
+    assert run(checkpoint, prompts, "-o", out, "--batch", 3, "--resident", "0.25", new_tokens=16) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["divisions"], report["passes"]) == (2, 48)
+    assert report["read_bytes"] > 0
+    assert lines(out) == lines(whole)
+
+
+def test_a_pass_of_fewer_tokens_than_rows(checkpoint: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"prompt_ids": [5]}\n')
+    assert run(checkpoint, short, "-o", tmp_path / "out.jsonl", "--cpu-memory", "4GiB", new_tokens=1) == 0
 
 
 def test_an_accelerator_shares_passes_too(

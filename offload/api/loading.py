@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from offload.api.choices import budgets_for, full_name, link_rate, ready_kernels, share_for
-from offload.budgets import Size, divide
+from offload.budgets import Division, Size, divide
 from offload.checkpoint import find, open_checkpoint
 from offload.errors import UsageError
 from offload.handle import Offloaded, Progress, start
@@ -151,11 +151,32 @@ def load(
     handle = Offloaded(opened.model, session, spec, budgets, division, work, rate)
     handle.checkpoint_nbytes = opened.checkpoint.nbytes
     handle.weights = opened.weights
+    handle._is_strict = strict
+    named = any(size is not None for size in (cpu_memory, gpu_memory, max_memory))
+
+    def checked(one: Session, wanted: Workload) -> None:
+        if spec.kv_bytes_per_token and named and not wanted.pool_tokens:  # a pool cannot hold more than was planned
+            one.before_pass(token_check(opened.model, wanted.kept_tokens, spec.kv_bytes_per_token))
+
+    def another(wanted: Workload) -> tuple[Division, Session]:
+        """A session for other work, with memory divided as before the first one was there."""
+        base = division.base_nbytes
+        divided = divide(spec, budgets, wanted, slots=slots, extra_nbytes=extra, base_nbytes=base)
+        files = Engine(io, strict=strict)
+        try:
+            here = create(device)
+            new = Session(*parts, divided.placement, files, here, kernels=kernels, planned_tokens=wanted.total_tokens)
+        except BaseException:
+            files.close()
+            raise
+        checked(new, wanted)
+        return divided, new
+
+    if not where.has_memory:
+        handle._another = another
     if dry_run:
         return handle
     start(handle, progress, strict)
-    named = any(size is not None for size in (cpu_memory, gpu_memory, max_memory))
-    if spec.kv_bytes_per_token and named:
-        session.before_pass(token_check(opened.model, work.kept_tokens, spec.kv_bytes_per_token))
+    checked(session, work)
     handle.ready_s = time.perf_counter() - began
     return handle

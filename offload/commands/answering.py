@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +37,21 @@ class Report:
         prompts, before: in the file; of these answered by earlier runs.
         batch: prompts that ran at a time, at most.
         passes: over the weights.
+        divisions: of memory between weights and keys and values; more than one where room was left in the end.
         rows: tokens that ran through the model, prompts and new ones; 0 where batches were padded.
         answered, new_tokens: lines that were added, and their tokens. End tokens count, padding does not.
         ready_s, generate_s: until the model was loaded; from then to the last answer.
         predicted_s: what the planner expected of generate_s if no sequence ended early; 0: nothing.
         read_bytes, uploaded_bytes: from disk, and to an accelerator, while generating.
         compute_s: of generate_s in the model's units, without waiting.
-        resident_bytes, pool_bytes: of weights, and of keys and values in the shared pool.
+        resident_bytes, pool_bytes: of weights, and of keys and values in the shared pool, by the first division.
     """
 
     prompts: int
     before: int
     batch: int = 0
     passes: int = 0
+    divisions: int = 1
     rows: int = 0
     answered: int = 0
     new_tokens: int = 0
@@ -121,17 +123,42 @@ class Job:
     def say(self, text: str) -> None:
         self.console.print(text, style="dim", highlight=False)
 
-    def measured(self, handle: Offloaded, began: float, before: SessionStatistics) -> None:
-        """Takes the counters of a session that has generated since `began`, when they were `before`."""
-        now = handle.session.statistics()
-        self.report.generate_s = time.perf_counter() - began
-        self.report.read_bytes = now.read_bytes - before.read_bytes
-        self.report.uploaded_bytes = now.uploaded_bytes - before.uploaded_bytes
-        self.report.compute_s = now.totals.busy_s.get("compute", 0.0)
-
     def conclude(self, handle: Offloaded) -> None:
         for fallback in handle.fallbacks:
             self.console.print(f"note: {fallback}", style="yellow", highlight=False)
+
+
+class Meter:
+    """Brings the counters of a handle's sessions, one after the other, into a report.
+
+    Args:
+        handle: about to generate; its counters so far do not count.
+        report: what is kept up to date.
+    """
+
+    def __init__(self, handle: Offloaded, report: Report) -> None:
+        self._handle, self._report = handle, report
+        self._began = time.perf_counter()
+        self._before: SessionStatistics | None = handle.session.statistics()
+        self._past = 0, 0, 0.0
+
+    def read(self) -> None:
+        """Takes them as they are now."""
+        self._report.generate_s = time.perf_counter() - self._began
+        self._report.read_bytes, self._report.uploaded_bytes, self._report.compute_s = self._sums()
+
+    def change(self) -> None:
+        """The session is about to be replaced by another, all of whose counters will count."""
+        self._past, self._before = self._sums(), None
+
+    def _sums(self) -> tuple[int, int, float]:
+        now, before = self._handle.session.statistics(), self._before
+        read, uploaded = (before.read_bytes, before.uploaded_bytes) if before is not None else (0, 0)
+        return (
+            self._past[0] + now.read_bytes - read,
+            self._past[1] + now.uploaded_bytes - uploaded,
+            self._past[2] + now.totals.busy_s.get("compute", 0.0),
+        )
 
 
 def by_passes(job: Job, plan: Batching) -> None:
@@ -163,8 +190,19 @@ def by_passes(job: Job, plan: Batching) -> None:
             stops_at_eos=not options.ignore_eos,
             **options.drawing(),
         )
-        began = said = time.perf_counter()
-        before = handle.session.statistics()
+        said, meter = time.perf_counter(), Meter(handle, report)
+
+        def divide(pool_tokens: int) -> None:
+            meter.change()
+            began = time.perf_counter()
+            handle.divide_again(replace(handle.work, pool_tokens=pool_tokens))
+            report.divisions += 1
+            job.say(
+                f"no prompt waits any more: {format_bytes(handle.resident_nbytes)} of weights in memory now, "
+                f"{format_bytes(handle.streamed_nbytes)} on disk ({format_seconds(time.perf_counter() - began)})"
+            )
+
+        divides = handle.can_divide and handle.streamed_nbytes > 0 and pool.can_shrink
         with Ragged(handle.model, handle.session.kernels, pool) as ragged, job.console.status("first pass") as status:
             for done in passes(
                 ragged,
@@ -173,12 +211,13 @@ def by_passes(job: Job, plan: Batching) -> None:
                 new_tokens=options.max_new_tokens,
                 pass_tokens=plan.pass_tokens,
                 sequences=plan.sequences,
+                divide=divide if divides else None,
             ):
                 report.passes, report.rows = report.passes + 1, report.rows + done.rows
                 report.batch = max(report.batch, done.running)
                 if done.answers:
                     job.add([(a.prompt, a.tokens, a.has_ended) for a in done.answers])
-                job.measured(handle, began, before)
+                meter.read()
                 line = (
                     f"pass {report.passes}: {len(job.answers.done):,} of {report.prompts:,} prompts answered, "
                     f"{done.running} running, {done.rows} tokens; {report.rows / report.generate_s:.0f} tokens/s "
@@ -205,11 +244,11 @@ def by_blocks(job: Job, batch: int) -> None:
             f"{format_bytes(handle.resident_nbytes)} of weights in memory, {format_bytes(handle.streamed_nbytes)} on "
             "disk"
         )
-        began, before = time.perf_counter(), handle.session.statistics()
+        meter = Meter(handle, report)
         for count, block in enumerate(blocks, 1):
             what = f"batch {count} of {len(blocks)}"
             job.add(_answer(job, handle, block, what))
-            job.measured(handle, began, before)
+            meter.read()
             left = report.generate_s / count * (len(blocks) - count)
             job.say(
                 f"{what}: {len(job.answers.done):,} of {report.prompts:,} prompts answered, "

@@ -10,11 +10,12 @@ Yuan et al. 2025, arXiv 2504.09345).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from offload.generate.choosing import Chooser
 from offload.generate.prompts import Prompt
+from offload.planner.batching import divides_again
 from offload.runtime.pool import need_of
 from offload.runtime.ragged import Ragged, Span
 
@@ -70,6 +71,7 @@ def passes(
     new_tokens: int,
     pass_tokens: int,
     sequences: int | None = None,
+    divide: Callable[[int], None] | None = None,
 ) -> Iterator[Passed]:
     """Runs all prompts, the longest first: a place that one leaves is large enough for any that follows.
 
@@ -78,8 +80,9 @@ def passes(
         new_tokens: for each prompt, at most.
         pass_tokens: in one pass, at most; but a pass without any takes one prompt, however long.
         sequences: that run at a time, at most.
+        divide: called between passes, once no prompt waits, when the pool has shrunk to so many tokens: what it gave
+            back can be used for weights. None: it never shrinks.
     """
-    runs = ragged.pool.runs
     waiting = deque(sorted(prompts, key=lambda p: (-len(p.ids), p.index)))
     running: list[_Running] = []
     while waiting or running:
@@ -89,9 +92,9 @@ def passes(
             if rows and rows + len(prompt.ids) > pass_tokens:
                 break
             (need,) = need_of([len(prompt.ids)], new_tokens)
-            start = runs.take(need)
+            start = ragged.pool.runs.take(need)
             if start is None:
-                assert running, f"a sequence of {need} tokens in a pool of {runs.tokens}"
+                assert running, f"a sequence of {need} tokens in a pool of {ragged.pool.runs.tokens}"
                 break
             running.append(_Running(waiting.popleft(), Span(start)))
             rows, began = rows + len(prompt.ids), began + 1
@@ -106,7 +109,15 @@ def passes(
             if len(one.tokens) == new_tokens:
                 ended.append((one, False))
         for one, _ in ended:
-            runs.give(one.span.start)
+            ragged.pool.runs.give(one.span.start)
             running.remove(one)
         answers = [Answer(prompt=one.prompt, tokens=one.tokens, has_ended=by) for one, by in ended]
         yield Passed(rows=rows, prompts=began, running=count, answers=answers)
+        if divide is not None and running and not waiting:
+            needs = need_of([len(one.prompt.ids) for one in running], new_tokens)
+            left = max(new_tokens - len(one.tokens) for one in running)
+            if divides_again(ragged.pool.runs.tokens, sum(needs), left):
+                starts = ragged.pool.shrink([(r.span.start, n) for r, n in zip(running, needs, strict=True)])
+                for one, start in zip(running, starts, strict=True):
+                    one.span.start = start
+                divide(sum(needs))

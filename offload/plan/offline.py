@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from offload.budgets import divide
 from offload.errors import BudgetError
 from offload.plan.planning import Ask
-from offload.planner.batching import Batching, best, between
+from offload.planner.batching import Again, Batching, PassSeconds, best, between
 from offload.planner.ops import Phase
-from offload.planner.predict import Pricer
+from offload.planner.placement import Tier
+from offload.planner.predict import Pricer, resident
 from offload.planner.schedule import Read, Upload
 from offload.specs import Workload
 
 ANCHORS = (8, 64, 128, 192, 256, 384, 512, 1024, 2048)  # tokens of a pass that are priced; between them, lines
+AGAIN_S = 0.5  # that dividing memory again takes beside reading: hooks, trials of kernels, copies within the pool
 
 
 def work_of(prompts: Sequence[int], new_tokens: int, batching: Batching) -> Workload:
@@ -40,16 +42,56 @@ def plan_offline(ask: Ask, prompts: Sequence[int], new_tokens: int, sequences: i
     Raises:
         BudgetError: not even one of them fits.
     """
-    mean = max(1, sum(prompts) // len(prompts))
-    refusal: BudgetError | None = None
-    known: dict[tuple[int, ...], Callable[[int], float]] = {}  # by bytes that travel: neighbours often place alike
+    prices = _Prices(ask, prompts, new_tokens)
+    again_of = prices.again_of if ask.budgets.gpu_memory is None else None
+    found = best(prompts, new_tokens, prices.pass_s_of, sequences=sequences, again_of=again_of)
+    if found is None:
+        assert prices.refusal is not None
+        raise prices.refusal
+    return replace(found, sequences=min(found.sequences, len(prompts)))
 
-    def pass_s_of(pool_tokens: int, pass_tokens: int, most: int) -> Callable[[int], float] | None:
-        nonlocal refusal
+
+class _Prices:
+    """What passes take under divisions of memory.
+
+    Attributes:
+        refusal: why the first division that did not fit was refused.
+    """
+
+    def __init__(self, ask: Ask, prompts: Sequence[int], new_tokens: int) -> None:
+        self.refusal: BudgetError | None = None
+        self._ask, self._prompts, self._new_tokens = ask, prompts, new_tokens
+        self._mean = max(1, sum(prompts) // len(prompts))
+        self._known: dict[tuple[int, ...], PassSeconds] = {}  # by bytes that travel: neighbours often place alike
+        self._divided: dict[tuple[int, int, int], tuple[PassSeconds, int] | None] = {}
+
+    def pass_s_of(self, pool_tokens: int, pass_tokens: int, most: int) -> PassSeconds | None:
+        """What a pass of so many tokens takes; None where there is no room for the pool."""
+        found = self._division(pool_tokens, pass_tokens, most)
+        return None if found is None else found[0]
+
+    def again_of(self, pool_tokens: int, pass_tokens: int, most: int) -> Again:
+        """The same where memory is divided again, and what that takes: weights that stay are read anew."""
+        lane = self._ask.profile.lane(self._ask.computer.read)
+
+        def again(smaller: int) -> tuple[PassSeconds, float] | None:
+            found = self._division(smaller, pass_tokens, most)
+            return None if found is None else (found[0], AGAIN_S + found[1] / lane.bytes_per_s)
+
+        return again
+
+    def _division(self, pool_tokens: int, pass_tokens: int, most: int) -> tuple[PassSeconds, int] | None:
+        key = pool_tokens, pass_tokens, most
+        if key not in self._divided:
+            self._divided[key] = self._divide(*key)
+        return self._divided[key]
+
+    def _divide(self, pool_tokens: int, pass_tokens: int, most: int) -> tuple[PassSeconds, int] | None:
+        ask = self._ask
         guess = Batching(
             pool_tokens=pool_tokens, pass_tokens=pass_tokens, sequences=most, seconds=0, passes=0, tokens=0
         )
-        work = work_of(prompts, new_tokens, guess)
+        work = work_of(self._prompts, self._new_tokens, guess)
         try:
             division = divide(
                 ask.spec,
@@ -61,24 +103,19 @@ def plan_offline(ask: Ask, prompts: Sequence[int], new_tokens: int, sequences: i
                 base_nbytes=ask.base_nbytes,
             )
         except BudgetError as error:
-            refusal = refusal or error
+            self.refusal = self.refusal or error
             return None
         pricer = Pricer(ask.spec, work, ask.computer)
         steps = pricer.schedule(division.placement)
-        streamed = tuple(
+        travels = tuple(
             round(sum(s.nbytes for s in steps if isinstance(s, kind)) / (32 << 20)) for kind in (Read, Upload)
         )
-        if streamed not in known:
+        if travels not in self._known:
             points = []
             for rows in ANCHORS:
-                tokens = min(rows, mean) if rows > 64 else 1  # few rows are next tokens, many mostly prompts
-                phase = Phase(sequences=rows // tokens, tokens=tokens, past=mean if tokens == 1 else 0)
+                tokens = min(rows, self._mean) if rows > 64 else 1  # few rows are next tokens, many mostly prompts
+                phase = Phase(sequences=rows // tokens, tokens=tokens, past=self._mean if tokens == 1 else 0)
                 points.append((phase.rows, pricer.pass_cost(division.placement, phase).seconds))
-            known[streamed] = between(sorted(dict(points).items()))
-        return known[streamed]
-
-    found = best(prompts, new_tokens, pass_s_of, sequences=sequences)
-    if found is None:
-        assert refusal is not None
-        raise refusal
-    return replace(found, sequences=min(found.sequences, len(prompts)))
+            self._known[travels] = between(sorted(dict(points).items()))
+        stays = resident(ask.spec, division.placement)[Tier.HOST]
+        return self._known[travels], stays

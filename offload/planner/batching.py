@@ -4,17 +4,30 @@ A pass over the weights takes what its bytes need or what its tokens need, which
 values means more sequences in a pass and fewer passes, but leaves less for weights, so that each pass reads more. How
 many tokens of prompts join a pass is a choice too: too many at once, and the disk waits for prompts now and the cores
 for decoding later. So both are tried, by playing the whole work through.
+
+When no prompt waits any more, ever fewer sequences share a pass, and the disk is what it waits for. The room that those
+leave that ended goes to weights then: memory is divided again whenever a quarter of the pool is free (`divides_again`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 PASS_TOKENS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
 SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128, 160, 192, 256, 384, 512)
 PLAYED = 2000  # prompts, at most, that stand for all
+KEPT = 3 / 4  # of the pool: with no more in use, and no prompt waiting, memory is divided again
+WORTH = 6  # passes at least for which that is worth reading weights that stay from then on
+NEAR = 1.1  # of the best time: plans up to there are played again with such divisions
+
+PassSeconds = Callable[[int], float]
+"""What a pass of so many tokens takes."""
+
+Again = Callable[[int], tuple[PassSeconds, float] | None]
+"""Of a division with so many tokens in the pool: what passes take then, and what dividing takes; None: no use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +51,17 @@ class Batching:
     tokens: int
 
 
+def divides_again(pool_tokens: int, used_tokens: int, passes_left: int) -> bool:
+    """Whether memory is divided again, once no prompt waits.
+
+    Args:
+        pool_tokens: that the pool has.
+        used_tokens: of them, in runs of sequences that have not ended.
+        passes_left: until the last of these ends, at most.
+    """
+    return used_tokens <= KEPT * pool_tokens and passes_left >= WORTH
+
+
 def play(
     prompts: Sequence[int],
     new_tokens: int,
@@ -45,7 +69,8 @@ def play(
     pool_tokens: int,
     pass_tokens: int,
     sequences: int,
-    pass_s: Callable[[int], float],
+    pass_s: PassSeconds,
+    again: Again | None = None,
 ) -> tuple[float, int, int]:
     """Seconds, passes, and sequences that ran at a time at most; as `generate/continuous.py` runs them.
 
@@ -54,6 +79,7 @@ def play(
         new_tokens: of each.
         sequences: that run at a time, at most.
         pass_s: what a pass of so many tokens takes.
+        again: what it takes when memory was divided again.
     """
     left, running, most, free, seconds, number, at = len(prompts), 0, 0, pool_tokens, 0.0, 0, 0
     ends: dict[int, tuple[int, int]] = {}  # number of a pass -> sequences and tokens of the pool that it frees
@@ -70,16 +96,22 @@ def play(
         if began:
             ends[number + new_tokens - 1] = began, taken
         gone, given = ends.pop(number, (0, 0))
-        running, free, number = running - gone, free + given, number + 1
+        running, free = running - gone, free + given
+        if again and running and not left and divides_again(pool_tokens, pool_tokens - free, max(ends) - number):
+            pool_tokens, free = pool_tokens - free, 0
+            if (found := again(pool_tokens)) is not None:
+                pass_s, seconds = found[0], seconds + found[1]
+        number += 1
     return seconds, number, most
 
 
 def best(
     prompts: Iterable[int],
     new_tokens: int,
-    pass_s_of: Callable[[int, int, int], Callable[[int], float] | None],
+    pass_s_of: Callable[[int, int, int], PassSeconds | None],
     *,
     sequences: int | None = None,
+    again_of: Callable[[int, int, int], Again] | None = None,
 ) -> Batching | None:
     """The room and the size of a pass that finish soonest; None where not even one sequence fits.
 
@@ -88,13 +120,14 @@ def best(
         new_tokens: of each, at most.
         pass_s_of: (pool_tokens, pass_tokens, sequences) -> what a pass of so many tokens takes; None: no room.
         sequences: that run at a time, at most.
+        again_of: of the same numbers -> what later divisions of memory bring; None: there are none.
     """
     whole = sorted(prompts, reverse=True)
     step = -(-len(whole) // PLAYED)
     lengths = whole[::step]
     longest = lengths[0] + new_tokens - 1
     everything = sum(lengths) + len(lengths) * (new_tokens - 1)
-    found: Batching | None = None
+    plans: list[Batching] = []
     counts = sorted({min(n, len(lengths), sequences or len(lengths)) for n in SEQUENCES})
     for count in counts:
         pool = min(count * longest, everything)
@@ -108,8 +141,8 @@ def best(
             seconds, passes, running = play(
                 lengths, new_tokens, pool_tokens=pool, pass_tokens=most_rows, sequences=at_most, pass_s=pass_s
             )
-            if found is None or seconds * step < found.seconds * 0.995:  # a tie goes to what takes less memory
-                found = Batching(
+            plans.append(
+                Batching(
                     pool_tokens=pool,
                     pass_tokens=most_rows,
                     sequences=running,
@@ -117,9 +150,46 @@ def best(
                     passes=passes * step,
                     tokens=sum(whole) + len(whole) * (new_tokens - 1),
                 )
+            )
         if not fitting:
             break
+    if again_of is not None and plans:
+        least = min(plan.seconds for plan in plans)
+        plans = [
+            _with_divisions(plan, lengths, new_tokens, step, pass_s_of, again_of)
+            for plan in plans
+            if plan.seconds <= NEAR * least
+        ]
+    found: Batching | None = None
+    for plan in plans:
+        if found is None or plan.seconds < found.seconds * 0.995:  # a tie goes to what takes less memory
+            found = plan
     return found
+
+
+def _with_divisions(
+    plan: Batching,
+    lengths: Sequence[int],
+    new_tokens: int,
+    step: int,
+    pass_s_of: Callable[[int, int, int], PassSeconds | None],
+    again_of: Callable[[int, int, int], Again],
+) -> Batching:
+    """The same plan, played with memory that is divided again. Of prompts that stand for others, only the last end."""
+    limits = plan.pool_tokens, plan.pass_tokens, plan.sequences
+    pass_s = pass_s_of(*limits)
+    assert pass_s is not None, "it fitted before"
+    played = partial(
+        play,
+        lengths,
+        new_tokens,
+        pool_tokens=plan.pool_tokens,
+        pass_tokens=plan.pass_tokens,
+        sequences=plan.sequences,
+        pass_s=pass_s,
+    )
+    alone, helped = played()[0], played(again=again_of(*limits))[0]
+    return replace(plan, seconds=plan.seconds - (alone - helped))
 
 
 def between(points: Sequence[tuple[int, float]]) -> Callable[[int], float]:

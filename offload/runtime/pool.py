@@ -83,30 +83,69 @@ class KeyValuePool:
         dtype: torch.dtype,
         device: Device | None = None,
     ) -> None:
+        self._shape = (2, kv_heads, tokens + 1, head_dim)
+        self._dtype, self._device = dtype, device if device is not None and device.has_memory else None
         self.runs, self.scrap = Runs(tokens), tokens
-        shape = (layers, 2, kv_heads, tokens + 1, head_dim)
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        has_memory = device is not None and device.has_memory
-        self._buffer = Buffer(0 if has_memory else nbytes)
-        memory = device.allocate(nbytes) if device is not None and has_memory else as_tensor(self._buffer.view)
-        self._whole = memory.view(dtype).view(shape)
+        self._buffers: list[Buffer] = []
+        nbytes = torch.Size(self._shape).numel() * dtype.itemsize
+        if self._device is not None:
+            memory = self._device.allocate(layers * nbytes)
+            self._layers = [memory[k * nbytes : (k + 1) * nbytes].view(dtype).view(self._shape) for k in range(layers)]
+        else:
+            self._layers = [self._allocate(self._shape) for _ in range(layers)]
+
+    def _allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """A layer in main memory; one at a time can be given back."""
+        self._buffers.append(Buffer(torch.Size(shape).numel() * self._dtype.itemsize))
+        return as_tensor(self._buffers[-1].view).view(self._dtype).view(shape)
+
+    @property
+    def can_shrink(self) -> bool:
+        """Whether what it gives back is free for others."""
+        return self._device is None
+
+    def shrink(self, runs: Sequence[tuple[int, int]]) -> list[int]:
+        """Keeps these runs, (start, tokens) of each, side by side in as much memory as they take; gives back the rest.
+
+        Layer by layer, so that no more than one is there twice.
+
+        Returns:
+            Where each begins from now on.
+        """
+        assert self.can_shrink
+        tokens = sum(length for _, length in runs)
+        self._shape = (*self._shape[:2], tokens + 1, self._shape[3])
+        self.runs, self.scrap = Runs(tokens), tokens
+        starts = []
+        for _, length in runs:
+            start = self.runs.take(length)
+            assert start is not None, "they take exactly this much"
+            starts.append(start)
+        for number in range(self.layers):
+            old, before = self._layers[number], self._buffers.pop(0)
+            new = self._layers[number] = self._allocate(self._shape)
+            for (at, length), start in zip(runs, starts, strict=True):
+                new[:, :, start : start + length] = old[:, :, at : at + length]
+            del old
+            before.close()
+        return starts
 
     @property
     def torch_device(self) -> torch.device:
         """Where it lies."""
-        return self._whole.device
+        return self._layers[0].device
 
     @property
     def layers(self) -> int:
-        return self._whole.shape[0]
+        return len(self._layers)
 
     def keys(self, layer: int) -> torch.Tensor:
         """[kv_heads, tokens + 1, head_dim]"""
-        return self._whole[layer, 0]
+        return self._layers[layer][0]
 
     def values(self, layer: int) -> torch.Tensor:
         """[kv_heads, tokens + 1, head_dim]"""
-        return self._whole[layer, 1]
+        return self._layers[layer][1]
 
     def refuses(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> str | None:
         """Why keys and values [1, kv_heads, tokens, head_dim] of a layer have no place here; None when they have."""
@@ -114,8 +153,8 @@ class KeyValuePool:
         for tensor in (key, value):
             if tensor.shape[0] != 1 or tensor.shape[1] != heads or tensor.shape[3] != dim:
                 return f"layer {layer} has keys or values of {tuple(tensor.shape)}, where {heads} x {dim} was planned"
-            if tensor.dtype != self._whole.dtype:
-                return f"layer {layer} has keys or values in {tensor.dtype}, where {self._whole.dtype} was planned"
+            if tensor.dtype != self._dtype:
+                return f"layer {layer} has keys or values in {tensor.dtype}, where {self._dtype} was planned"
         return None
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor) -> None:
@@ -125,8 +164,10 @@ class KeyValuePool:
 
     def close(self) -> None:
         """Gives the memory back; nothing of the pool may be used any more."""
-        self._whole = torch.empty(0, 2, 0, 0, 0)
-        self._buffer.close()
+        self._layers = []
+        for buffer in self._buffers:
+            buffer.close()
+        self._buffers = []
 
 
 def need_of(prompt_tokens: Sequence[int], new_tokens: int) -> list[int]:
