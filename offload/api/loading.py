@@ -112,7 +112,7 @@ def load(
         warm_up(device)
         if progress is not None:
             progress("preparing kernels", 0, 0)
-        kernels = ready_kernels(device, opened.sources, exact)
+        kernels = ready_kernels(device, opened.sources, opened.anatomy, exact)
         extra = unpack_nbytes(opened.sources.values(), exact)
         saved = load_plan(plan) if plan is not None else None
         if saved is not None:

@@ -24,6 +24,7 @@ OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the referen
     "linear": ("cpu",),
     "linear_many": ("cpu",),
     "linear_groups": ("cpu",),
+    "linear_transposed": ("cpu",),
     "linear_int8": ("cpu", "gpu"),
     "linear_int4": ("cpu", "gpu"),
     "linear_lossless": ("cpu", "gpu"),

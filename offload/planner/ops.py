@@ -151,7 +151,12 @@ class OpCosts:
 
     def of_groups(self, format: str) -> str | None:
         """Whose table has products by experts, each by its own rows; None: it is not known."""
-        named = {t.implementation for t in self.profile.ops if t.op == "linear_groups" and t.format == format}
+        return self._of("linear_groups", format)
+
+    def _of(self, op: str, format: str) -> str | None:
+        """Our kernel, if results need not be torch's, or torch: whichever was measured."""
+        tables = (t for t in self.profile.ops if (t.op, t.processor, t.format) == (op, self.processor, format))
+        named = {t.implementation for t in tables}
         return "cpu" if "cpu" in named and not self.exact else "torch" if "torch" in named else None
 
     def _group(self, format: str, dtype: str, shape: tuple[int, int], rows: int, by: str | None) -> Sum:
@@ -205,9 +210,9 @@ class OpCosts:
         if kind not in _UNPACK:
             nbytes = elements * FORMAT_BITS.get(kind, 16) / 8
             op, by = "linear", self._of_plain(rows)
-            if is_transposed:  # by torch, and unmeasured as torch does the other layout
-                known = any((t.op, t.processor) == ("linear_transposed", self.processor) for t in self.profile.ops)
-                op, by = "linear_transposed" if known else "linear", "torch"
+            if is_transposed:  # where it was not measured, what torch makes of the other layout is the nearest
+                known = self._of("linear_transposed", format)
+                op, by = ("linear", "torch") if known is None else ("linear_transposed", known)
             return self._cost(op, by, kind, shape, rows, flops=flops, nbytes=nbytes, dtype=dtype)
         packed = elements * FORMAT_BITS.get(format, FORMAT_BITS[kind]) / 8
         if few:

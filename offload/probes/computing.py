@@ -71,7 +71,7 @@ class Computing:
         subject, effort, found = self._subject, self._effort, self._found.ops
         rows = (*effort.rows, *(n for n in effort.torch_rows if n > max(effort.rows)))
         found += linears.plain_tables(subject.shapes, subject.dtype, rows, effort.torch_rows, area, meter)
-        found += layouts.transposed_tables(subject.transposed, subject.dtype, effort.torch_rows, area, meter)
+        found += layouts.transposed_tables(subject.transposed, subject.dtype, rows, effort.torch_rows, area, meter)
         found += layouts.group_tables(subject.stacks, subject.dtype, rows, effort.torch_rows, area, meter)
         if subject.heads is not None:  # too quick to be seen as the difference of two models
             found += others.attention_tables(subject.heads, subject.dtype, effort.kv_tokens, area, meter)

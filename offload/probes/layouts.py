@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from offload.kernels.chosen import Kernels
@@ -14,25 +15,51 @@ from offload.probes.linears import fitting, table_of
 from offload.probes.sampling import Meter
 from offload.probes.subject import Shape
 from offload.profile import Curve, OpTable
+from offload.runtime import conv1d
 
 
 def transposed_tables(
-    shapes: Sequence[Shape], dtype: torch.dtype, rows: Sequence[int], area: Area, meter: Meter
+    shapes: Sequence[Shape],
+    dtype: torch.dtype,
+    rows: Sequence[int],
+    torch_rows: Sequence[int],
+    area: Area,
+    meter: Meter,
 ) -> Iterator[OpTable]:
-    """Products with matrices that lie as [inputs, outputs], as transformers' Conv1D computes them: by torch."""
+    """Products with matrices that lie as [inputs, outputs], as Conv1D has them: by the kernel and by torch."""
+    kinds = ((Kernels(meter.device, exact=False), rows), (Kernels(meter.device, exact=True), torch_rows))
     for outputs, inputs in shapes:
         part = fitting(inputs, outputs * dtype.itemsize, area)  # of the inputs: time grows with them, too
         if not part:
             continue
         weights = area.copies((part, outputs), dtype)
-        bias = torch.full((outputs,), 0.5, dtype=dtype, device=meter.device)
-        points = []
-        with torch.no_grad():
-            for n in rows:
-                x = torch.full((n, part), 0.5, dtype=dtype, device=meter.device)
-                sample = meter.time(*(partial(torch.addmm, bias, x, w) for w in weights)).scaled(inputs / part)
-                points.append((n, sample.seconds, sample.spread))
-        yield table_of("linear_transposed", "torch", str(dtype)[6:], (outputs, inputs), Curve.of(points), meter)
+        for kernels, amounts in kinds:
+            implementation = kernels.choice("linear_transposed").implementation
+            if implementation == "torch" and not kernels.exact:  # it is measured with the exact ones
+                continue
+            modules = [_conv1d(weight) for weight in weights]
+            if not kernels.exact:
+                conv1d.install(nn.ModuleList(modules), kernels)
+            points = []
+            with torch.no_grad():
+                for n in amounts:
+                    x = torch.full((n, part), 0.5, dtype=dtype, device=meter.device)
+                    sample = meter.time(*(partial(module, x) for module in modules)).scaled(inputs / part)
+                    points.append((n, sample.seconds, sample.spread))
+            yield table_of(
+                "linear_transposed", implementation, str(dtype)[6:], (outputs, inputs), Curve.of(points), meter
+            )
+
+
+def _conv1d(weight: torch.Tensor) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        module = Conv1D(weight.shape[1], weight.shape[0])
+    bias = torch.full((weight.shape[1],), 0.5, dtype=weight.dtype, device=weight.device)
+    for name, value in (("weight", weight), ("bias", bias)):
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    return module  # type: ignore[no-any-return]
 
 
 def group_tables(

@@ -17,13 +17,16 @@ from offload.tiers.packing import pack
 _WIDTH = 256
 
 
-def compile_kernels(kernels: Kernels, sources: Iterable[Source]) -> None:
+def compile_kernels(kernels: Kernels, sources: Iterable[Source], *, has_transposed: bool = False) -> None:
     """Imports the kernels that a model's weights need and compiles them, or fetches them from their cache. Do it before
     memory is divided: compilers are large, and stay in the process.
+
+    Args:
+        has_transposed: some matrices lie as [inputs, outputs].
     """
     found = list(sources)
     for dtype in {s.dtype for s in found if s.form is None and s.dtype.is_floating_point and len(s.shape) == 2}:
-        for op, rows in (("linear", 1), ("linear_many", MANY)):
+        for op, rows in (("linear", 1), ("linear_many", MANY), *([("linear_transposed", 1)] * has_transposed)):
             _try(kernels, op, torch.zeros(_WIDTH, _WIDTH, dtype=dtype, device=kernels.device), dtype, rows)
     for dtype in {s.dtype for s in found if s.form is None and len(s.shape) == 3}:
         x, stack = (torch.zeros(*shape, _WIDTH, dtype=dtype) for shape in ((MANY + 1,), (2, _WIDTH)))

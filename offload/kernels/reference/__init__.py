@@ -17,6 +17,7 @@ from offload.kernels.reference.linear import (
     linear_int8,
     linear_lossless,
     linear_many,
+    linear_transposed,
     linears,
 )
 from offload.kernels.reference.square_sum import square_sum
@@ -40,6 +41,7 @@ __all__ = [
     "linear_int8",
     "linear_lossless",
     "linear_many",
+    "linear_transposed",
     "linears",
     "merge_attention",
     "move_along",

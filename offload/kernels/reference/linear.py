@@ -20,6 +20,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 linear_many = linear
 
 
+def linear_transposed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., inputs] by weight [inputs, outputs], plus bias [outputs]."""
+    return functional.linear(x, weight.T, bias)
+
+
 def linear_groups(x: torch.Tensor, weight: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """x [sum of rows, inputs], group by group, by weight [groups, outputs, inputs]: each row by its group's matrix."""
     parts = [functional.linear(part, weight[group]) for group, part in enumerate(x.split(list(rows))) if len(part)]
