@@ -22,6 +22,7 @@ from offload.commands.bar import bar
 from offload.commands.training import Progress, announce, note, place, say, summarise
 from offload.errors import BudgetError, UsageError
 from offload.finetune import finish, reading
+from offload.finetune.accelerator import named
 from offload.finetune.assemble_zeroth import place_zeroth
 from offload.finetune.config import Config
 from offload.finetune.copies import Copies, copies
@@ -198,7 +199,8 @@ def _forecast(config: Config, spec: ModelSpec, profile: Profile) -> Forecast | N
 
 def _copies(config: Config, sketch: Outline, steps: int) -> Copies:
     """What method zo writes of weights."""
-    budgets, anatomy = resolve(cpu_memory=config.budgets.cpu_memory), dissect(sketch.model, shares=False)
+    asked, anatomy = config.budgets, dissect(sketch.model, shares=False)
+    budgets = resolve(cpu_memory=asked.cpu_memory, gpu_memory=asked.gpu_memory, device=named(asked.device))
     try:
         placement = place_zeroth(
             sketch.model, anatomy, sketch.sources, budgets, _tokens(config), process_nbytes(exact=False)
@@ -207,7 +209,7 @@ def _copies(config: Config, sketch: Outline, steps: int) -> Copies:
         return Copies()
     streamed = sum(sketch.sources[t.name].nbytes for ts in placement.bundles.values() for t in ts)
     found = copies(streamed, sketch.spec.nbytes - streamed, steps=steps, every=config.zo.write_every)
-    limit = config.budgets.disk_limit
+    limit = asked.disk_limit
     return found if limit is None else replace(found, disk_nbytes=min(found.disk_nbytes, parse_bytes(limit, "limit")))
 
 

@@ -46,6 +46,8 @@ def announce(config: Config, prepared: Prepared, total: int, outlook: Outlook, c
 def place(where: Whereabouts) -> str:
     """Where weights are that no gradient trains."""
     text = f"weights: {format_bytes(where.resident_nbytes)} stay in memory"
+    if where.device_nbytes:
+        text += f", {format_bytes(where.device_nbytes)} on the accelerator"
     if where.streamed_nbytes:
         text += (
             f", {format_bytes(where.streamed_nbytes)} stream through {where.ring_slots} slots of "

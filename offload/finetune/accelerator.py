@@ -30,6 +30,7 @@ class Accelerator:
         link_bytes_per_s: pace of an emulated one's link; None: as fast as memory copies go.
         overlaps: moving, computing and updating overlap.
         activations: purpose -> bytes of a micro-batch, beside weights and gradients; None: unknown.
+        device: it, where it is open already and has room for every cell; None: `open` makes it.
     """
 
     name: str
@@ -37,6 +38,12 @@ class Accelerator:
     link_bytes_per_s: float | None = None
     overlaps: bool = True
     activations: Mapping[str, int] | None = field(default=None)
+    device: Device | None = None
+
+    @property
+    def kind(self) -> str:
+        """Of its kernels: cpu, cuda."""
+        return "cuda" if self.name.startswith("cuda") else "cpu"
 
     @property
     def host_nbytes(self) -> int:
@@ -50,6 +57,9 @@ class Accelerator:
             BudgetError: its memory is too small; says what would do.
             UsageError: there is no such device.
         """
+        if self.device is not None:
+            sizes = {cell.unit: page(cell.nbytes) for cell in layouts}
+            return self.device, DeviceCells({cell.unit: cell for cell in layouts}, self.device, all_there(sizes))
         plan = plan_there(layouts, self)
         device = create(self.name, memory_nbytes=plan.nbytes, link_bytes_per_s=self.link_bytes_per_s)
         try:
@@ -71,6 +81,11 @@ def link_rate(link: str | float | None, device: str) -> float | None:
     if link is not None and device != "emulated":
         raise UsageError(f'link={link!r} sets the pace of device="emulated" only; the device is {device}')
     return parse_rate(link, "link") if link is not None else None
+
+
+def all_there(cells: Mapping[str, int]) -> CellPlan:
+    """Every cell has a place of its own on the device."""
+    return plan_cells(cells, sum(cells.values()))
 
 
 def plan_there(layouts: Sequence[Cell], asked: Accelerator) -> CellPlan:

@@ -124,13 +124,14 @@ def assemble(
         spill.take_room(c.unit for c in layouts if c.places and c.unit not in plan.kept)
         cells = Cells(layouts, plan.kept)
         make = Training if streams is None else partial(Adapted, streams=streams)
+        there_kernels = kernels
         if accelerator is not None:
             device, there = accelerator.open(layouts)
-            kernels = Kernels(device.torch_device.type, exact=kernels.exact)
+            there_kernels = Kernels(device.torch_device.type, exact=kernels.exact)
             make = partial(make, device=device, there=there, overlaps=accelerator.overlaps)
         training = make(
             root, anatomy, cells, state, spill, optimizer,
-            slots=slots, cell_slots=(plan.slots, plan.slot_nbytes), max_grad_norm=max_grad_norm, kernels=kernels,
+            slots=slots, cell_slots=(plan.slots, plan.slot_nbytes), max_grad_norm=max_grad_norm, kernels=there_kernels,
             seed=seed,
         )  # fmt: skip
         if device is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from offload.checkpoint.fingerprint import fingerprint
 from offload.errors import ModelError, UsageError
 from offload.finetune.assemble import DTYPES
 from offload.finetune.export import export_checkpoint
-from offload.finetune.room import place_beside, spec_of
+from offload.finetune.room import check_there, place_beside, spec_of, step_nbytes
 from offload.finetune.sparse import thresholds
 from offload.finetune.trainer import Trainer
 from offload.io.engine import Engine
@@ -23,8 +23,12 @@ from offload.runtime.discovery import Anatomy, dissect
 from offload.runtime.sides import sides_nbytes
 from offload.runtime.zeroth import Zeroth, uses
 from offload.specs import Budgets
+from offload.tiers.device import Device
+from offload.tiers.devices import CpuDevice
 from offload.tiers.layout import Source
 from offload.tiers.logfile import LogFile
+
+SIDES = "both sides of the largest unit"
 
 
 def assemble_zeroth(
@@ -39,12 +43,17 @@ def assemble_zeroth(
     budgets: Budgets,
     tokens: int,
     disk_limit: int | None,
+    device: Callable[[int], Device] = lambda nbytes: CpuDevice(),
     offload_dir: Path,
     seed: int,
     resume: bool,
     overwrite: bool,
 ) -> Trainer:
-    """A zeroth-order trainer. Arguments as for `finetuning.finetuning`."""
+    """A zeroth-order trainer. Arguments as for `finetuning.finetuning`.
+
+    Args:
+        device: makes where the model computes, given bytes for weights there.
+    """
     if not eps > 0:
         raise UsageError(f"eps={eps}: weights are moved by a positive distance")
     if write_every is not None and write_every < 1:
@@ -83,6 +92,7 @@ def assemble_zeroth(
         training = Zeroth(
             root, anatomy, found, placement, engine, kernels, state,
             eps=eps, seed=seed, limits=limits, write_every=write_every, disk_limit=disk_limit,
+            device=device(sides_nbytes(uses(anatomy), found)),
         )  # fmt: skip
     except BaseException:
         state.close()
@@ -113,11 +123,15 @@ def place_zeroth(
     """Where weights live. Arguments as for `place_beside`.
 
     Raises:
-        BudgetError: not even the ring fits.
+        BudgetError: not even the ring fits, or what a step takes on an accelerator.
     """
     spec = spec_of(anatomy, sources, getattr(root, "config", None), by_rows=False)
-    sides = {"both sides of the largest unit": sides_nbytes(uses(anatomy), sources)}
-    return place_beside(spec, budgets, tokens, sides, base_nbytes)
+    sides = {SIDES: sides_nbytes(uses(anatomy), sources)}
+    step = step_nbytes(spec, tokens)
+    if budgets.gpu_memory is None:
+        return place_beside(spec, budgets, step | sides, base_nbytes=base_nbytes)
+    check_there(budgets.gpu_memory, step | sides)
+    return place_beside(spec, budgets, sides, base_nbytes=base_nbytes)
 
 
 def _warm(kernels: Kernels) -> None:

@@ -31,7 +31,7 @@ from offload.optim import make as make_optimizer
 from offload.optim.base import Optimizer
 from offload.profile import load_profile, preset
 from offload.runtime.discovery import dissect
-from offload.tiers.devices import warm_up
+from offload.tiers.devices import create, warm_up
 from offload.tiers.transit import bring_into
 from offload.units import parse_bytes
 
@@ -77,8 +77,8 @@ def finetuning(
     Args:
         model: a folder with config.json and safetensors, a hub id, or a module on the CPU, which has the trained
             weights when the trainer is closed.
-        method: full; lora: low-rank adapters beside frozen weights, which stay in memory; or zo: MeZO, two forward
-            passes a step and no optimizer, whose state on disk is a log of one number a step.
+        method: full; lora: low-rank adapters beside frozen weights; or zo: MeZO, two forward passes a step and no
+            optimizer, whose state on disk is a log of one number a step.
         zo_eps: how far zo moves weights to each side.
         zo_write_every: steps after which zo writes back the weights that stream; None: as it pays.
         zo_sparsity: share of each parameter's weights, the largest ones, that zo leaves alone (Sparse MeZO).
@@ -119,9 +119,7 @@ def finetuning(
         raise UsageError(f"method={method!r} is not known; there are full, lora and zo")
     if lora is not None and method != "lora":
         raise UsageError(f'lora= was given, but method={method!r}; say method="lora"')
-    if method != "full" and (device not in (None, "cpu") or gpu_memory is not None):
-        raise UsageError(f"device={device!r}, gpu_memory={gpu_memory!r}: method={method!r} runs on the cpu for now")
-    device = named(device) if method == "full" else "cpu"
+    device = named(device)
     if offload_dir is None:
         raise UsageError("name a folder on a fast disk for the optimizer's state: offload_dir=")
     kernels = Kernels("cpu", exact=False)
@@ -132,12 +130,21 @@ def finetuning(
     warm_up(device)
     limit = parse_bytes(disk_limit, "disk_limit") if disk_limit is not None else None
     wishes = Wishes(budgets.resident, activations, parse_resident(resident_weights), limit)
+    accelerator: Accelerator | None = None
+    if budgets.gpu_memory is not None:
+        accelerator = Accelerator(
+            name=device, memory=budgets.gpu_memory, link_bytes_per_s=pace, overlaps=overlap
+        )  # fmt: skip
     engine = Engine(io, strict=strict)
     given: dict[str, nn.Parameter] = {}
     try:
         if method == "lora":
             if isinstance(model, nn.Module):
                 raise UsageError('method="lora" takes a checkpoint: a folder or a hub id')
+            if accelerator is not None and activations not in ("auto", "recompute"):
+                raise UsageError(
+                    f"activations={activations!r}: on an accelerator adapters' units run again; say recompute"
+                )
             opened = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
             try:
                 wanted = Lora(**(lora or {}))
@@ -147,7 +154,7 @@ def finetuning(
             return assemble_lora(
                 opened, wanted, rule, engine, kernels, learning_rate=learning_rate, max_grad_norm=max_grad_norm,
                 budgets=replace(budgets, resident=wishes.weights), wishes=replace(wishes, weights=None), tokens=tokens,
-                offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
+                offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite, accelerator=accelerator,
             )  # fmt: skip
         if method == "zo":
             if isinstance(model, nn.Module):
@@ -157,13 +164,9 @@ def finetuning(
                 read, engine, kernels, learning_rate=learning_rate, eps=zo_eps, write_every=zo_write_every,
                 sparsity=zo_sparsity, budgets=replace(budgets, resident=wishes.weights), tokens=tokens,
                 disk_limit=limit, offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
+                device=lambda nbytes: create(device, memory_nbytes=nbytes, link_bytes_per_s=pace),
             )  # fmt: skip
         slots = SLOTS
-        accelerator: Accelerator | None = None
-        if budgets.gpu_memory is not None:
-            accelerator = Accelerator(
-                name=device, memory=budgets.gpu_memory, link_bytes_per_s=pace, overlaps=overlap
-            )  # fmt: skip
         if isinstance(model, nn.Module):
             root, anatomy = model, dissect(model, shares=False)
             given = {

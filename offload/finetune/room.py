@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from offload.budgets import DEVICE_SLACK, TRANSIT
 from offload.checkpoint.describe import describe
 from offload.errors import BudgetError
 from offload.hardware import rss_bytes
@@ -38,7 +39,10 @@ def spec_of(anatomy: Anatomy, sources: Mapping[str, Source], config: Any, *, by_
 def step_nbytes(spec: ModelSpec, tokens: int) -> dict[str, int]:
     """What running one micro-batch forward takes, by purpose."""
     work = workspace(spec, Workload(batch=1, prompt_tokens=tokens, total_tokens=tokens))
-    return {"activations": work.activations, "logits and loss": int(LOSS * tokens * spec.logits_nbytes)}
+    return {
+        f"activations ({tokens:,} tokens)": work.activations,
+        f"logits and loss ({tokens:,} tokens)": int(LOSS * tokens * spec.logits_nbytes),
+    }
 
 
 def backward_nbytes(spec: ModelSpec, tokens: int) -> dict[str, int]:
@@ -52,13 +56,17 @@ def backward_nbytes(spec: ModelSpec, tokens: int) -> dict[str, int]:
 
 
 def place_beside(
-    spec: ModelSpec, budgets: Budgets, tokens: int, beside: Mapping[str, int], base_nbytes: int | None = None
+    spec: ModelSpec,
+    budgets: Budgets,
+    beside: Mapping[str, int],
+    there: Mapping[str, int] | None = None,
+    base_nbytes: int | None = None,
 ) -> Placement:
     """Keeps as much as fits, and at most what the budgets ask for.
 
     Args:
-        tokens: of a micro-batch.
-        beside: what else a step takes, by purpose.
+        beside: what else a step takes of main memory, by purpose.
+        there: the same of the accelerator's, where weights are brought to one; None: they are used in main memory.
         base_nbytes: what the process takes before any weight; None: what this one takes now.
 
     Raises:
@@ -66,18 +74,38 @@ def place_beside(
     """
     base = rss_bytes() if base_nbytes is None else base_nbytes
     reserve = LIBRARIES + SLACK + int(MARGIN * budgets.cpu_memory)
-    parts = {"the process itself": base, "libraries and margin": reserve}
-    parts |= {f"{name} ({tokens:,} tokens)": n for name, n in step_nbytes(spec, tokens).items()} | dict(beside)
+    parts = {"the process itself": base, "libraries and margin": reserve} | dict(beside)
+    device: int | None = None
+    if there is not None:
+        assert budgets.gpu_memory is not None
+        parts["buffers on the way to the device"] = TRANSIT
+        device = budgets.gpu_memory - sum(there.values()) - DEVICE_SLACK * sum(1 + len(u.tensors) for u in spec.units)
     left = budgets.cpu_memory - sum(parts.values())
     target = budgets.resident
     if isinstance(target, float):
         target = int(target * spec.nbytes)
+    if target is not None and device is not None:
+        target = max(0, target - device)
     try:
-        return place(spec, host_nbytes=left, host_target=target)
+        return place(spec, host_nbytes=left, device_nbytes=device, host_target=target)
     except TooSmall as error:
-        taken = ", ".join(f"{name} {format_bytes(n)}" for name, n in parts.items() if n)
+        if error.is_device and there is not None and budgets.gpu_memory is not None:
+            raise _too_small(
+                "gpu_memory", budgets.gpu_memory, there, budgets.gpu_memory + error.missing, error
+            ) from None
         needed = (budgets.cpu_memory * (1 - MARGIN) + error.missing) / (1 - MARGIN) + 8 * MIB
-        raise BudgetError(
-            f"cpu_memory={format_bytes(budgets.cpu_memory)} is too small for this training, which takes: {taken}. "
-            f"{error} Give at least {format_bytes(int(needed))}, or shorter micro-batches"
-        ) from None
+        raise _too_small("cpu_memory", budgets.cpu_memory, parts, int(needed), error) from None
+
+
+def check_there(gpu_memory: int, there: Mapping[str, int]) -> None:
+    """Raises BudgetError unless all of it fits on the accelerator."""
+    if (needed := sum(there.values())) > gpu_memory:
+        raise _too_small("gpu_memory", gpu_memory, there, needed, "")
+
+
+def _too_small(name: str, given: int, parts: Mapping[str, int], needed: int, why: object) -> BudgetError:
+    taken = ", ".join(f"{what} {format_bytes(n)}" for what, n in parts.items() if n)
+    return BudgetError(
+        f"{name}={format_bytes(given)} is too small for this training, which takes there: {taken}. "
+        f"{why} Give at least {format_bytes(needed)}, or shorter micro-batches".replace(".  ", ". ")
+    )

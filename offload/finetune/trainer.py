@@ -73,7 +73,7 @@ class Trainer:
         self.training, self.optimizer, self.learning_rate = training, optimizer, learning_rate
         self._root, self._engine, self._save, self._finish = root, engine, save, finish
         self._cpu_memory, self._wishes, self._travels = cpu_memory, wishes, travels
-        self._where = training.device.torch_device if isinstance(training, Training) else torch.device("cpu")
+        self._where = training.device.torch_device
         self.extra: dict[str, Any] = dict(training.state.extra)
         self._step = training.state.step
         self._broken: str | None = None

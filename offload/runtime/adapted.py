@@ -47,8 +47,9 @@ class Adapted(Training):
         return super().evaluate(losses, step)
 
     def keep_graphs(self, nbytes: int) -> int:
-        """See Training.keep_graphs. A graph would keep views of a slot that others get."""
-        for unit in self.streams.travelling:
+        """See Training.keep_graphs. A graph would keep views of a slot that others get. On an accelerator none is kept:
+        what is free there is not known."""
+        for unit in self._units if self.device.has_memory else self.streams.travelling:
             self.backprop.parts[unit].graph_nbytes = ENDLESS
         return super().keep_graphs(nbytes)
 
@@ -72,8 +73,8 @@ class Adapted(Training):
 
     def close(self) -> None:
         """See Training.close."""
-        self.streams.close()
         super().close()
+        self.streams.close()  # and the device with them, which has the adapters too
 
 
 def there_and_back(order: Sequence[str]) -> list[str]:

@@ -39,7 +39,8 @@ class Binder:
         for name, tensor in tensors.items():
             known = self._parameters.get(id(tensor))
             if known is None or known[0] is not tensor:
-                face = self._faces[name](tensor) if name in self._faces else tensor
+                # .data: autograd counts changes of a tensor and all its views, and slots are views of one area.
+                face = self._faces[name](tensor) if name in self._faces else tensor.data
                 known = tensor, nn.Parameter(face, requires_grad=False)
                 self._parameters[id(tensor)] = known
             self._set(name, known[1])

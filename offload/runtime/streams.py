@@ -15,13 +15,14 @@ import torch
 from offload.io.buffers import Lease
 from offload.io.engine import Engine
 from offload.kernels.chosen import Kernels
-from offload.planner.placement import Placement
+from offload.planner.placement import Placement, Tier
 from offload.planner.schedule import Schedule, emit
 from offload.runtime.binding import Binder
 from offload.runtime.discovery import Anatomy
 from offload.runtime.executor import Executor, ExecutorStatistics
 from offload.runtime.packed import Packed
 from offload.runtime.timeline import Timeline
+from offload.tiers.device import Device
 from offload.tiers.devices import CpuDevice
 from offload.tiers.layout import Source
 from offload.tiers.store import Store
@@ -34,7 +35,8 @@ class Whereabouts:
     """Where weights are, in bytes.
 
     Attributes:
-        resident_nbytes: of those that stay in memory.
+        resident_nbytes: of those that stay in main memory.
+        device_nbytes: of those that stay on the accelerator.
         streamed_nbytes: of those that are read when they are used.
         step_nbytes: read in a step.
         ring_slots, ring_nbytes: what they pass through.
@@ -46,6 +48,7 @@ class Whereabouts:
     step_nbytes: int
     ring_slots: int
     ring_nbytes: int
+    device_nbytes: int = 0
     beside_nbytes: int = 0
 
 
@@ -55,10 +58,12 @@ class Streams:
     Args:
         anatomy: the model's units.
         sources: where each tensor is stored.
-        placement: where each of them shall live, on a machine without an accelerator.
+        placement: where each of them shall live.
         engine: reads files; its owner closes it.
         kernels: what unpacks.
         present: makes, of a stored tensor that something touches outside a visit, its present value.
+        device: what weights are brought to; None: main memory.
+        computes_on: where the model computes, if its owner takes weights there itself; None: where they are brought.
     """
 
     def __init__(
@@ -69,17 +74,21 @@ class Streams:
         engine: Engine,
         kernels: Kernels,
         present: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+        device: Device | None = None,
+        computes_on: torch.device | None = None,
     ) -> None:
         self.placement, self._kernels, self._present = placement, kernels, present
         names = {u.name: [n for n in u.tensors if n in sources] for u in anatomy.units}
         names[LOOSE] = [n for n in anatomy.loose if n in sources]
         self.names = tuple(n for ns in names.values() for n in ns)
         self._sizes = {u: sum(sources[n].nbytes for n in ns) for u, ns in names.items()}
-        self.store = Store(engine, sources, names, placement, CpuDevice(), kernels)
+        device = device or CpuDevice()
+        self._where = computes_on or device.torch_device
+        self.store = Store(engine, sources, names, placement, device, kernels)
         like = {n: torch.empty(sources[n].shape, dtype=sources[n].dtype, device="meta") for n in self.names}
         faces = {n: partial(self._face, n) for n, s in self.store.sources.items() if s.form is not None}
         owners = {n: anatomy.owners[n] for n in self.names}
-        self._binder = Binder(owners, like, torch.device("cpu"), self, faces)
+        self._binder = Binder(owners, like, self._where, self, faces)
         self._executor: Executor | None = None
         self._lease: Lease | None = None
         self._order = [u.name for u in anatomy.units if self.travels(u.name)]
@@ -132,7 +141,8 @@ class Streams:
             return {}
         self._lease = self._executor.enter(unit)
         assert self._lease is not None
-        tensors = self.store.host_tensors(unit, self._lease.index)
+        bring = self.store.device_tensors if self.store.device.has_memory else self.store.host_tensors
+        tensors = bring(unit, self._lease.index)
         self._binder.bind(tensors)
         return tensors
 
@@ -149,11 +159,14 @@ class Streams:
         Args:
             visits: the units of a step, in order.
         """
-        ring = self.placement.host_ring
+        ring, home = self.placement.host_ring, self.placement.home
         sources = self.store.sources
-        reads = {u: sum(sources[n].read_nbytes for n in self.bundle(u)) for u in self._order}
+        reads = {
+            u: sum(sources[n].read_nbytes for n in self.bundle(u) if home[n] is Tier.DISK) for u in self._order
+        }  # fmt: skip
         return Whereabouts(
-            resident_nbytes=sum(sources[n].nbytes for n in self.names if self.store.resident(n) is not None),
+            resident_nbytes=self.store.resident_nbytes(Tier.HOST),
+            device_nbytes=self.store.resident_nbytes(Tier.DEVICE),
             streamed_nbytes=sum(reads.values()),
             step_nbytes=sum(reads.get(unit, 0) for unit in visits),
             ring_slots=ring.slots,
@@ -190,6 +203,10 @@ class Streams:
 
     def whole(self, name: str) -> torch.Tensor:
         """See `Fetcher`."""
+        return self.value(name).to(self._where)
+
+    def value(self, name: str) -> torch.Tensor:
+        """A copy of a weight as it is now, where weights are brought to."""
         return self._present(name, self.store.whole(name))
 
     def _emit(self, order: Sequence[str]) -> Schedule:
@@ -199,4 +216,4 @@ class Streams:
         """What a module sees of a matrix that is stored packed."""
         source = self.store.sources[name]
         assert source.form is not None
-        return Packed(source.form.view(tensor), self._kernels, source.shape, source.dtype, torch.device("cpu"))
+        return Packed(source.form.view(tensor), self._kernels, source.shape, source.dtype, self._where)

@@ -28,12 +28,15 @@ from offload.kernels.chosen import Kernels
 from offload.kernels.reference.directions import Along, Sides
 from offload.planner.placement import Placement
 from offload.runtime.backprop import Backprop, Gradients, Loss
+from offload.runtime.buffers import move_buffers
 from offload.runtime.discovery import Anatomy
 from offload.runtime.sides import TwoSides
 from offload.runtime.streams import Streams, Whereabouts
 from offload.runtime.timeline import Timeline, now
 from offload.runtime.training import Pass
 from offload.runtime.writeback import WriteBack
+from offload.tiers.device import Device
+from offload.tiers.devices import CpuDevice
 from offload.tiers.images import Base, Images
 from offload.tiers.layout import Source
 from offload.tiers.logfile import LogFile
@@ -60,6 +63,7 @@ class Zeroth:
         limits: parameter -> the magnitude above which its weights do not move; those that are not named all move.
         write_every: steps after which what streams is written back; None: as it pays.
         disk_limit: bytes that weights may take in the log's folder; None: what is free.
+        device: where the model computes; None: on the CPU, which moves weights in any case. Closed with this.
 
     Attributes:
         fallbacks: what did not go the fast way, a sentence each.
@@ -82,11 +86,12 @@ class Zeroth:
         limits: Mapping[str, float] | None = None,
         write_every: int | None = None,
         disk_limit: int | None = None,
+        device: Device | None = None,
     ) -> None:
         self.root, self.state, self._engine, self._kernels = root, state, engine, kernels
         self._eps, self._seed, self._sources, self._disk_limit = eps, seed, sources, disk_limit
-        self.fallbacks: tuple[str, ...] = ()
-        self.timeline = Timeline()
+        self.timeline, self.device = Timeline(), device or CpuDevice()
+        where = self.device.torch_device
         self._along = {n: Along(seed, n, (limits or {}).get(n, float("inf"))) for n in sources}
         self._stored = dict.fromkeys(sources, ("", 0))  # parameter -> its base, if not the checkpoint, and its updates
         for base in state.bases:
@@ -96,8 +101,10 @@ class Zeroth:
         outside = set(sources) - {n for used in self._used.values() for n in used}
         if outside:
             raise ModelError(f"{sorted(outside)[0]} is used outside every unit; such models cannot be trained yet")
-        self._sides = TwoSides(self._used, sources)
-        self.streams = Streams(anatomy, sources, placement, engine, kernels, self._present)
+        self._sides = TwoSides(self._used, sources, self.device)
+        self.fallbacks = [self._sides.fallback] if self._sides.fallback is not None else []
+        self.streams = Streams(anatomy, sources, placement, engine, kernels, self._present, computes_on=where)
+        self._put_back = move_buffers(root, where)
         self._bases = {base.file: base for base in state.bases}
         self._travelling = [n for u in self.streams.travelling for n in self.streams.bundle(u)]
         self._staying = [n for n in sources if n not in set(self._travelling)]
@@ -115,8 +122,10 @@ class Zeroth:
             self.flush()
         except BaseException:
             self.streams.close()
+            self._sides.close()
+            self.device.close()
             raise
-        self.backprop = Backprop(root, [(u.name, u.module) for u in anatomy.units], self, seed)
+        self.backprop = Backprop(root, [(u.name, u.module) for u in anatomy.units], self, seed, where)
 
     # What a trainer calls.
 
@@ -174,6 +183,8 @@ class Zeroth:
         self.backprop.close()
         self.streams.close()
         self._sides.close()
+        self._put_back()
+        self.device.close()
         if self._images is not None:
             self._images.abandon()
 
@@ -210,10 +221,16 @@ class Zeroth:
             if due or sides is not None:
                 kept = weights if due and is_kept else None
                 self._kernels.run("move_along", weights, self._along[name], due, kept, sides)
+            if sides is None and self._sides.are_sent:
+                plus[name].copy_(weights)
             if stays:
                 self._has[name] = len(self.state.log)
         end = self._entered = now()
         self.timeline.add("move", unit, start, end, 0)
+        if self._sides.are_sent:
+            sent = self._sides.send(unit, both=bool(self._step))
+            self._entered = now()
+            self.timeline.add("upload", unit, end, self._entered, sent)
         if in_slot:
             self._apply_s += end - start
             if self._images is not None:
@@ -224,7 +241,9 @@ class Zeroth:
     def visit(self, unit: str, number: int) -> None:
         """Before each micro-batch: to the one side for the first half of them, to the other for the second."""
         if self._step and number in (0, self._half):
-            self.streams.bind(self._sides.of(unit)[0 if number == 0 else 1])
+            self.streams.bind(self._sides.used(unit)[0 if number == 0 else 1])
+        elif self._sides.are_sent and number == 0:
+            self.streams.bind(self._sides.used(unit)[0])
 
     def add(self, unit: str, gradients: Gradients) -> None:
         raise AssertionError("there is no backward pass")
@@ -269,9 +288,8 @@ class Zeroth:
         """Whether weights may be written; without it the log goes on growing, and with it what is applied."""
         if self._disk_limit is None or self.state.taken_nbytes() + sum(sizes.values()) <= self._disk_limit:
             return True
-        self.fallbacks = (
-            f"weights were not written back for want of room: disk_limit={format_bytes(self._disk_limit)}",
-        )
+        reason = f"weights were not written back for want of room: disk_limit={format_bytes(self._disk_limit)}"
+        self.fallbacks += [reason] if reason not in self.fallbacks else []
         return False
 
     def _begin_images(self) -> None:
@@ -336,7 +354,7 @@ class _Present(Mapping[str, torch.Tensor]):
             return kept
         if self._last[0] != name or self._last[1] is None:
             self._last = "", None
-            self._last = name, self._streams.whole(name)
+            self._last = name, self._streams.value(name)
         assert self._last[1] is not None
         return self._last[1]
 
