@@ -165,7 +165,7 @@ def as_page(a: argparse.Namespace, lines: list[dict[str, Any]], work: float) -> 
         good = [line for line in lines if line["name"] == name and line["job_s"]]
         if not good:
             failed = next(line for line in lines if line["name"] == name)
-            rows.append([name, *[""] * 6, f"failed: exit {failed['exit']}"])
+            rows.append([name, *[""] * 8, f"failed: exit {failed['exit']}"])
             continue
         seconds = median(line["job_s"] for line in good)
         gemm = median(max(r["gemm"] for r in line["rates"] if "gemm" in r) for line in good)
@@ -174,7 +174,9 @@ def as_page(a: argparse.Namespace, lines: list[dict[str, Any]], work: float) -> 
         peak = max(line.get("cgroup", {}).get("peak_cgroup_bytes") or line["peak_rss_bytes"] for line in good)
         speeds[name] = new / seconds
         cells = [number(seconds), number(new / seconds), f"{bound / seconds:.2f}", number(gemm, scale=1e9)]
-        rows.append([name, *cells, number(disk, scale=1e9), number(peak, scale=2**30), ""])
+        foreseen = median(line.get("predicted_s") or 0.0 for line in good)
+        said = [number(foreseen), f"{100 * (foreseen / seconds - 1):+.0f} %"] if foreseen else ["", ""]
+        rows.append([name, *cells, number(disk, scale=1e9), number(peak, scale=2**30), *said, ""])
     own = speeds.get("offload")
     peers = {name: speed for name, speed in speeds.items() if name != "offload"}
     text = (
@@ -183,7 +185,8 @@ def as_page(a: argparse.Namespace, lines: list[dict[str, Any]], work: float) -> 
         f"memory limit {a.limit}{'' if a.memlimit else ' (not enforced from outside)'}; medians of {a.rounds} rounds. "
         f"{work / 1e12:.1f} TFLOP of matrix products.\n\n"
     )
-    header = ["", "seconds", "new tokens/s", "of the bound", "GEMM, GFLOP/s", "disk, GB/s", "peak, GiB", ""]
+    header = ["", "seconds", "new tokens/s", "of the bound", "GEMM, GFLOP/s", "disk, GB/s", "peak, GiB"]
+    header += ["predicted, s", "off by", ""]
     text += table(header, rows)
     text += (
         "\nLoading does not count. The bound is that work over the rate of torch's product of 1024 rows, as measured "
@@ -195,6 +198,12 @@ def as_page(a: argparse.Namespace, lines: list[dict[str, Any]], work: float) -> 
         text += f"\n{own / peers[best]:.2f} times the tokens/s of the best peer ({best}); to be reached: {TIMES:g}.\n"
     if own:
         text += f"To be reached of the bound: {OF_BOUND:g}.\n"
+    for line in (line for line in lines if line["name"] == "offload" and line["job_s"]):
+        text += (
+            f"\nOf {number(line['job_s'])} s the model's units computed for {number(line['compute_s'])} s; "
+            f"{line['passes']} passes read {line['read_bytes'] / 1e9:.0f} GB. Up to {line['batch']} prompts ran at a "
+            f"time; memory was divided {line.get('divisions', 1)} times.\n"
+        )
     return text
 
 

@@ -41,7 +41,8 @@ class Report:
         rows: tokens that ran through the model, prompts and new ones; 0 where batches were padded.
         answered, new_tokens: lines that were added, and their tokens. End tokens count, padding does not.
         ready_s, generate_s: until the model was loaded; from then to the last answer.
-        predicted_s: what the planner expected of generate_s if no sequence ended early; 0: nothing.
+        predicted_s, predicted_tokens_per_s: what the planner expected of generate_s and of new tokens a second, if no
+            sequence ended early; 0: nothing.
         read_bytes, uploaded_bytes: from disk, and to an accelerator, while generating.
         compute_s: of generate_s in the model's units, without waiting.
         resident_bytes, pool_bytes: of weights, and of keys and values in the shared pool, by the first division.
@@ -58,6 +59,7 @@ class Report:
     ready_s: float = 0.0
     generate_s: float = 0.0
     predicted_s: float = 0.0
+    predicted_tokens_per_s: float = 0.0
     read_bytes: int = 0
     uploaded_bytes: int = 0
     compute_s: float = 0.0
@@ -165,6 +167,7 @@ def by_passes(job: Job, plan: Batching) -> None:
     """All prompts in passes that they share: see `generate/continuous.py`."""
     options, report, left = job.options, job.report, job.left()
     report.predicted_s = plan.seconds
+    report.predicted_tokens_per_s = len(left) * options.max_new_tokens / plan.seconds
     handle = job.load(work_of([len(p.ids) for p in left], options.max_new_tokens, plan))
     with handle:
         spec = handle.spec
@@ -180,7 +183,8 @@ def by_passes(job: Job, plan: Batching) -> None:
         job.say(
             f"{len(left):,} prompts, up to {plan.sequences} at a time, in passes of up to {plan.pass_tokens} tokens; "
             f"{format_bytes(handle.resident_nbytes)} of weights in memory, {format_bytes(handle.streamed_nbytes)} on "
-            f"disk, {format_bytes(report.pool_bytes)} for keys and values; about {format_seconds(plan.seconds)} to go"
+            f"disk, {format_bytes(report.pool_bytes)} for keys and values; predicted: {format_seconds(plan.seconds)}, "
+            f"{report.predicted_tokens_per_s:.1f} new tokens/s"
         )
         choose = Chooser(
             handle.model,

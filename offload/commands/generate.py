@@ -151,5 +151,8 @@ def _summarise(report: Report, output: Path, console: Console) -> None:
             f"({report.tokens_per_s or 0:.2f} tokens/s), {report.read_bytes / 1e9:.2f} GB read"
         )
         if report.predicted_s:
-            line += f"; at most {format_seconds(report.predicted_s)} were predicted"
+            line += (
+                f"; at most {format_seconds(report.predicted_s)} were predicted "
+                f"({report.predicted_tokens_per_s:.2f} tokens/s)"
+            )
     console.print(line + f"; peak memory {format_bytes(report.peak_rss_bytes)}", style="dim", highlight=False)
