@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from offload.budgets import Size, from_max_memory, resolve
-from offload.errors import UsageError
 from offload.kernels.chosen import Kernels
 from offload.processors import choose_share
 from offload.profile import load_profile
@@ -17,7 +14,6 @@ from offload.runtime.discovery import Anatomy
 from offload.runtime.warmup import compile_kernels
 from offload.specs import Budgets
 from offload.tiers.layout import Source
-from offload.units import parse_rate
 
 
 def budgets_for(
@@ -40,20 +36,6 @@ def ready_kernels(device: str, sources: Mapping[str, Source], anatomy: Anatomy, 
     kernels = Kernels("cuda" if device.startswith("cuda") else "cpu", exact=exact)
     compile_kernels(kernels, sources.values(), has_transposed=bool(anatomy.transposed))
     return kernels
-
-
-def full_name(device: str | None) -> str:
-    """The device's full name: CUDA devices have a number."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" and torch.cuda.is_available() else device
-
-
-def link_rate(link: str | float | None, device: str) -> float | None:
-    """The pace of the emulated device's link, in bytes per second."""
-    if link is not None and device != "emulated":
-        raise UsageError(f'link={link!r} sets the pace of device="emulated" only; the device is {device}')
-    return parse_rate(link, "link") if link is not None else None
 
 
 def share_for(

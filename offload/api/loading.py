@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from offload.api.choices import budgets_for, full_name, link_rate, ready_kernels, share_for
+from offload.api.choices import budgets_for, ready_kernels, share_for
 from offload.budgets import Division, Size, divide
 from offload.checkpoint import find, open_checkpoint
 from offload.errors import UsageError
@@ -21,7 +21,7 @@ from offload.runtime.apart import passing_nbytes
 from offload.runtime.linears import unpack_nbytes
 from offload.runtime.session import Session, token_check
 from offload.specs import Workload
-from offload.tiers.devices import create, warm_up
+from offload.tiers.devices import create, full_name, parse_link, warm_up
 
 IGNORED = frozenset({"low_cpu_mem_usage", "offload_state_dict", "use_safetensors", "_fast_init"})  # always so here
 
@@ -96,7 +96,7 @@ def load(
         raise UsageError(f'device_map={device_map!r}: only "auto" is understood; say device= and the budgets instead')
     device = full_name(device)
     budgets = budgets_for(device, cpu_memory, gpu_memory, resident, max_memory)
-    rate = link_rate(link, device)
+    rate = parse_link(link, device)
     kwargs = {k: v for k, v in model_kwargs.items() if k not in IGNORED}
     if progress is not None:
         progress("opening", 0, 0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.api.choices import budgets_for, full_name, link_rate, ready_kernels, share_for
+from offload.api.choices import budgets_for, ready_kernels, share_for
 from offload.budgets import Size, divide
 from offload.checkpoint.describe import describe
 from offload.errors import ModelError
@@ -22,7 +22,7 @@ from offload.planner.placement import Tier
 from offload.runtime.discovery import dissect
 from offload.runtime.session import Session
 from offload.specs import ModelSpec, Workload
-from offload.tiers.devices import create, warm_up
+from offload.tiers.devices import create, full_name, parse_link, warm_up
 from offload.tiers.layout import Piece, Source
 from offload.tiers.swap import swap_out
 from offload.units import parse_bytes
@@ -70,7 +70,7 @@ def wrap(
     if foreign:
         raise ModelError(f"the module has parameters on {', '.join(foreign)}; move it to the CPU first: module.cpu()")
     device = full_name(device)
-    rate = link_rate(link, device)
+    rate = parse_link(link, device)
     budgets = budgets_for(device, cpu_memory, gpu_memory, resident, max_memory)
     shared = Counter(p.untyped_storage().data_ptr() for p in module.parameters())
     anatomy = dissect(

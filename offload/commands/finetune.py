@@ -22,7 +22,6 @@ from offload.commands.bar import bar
 from offload.commands.training import Progress, announce, note, place, say, summarise
 from offload.errors import BudgetError, UsageError
 from offload.finetune import finish, reading
-from offload.finetune.accelerator import named
 from offload.finetune.assemble_zeroth import place_zeroth
 from offload.finetune.config import Config
 from offload.finetune.copies import Copies, copies
@@ -44,6 +43,7 @@ from offload.planner.schedule import explain
 from offload.profile import Profile
 from offload.runtime.discovery import dissect
 from offload.specs import ModelSpec
+from offload.tiers.devices import full_name
 from offload.units import parse_bytes
 
 STATE = "state"  # folder in output_dir, where budgets.offload_dir names none
@@ -200,7 +200,7 @@ def _forecast(config: Config, spec: ModelSpec, profile: Profile) -> Forecast | N
 def _copies(config: Config, sketch: Outline, steps: int) -> Copies:
     """What method zo writes of weights."""
     asked, anatomy = config.budgets, dissect(sketch.model, shares=False)
-    budgets = resolve(cpu_memory=asked.cpu_memory, gpu_memory=asked.gpu_memory, device=named(asked.device))
+    budgets = resolve(cpu_memory=asked.cpu_memory, gpu_memory=asked.gpu_memory, device=full_name(asked.device))
     try:
         placement = place_zeroth(
             sketch.model, anatomy, sketch.sources, budgets, _tokens(config), process_nbytes(exact=False)

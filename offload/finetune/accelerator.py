@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
-from offload.errors import BudgetError, UsageError
+from offload.errors import BudgetError
 from offload.planner.cells import FEWEST, CellPlan, plan_cells
 from offload.runtime.training_lanes import LOOSE
 from offload.tiers.cells import Cell, page
 from offload.tiers.device import Device
 from offload.tiers.device_cells import DeviceCells
 from offload.tiers.devices import create
-from offload.units import format_bytes, parse_rate
+from offload.units import format_bytes
 
 GRADIENTS = 3  # of the largest unit, beside its cell: as autograd gives it, in 16 bits, and its sum in 32
 UNKNOWN = 0.25  # of the memory: for activations of a model that nobody can say anything of
@@ -67,20 +65,6 @@ class Accelerator:
         except BaseException:
             device.close()
             raise
-
-
-def named(device: str | None) -> str:
-    """The device's full name, as in inference: CUDA if there is one, and with its number."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" and torch.cuda.is_available() else device
-
-
-def link_rate(link: str | float | None, device: str) -> float | None:
-    """The pace of the emulated device's link, in bytes per second."""
-    if link is not None and device != "emulated":
-        raise UsageError(f'link={link!r} sets the pace of device="emulated" only; the device is {device}')
-    return parse_rate(link, "link") if link is not None else None
 
 
 def all_there(cells: Mapping[str, int]) -> CellPlan:

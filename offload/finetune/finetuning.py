@@ -14,7 +14,7 @@ from torch import nn
 from offload.budgets import Size, parse_resident, resolve
 from offload.checkpoint import Opened, find, open_checkpoint
 from offload.errors import BudgetError, UsageError
-from offload.finetune.accelerator import Accelerator, link_rate, named
+from offload.finetune.accelerator import Accelerator
 from offload.finetune.assemble import SLOTS, assemble
 from offload.finetune.assemble_lora import assemble_lora
 from offload.finetune.assemble_zeroth import assemble_zeroth
@@ -31,7 +31,7 @@ from offload.optim import make as make_optimizer
 from offload.optim.base import Optimizer
 from offload.profile import load_profile, preset
 from offload.runtime.discovery import dissect
-from offload.tiers.devices import create, warm_up
+from offload.tiers.devices import create, full_name, parse_link, warm_up
 from offload.tiers.transit import bring_into
 from offload.units import parse_bytes
 
@@ -119,14 +119,14 @@ def finetuning(
         raise UsageError(f"method={method!r} is not known; there are full, lora and zo")
     if lora is not None and method != "lora":
         raise UsageError(f'lora= was given, but method={method!r}; say method="lora"')
-    device = named(device)
+    device = full_name(device)
     if offload_dir is None:
         raise UsageError("name a folder on a fast disk for the optimizer's state: offload_dir=")
     kernels = Kernels("cpu", exact=False)
     numbers = {"weight_decay": weight_decay, "betas": betas, "eps": eps} | dict(optimizer_args or {})
     rule = make_optimizer(optimizer, kernels, **numbers)
     budgets = resolve(cpu_memory=cpu_memory, gpu_memory=gpu_memory, resident=resident, device=device)
-    pace = link_rate(link, device)
+    pace = parse_link(link, device)
     warm_up(device)
     limit = parse_bytes(disk_limit, "disk_limit") if disk_limit is not None else None
     wishes = Wishes(budgets.resident, activations, parse_resident(resident_weights), limit)

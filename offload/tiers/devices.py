@@ -7,6 +7,7 @@ import torch
 from offload.errors import UsageError
 from offload.io.buffers import Buffer
 from offload.tiers.device import Device, DeviceStatistics, Download, Event, Happened, Pairs
+from offload.units import parse_rate
 
 
 class CpuDevice:
@@ -61,6 +62,24 @@ def warm_up(name: str) -> None:
     if name.startswith("cuda") and torch.cuda.is_available():
         torch.zeros(1, device=name)
         torch.cuda.synchronize(name)
+
+
+def full_name(device: str | None) -> str:
+    """The device's full name: CUDA if there is one and nothing was asked, and with its number."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" and torch.cuda.is_available() else device
+
+
+def parse_link(link: str | float | None, device: str) -> float | None:
+    """The pace of the emulated device's link, in bytes per second.
+
+    Raises:
+        UsageError: the device has a link of its own, or it is no rate.
+    """
+    if link is not None and device != "emulated":
+        raise UsageError(f'link={link!r} sets the pace of device="emulated" only; the device is {device}')
+    return parse_rate(link, "link") if link is not None else None
 
 
 def link_rate(name: str) -> float | None:
