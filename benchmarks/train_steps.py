@@ -20,6 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from offload.hardware import peak_rss_bytes
+from offload.planner.schedule import Download, Upload
 
 
 def batch(a: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -57,10 +58,10 @@ def streamed(a: argparse.Namespace) -> dict[str, Any]:
     """offload: the optimizer's state on disk."""
     import offload
 
-    given, lines, began = batch(a), [], time.perf_counter()
+    given, lines, lanes, began = batch(a), [], [], time.perf_counter()
     with offload.finetuning(
         a.model, learning_rate=a.lr, max_grad_norm=a.clip or None, cpu_memory=a.cpu_memory, offload_dir=a.offload_dir,
-        overwrite=True, optimizer=a.optimizer,
+        overwrite=True, optimizer=a.optimizer, tokens=a.batch * a.length, resident=a.resident, **on_device(a),
     ) as trainer:  # fmt: skip
         ready_s = time.perf_counter() - began
         for _ in range(a.steps):
@@ -69,12 +70,14 @@ def streamed(a: argparse.Namespace) -> dict[str, Any]:
             totals = trainer.training.timeline.totals()
             waited, update = totals.stall_s.get("compute:read", 0.0), totals.busy_s.get("update", 0.0)
             lines.append((result, waited, update))
+            lanes.append(totals.busy_s)
         began = time.perf_counter()
         trainer.commit()
         commit_s = time.perf_counter() - began
         spare = trainer.spare
         assert spare is not None
         params = sum(p.numel() for p in trainer.model.parameters())
+        steps = trainer.training.schedule()
     shutil.rmtree(a.offload_dir)
     return {
         "step_s": [r.step_s for r, _, _ in lines],
@@ -84,6 +87,9 @@ def streamed(a: argparse.Namespace) -> dict[str, Any]:
         "write_bytes": [r.write_bytes for r, _, _ in lines],
         "waited_s": [w for _, w, _ in lines],
         "update_s": [u for _, _, u in lines],
+        "busy_s": lanes,
+        "upload_bytes": sum(s.nbytes for s in steps if isinstance(s, Upload)),
+        "download_bytes": sum(s.nbytes for s in steps if isinstance(s, Download)),
         "kept_weight_bytes": spare.weights_nbytes,
         "kept_state_bytes": spare.state_nbytes,
         "kept_graph_bytes": spare.graphs_nbytes,
@@ -91,6 +97,13 @@ def streamed(a: argparse.Namespace) -> dict[str, Any]:
         "commit_s": commit_s,
         "params": params,
     }
+
+
+def on_device(a: argparse.Namespace) -> dict[str, Any]:
+    """What says that an accelerator computes."""
+    if a.device is None:
+        return {}
+    return {"device": a.device, "gpu_memory": a.gpu_memory, "link": a.link, "overlap": not a.no_overlap}
 
 
 def main() -> None:
@@ -105,6 +118,11 @@ def main() -> None:
     ap.add_argument("--clip", type=float, default=1.0, help="0: no clipping")
     ap.add_argument("--optimizer", default="adamw")
     ap.add_argument("--cpu-memory", default="4GiB")
+    ap.add_argument("--resident", help="how much of the optimizer's state stays in memory; default: what fits")
+    ap.add_argument("--device", help="what computes: emulated, cuda")
+    ap.add_argument("--gpu-memory")
+    ap.add_argument("--link", help="pace of the emulated device's link, as in 1GB/s")
+    ap.add_argument("--no-overlap", action="store_true", help="moving, computing and updating one after the other")
     ap.add_argument("--offload-dir", type=Path, help="a new folder for the optimizer's state; removed at the end")
     a = ap.parse_args()
     found = plain(a) if a.system == "plain" else streamed(a)

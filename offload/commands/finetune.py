@@ -22,6 +22,7 @@ from offload.commands.bar import bar
 from offload.commands.training import Progress, announce, note, place, say, summarise
 from offload.errors import BudgetError, UsageError
 from offload.finetune import finish, reading
+from offload.finetune.accelerator import Accelerator
 from offload.finetune.assemble_zeroth import place_zeroth
 from offload.finetune.config import Config
 from offload.finetune.copies import Copies, copies
@@ -43,7 +44,7 @@ from offload.planner.schedule import explain
 from offload.profile import Profile
 from offload.runtime.discovery import dissect
 from offload.specs import ModelSpec
-from offload.tiers.devices import full_name
+from offload.tiers.devices import full_name, parse_link
 from offload.units import parse_bytes
 
 STATE = "state"  # folder in output_dir, where budgets.offload_dir names none
@@ -122,7 +123,7 @@ def engine_arguments(config: Config, *, resume: bool) -> dict[str, Any]:
         zo = config.zo
         arguments |= {"zo_eps": zo.eps, "zo_write_every": zo.write_every, "zo_sparsity": zo.sparsity}
     arguments["tokens"] = _tokens(config)
-    optional = ("cpu_memory", "gpu_memory", "disk_limit", "device")
+    optional = ("cpu_memory", "gpu_memory", "disk_limit", "device", "link")
     arguments |= {name: value for name in optional if (value := getattr(budgets, name)) is not None}
     known = inspect.signature(api.finetuning).parameters
     if missing := [name for name in arguments if name not in known]:  # what is left over would go to transformers
@@ -187,11 +188,19 @@ def _forecast(config: Config, spec: ModelSpec, profile: Profile) -> Forecast | N
         micro_batches=train.gradient_accumulation_steps,
     )
     rule = make(train.optim, Kernels("cpu", exact=False), **train.optim_args)
-    budget = resolve(cpu_memory=config.budgets.cpu_memory).cpu_memory
+    asked = config.budgets
+    device = full_name(asked.device)
+    budgets = resolve(cpu_memory=asked.cpu_memory, gpu_memory=asked.gpu_memory, device=device)
+    accelerator: Accelerator | None = None
+    if budgets.gpu_memory is not None:
+        link = parse_link(asked.link, device)
+        accelerator = Accelerator(name=device, memory=budgets.gpu_memory, link_bytes_per_s=link)
+        if not accelerator.is_known(profile):
+            return None
     try:
         return forecast(
-            spec, rule, profile, batch=batch, clips=bool(train.max_grad_norm), budget=budget,
-            base=process_nbytes(exact=False),
+            spec, rule, profile, batch=batch, clips=bool(train.max_grad_norm), budget=budgets.cpu_memory,
+            base=process_nbytes(exact=False), accelerator=accelerator,
         )  # fmt: skip
     except BudgetError:  # the trainer measures, and says what does not fit
         return None

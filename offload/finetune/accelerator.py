@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from offload.errors import BudgetError
+from offload.finetune.room import backward_nbytes, step_nbytes
 from offload.planner.cells import FEWEST, CellPlan, plan_cells
+from offload.profile import Profile
 from offload.runtime.training_lanes import LOOSE
+from offload.specs import ModelSpec
 from offload.tiers.cells import Cell, page
 from offload.tiers.device import Device
 from offload.tiers.device_cells import DeviceCells
@@ -48,6 +51,33 @@ class Accelerator:
         """What of its memory is the process's own."""
         return self.memory if self.name == "emulated" else 0
 
+    @property
+    def processor(self) -> str:
+        """What profiles call what computes."""
+        return "cpu" if self.name == "emulated" else "device"
+
+    def sized(self, spec: ModelSpec, tokens: int, micro_batches: int = 1) -> Accelerator:
+        """With what activations take there.
+
+        Args:
+            tokens: of a micro-batch.
+            micro_batches: of a step; each leaves its inputs of units.
+        """
+        parts = step_nbytes(spec, tokens) | backward_nbytes(spec, tokens)
+        parts["inputs of units"] *= micro_batches
+        return replace(self, activations=parts)
+
+    def is_known(self, profile: Profile) -> bool:
+        """Whether a profile has what a prediction needs."""
+        return self.name == "emulated" or {"h2d", "device"} <= {*profile.lanes, *profile.processors}
+
+    def crossing_s(self, nbytes: int, profile: Profile) -> float:
+        """Seconds in which so many bytes cross the link, either way."""
+        if self.name != "emulated":
+            return profile.lane("h2d").seconds(nbytes)
+        copying = profile.processors["cpu"].bytes_per_s / 2  # read and written
+        return nbytes / min(copying, self.link_bytes_per_s or copying)
+
     def open(self, layouts: Sequence[Cell]) -> tuple[Device, DeviceCells]:
         """The device, and room for cells on it.
 
@@ -58,7 +88,7 @@ class Accelerator:
         if self.device is not None:
             sizes = {cell.unit: page(cell.nbytes) for cell in layouts}
             return self.device, DeviceCells({cell.unit: cell for cell in layouts}, self.device, all_there(sizes))
-        plan = plan_there(layouts, self)
+        plan = plan_there({cell.unit: page(cell.nbytes) for cell in layouts}, self)
         device = create(self.name, memory_nbytes=plan.nbytes, link_bytes_per_s=self.link_bytes_per_s)
         try:
             return device, DeviceCells({cell.unit: cell for cell in layouts}, device, plan)
@@ -72,20 +102,23 @@ def all_there(cells: Mapping[str, int]) -> CellPlan:
     return plan_cells(cells, sum(cells.values()))
 
 
-def plan_there(layouts: Sequence[Cell], asked: Accelerator) -> CellPlan:
+def plan_there(cells: Mapping[str, int], asked: Accelerator) -> CellPlan:
     """Which cells have a place of their own in the device's memory, and the ring for the others.
 
     A cell with a place is uploaded once a step, the others twice.
 
+    Args:
+        cells: unit -> bytes.
+
     Raises:
         BudgetError: not even the ring fits beside what a micro-batch takes.
     """
-    sizes = {cell.unit: page(cell.nbytes) for cell in layouts}
+    sizes = dict(cells)
     loose = sizes.pop(LOOSE, 0)
     largest = max(sizes.values(), default=0)
     parts = asked.activations if asked.activations is not None else {"activations": int(UNKNOWN * asked.memory)}
     beside = {
-        f"{name}": nbytes
+        name: nbytes
         for name, nbytes in (
             ("gradients of the largest part of the model", GRADIENTS * largest),
             ("parameters that several parts use, with their gradient", (1 + GRADIENTS) * loose),

@@ -96,7 +96,8 @@ class Budgets(Section):
         drive_tbw: bytes that the drive is rated to have written in its life (TBW in its data sheet), such as 600TB.
         activations: what is left of the forward pass for the backward one: keep everything in memory; recompute units
             from their inputs; the same with the inputs on disk; auto decides by memory and what the disk has to do.
-        device: cpu, cuda, cuda:N or emulated; default: cuda when there is one.
+        device: what computes: cpu, cuda, cuda:N or emulated; default: cuda when there is one.
+        link: pace of the emulated device's link, such as 8GB/s.
     """
 
     gpu_memory: Size = None
@@ -107,6 +108,7 @@ class Budgets(Section):
     drive_tbw: str | int = "600TB"
     activations: Literal["auto", "keep", "recompute", "disk"] = "auto"
     device: str | None = None
+    link: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("gpu_memory", "cpu_memory", "disk_limit", "drive_tbw"):

@@ -22,7 +22,6 @@ from offload.finetune.export import export_checkpoint, export_module
 from offload.finetune.forecast import Batch, forecast
 from offload.finetune.lora import Lora
 from offload.finetune.memory import Wishes
-from offload.finetune.room import backward_nbytes, step_nbytes
 from offload.finetune.trainer import Trainer
 from offload.hardware import rss_bytes
 from offload.io.engine import Engine
@@ -184,11 +183,10 @@ def finetuning(
         else:
             opened = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
             root, anatomy = opened.model, dissect(opened.model, shares=False)
-            slots = _slots(opened, rule, max_grad_norm, budgets.cpu_memory, tokens)
+            slots = _slots(opened, rule, max_grad_norm, budgets.cpu_memory, tokens, accelerator)
             parameters = {n: (s.dtype, s.shape) for n, s in opened.sources.items()}
             if accelerator is not None:
-                parts = step_nbytes(opened.spec, tokens) | backward_nbytes(opened.spec, tokens)
-                accelerator = replace(accelerator, activations=parts)
+                accelerator = accelerator.sized(opened.spec, tokens)
 
             def fill(views: Mapping[str, torch.Tensor]) -> None:
                 bring_into(views, opened.sources, engine)
@@ -212,13 +210,29 @@ def finetuning(
         raise
 
 
-def _slots(opened: Opened, rule: Optimizer, max_grad_norm: float | None, budget: int, tokens: int) -> int:
+def _slots(
+    opened: Opened,
+    rule: Optimizer,
+    max_grad_norm: float | None,
+    budget: int,
+    tokens: int,
+    accelerator: Accelerator | None,
+) -> int:
     """How deep the ring of optimizer state is best, by the prediction of a step."""
     profile = load_profile() or preset("cpu-ddr5-nvme4")
     batch = Batch(rows=1, tokens=tokens)
+    if accelerator is not None and not accelerator.is_known(profile):
+        return SLOTS
     try:
         found = forecast(
-            opened.spec, rule, profile, batch=batch, clips=max_grad_norm is not None, budget=budget, base=rss_bytes()
+            opened.spec,
+            rule,
+            profile,
+            batch=batch,
+            clips=max_grad_norm is not None,
+            budget=budget,
+            base=rss_bytes(),
+            accelerator=accelerator,
         )
     except BudgetError:  # what does not fit is said later, by what is measured
         return SLOTS

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from offload.errors import BudgetError
+from offload.finetune.accelerator import Accelerator, plan_there
 from offload.finetune.assemble import SLOTS
 from offload.finetune.memory import MARGIN, SLACK
 from offload.optim.base import Optimizer
-from offload.planner.cells import plan_cells
+from offload.planner.cells import CellPlan, plan_cells
 from offload.planner.ops import OpCosts, Phase
 from offload.planner.schedule import Schedule
 from offload.planner.training import TrainedShard, TrainedUnit, emit_training, has_copies
@@ -86,7 +87,15 @@ class Forecast:
 
 
 def forecast(
-    spec: ModelSpec, rule: Optimizer, profile: Profile, *, batch: Batch, clips: bool, budget: int, base: int
+    spec: ModelSpec,
+    rule: Optimizer,
+    profile: Profile,
+    *,
+    batch: Batch,
+    clips: bool,
+    budget: int,
+    base: int,
+    accelerator: Accelerator | None = None,
 ) -> Forecast:
     """The step that repeats, with the ring of state that makes it shortest.
 
@@ -98,14 +107,17 @@ def forecast(
         rule: the optimizer.
         budget: bytes for the whole process.
         base: what it takes before anything of the model.
+        accelerator: what computes; None: the CPU.
 
     Raises:
         BudgetError: it cannot be.
     """
-    best = _forecast(spec, rule, profile, batch, clips, budget, base, SLOTS)
+    if accelerator is not None:
+        accelerator = accelerator.sized(spec, batch.rows * batch.tokens, batch.micro_batches)
+    best = _forecast(spec, rule, profile, batch, clips, budget, base, SLOTS, accelerator)
     for slots in () if clips or not best.cost.read_bytes else DEEPER:
         try:
-            found = _forecast(spec, rule, profile, batch, clips, budget, base, slots)
+            found = _forecast(spec, rule, profile, batch, clips, budget, base, slots, accelerator)
         except BudgetError:
             break
         if found.cost.seconds < WORTH * best.cost.seconds:
@@ -114,7 +126,15 @@ def forecast(
 
 
 def _forecast(
-    spec: ModelSpec, rule: Optimizer, profile: Profile, batch: Batch, clips: bool, budget: int, base: int, slots: int
+    spec: ModelSpec,
+    rule: Optimizer,
+    profile: Profile,
+    batch: Batch,
+    clips: bool,
+    budget: int,
+    base: int,
+    slots: int,
+    accelerator: Accelerator | None = None,
 ) -> Forecast:
     units = [_unit(unit.name, unit.tensors, rule) for unit in spec.units]
     loose = _unit("(loose)", spec.loose, rule) if spec.loose else None
@@ -126,13 +146,18 @@ def _forecast(
     at_once = batch.rows * batch.tokens * LOSSES * spec.logits_nbytes
     at_once += spec.hidden_nbytes * batch.rows * batch.tokens * batch.micro_batches * len(units)
     at_once += max(graphs.values()) // batch.micro_batches
+    there: CellPlan | None = None
+    if accelerator is not None:  # which has activations and gradients in its own memory
+        there = plan_there({unit.name: unit.nbytes for unit in every}, accelerator)
+        sums = at_once = 0
+        graphs = dict.fromkeys(graphs, 0)
     rings = (min(slots, len(shards)) + (STAGES / 3)) * max(s.nbytes for s in shards)
     free = int(budget * (1 - MARGIN)) - SLACK - base - int(rings) - sums - at_once - (loose.nbytes if loose else 0)
     plan = plan_cells(sizes, free)
     left = free - plan.nbytes
     kept_graphs: set[str] = set()
     for unit in reversed(spec.units):
-        if unit.name in plan.kept and graphs[unit.name] <= left:
+        if there is None and unit.name in plan.kept and graphs[unit.name] <= left:
             left -= graphs[unit.name]
             kept_graphs.add(unit.name)
     total = sum(s.nbytes for s in shards)
@@ -143,20 +168,22 @@ def _forecast(
         if taken + shard.nbytes / 2 <= wanted and taken + shard.nbytes <= left:
             staying.add(shard.name)
             taken += shard.nbytes
-    order = [_placed(unit, unit.name in plan.kept, staying) for unit in units]
+    order = [_placed(unit, unit.name in plan.kept, staying, there) for unit in units]
     itemsize = 4 if spec.dtype == "float32" else 2
     copies = has_copies(clips, itemsize)
     schedule = emit_training(
-        order, _placed(loose, True, staying) if loose else None, clips=clips, is_due=clips,
+        order, _placed(loose, True, staying, there) if loose else None, clips=clips, is_due=clips,
         reads="weights" if copies else "masters", writes_copies=copies,
     )  # fmt: skip
-    forward_s = _forwards(spec, profile, batch)
+    forward_s = _forwards(spec, profile, batch, accelerator.processor if accelerator is not None else "cpu")
     recomputed = {u: 0.0 if u in kept_graphs or u == units[-1].name else s for u, s in forward_s.items()}
     per_byte = rule.cost.seconds(SHARD_COUNT, profile) / max(1.0, rule.cost.state_bytes * SHARD_COUNT)
     cost = step_cost(
-        schedule, profile, slots={"state": min(slots, len(shards)), "cells": plan.slots},
+        schedule, profile,
+        slots={"state": min(slots, len(shards)), "cells": plan.slots, "device": there.slots if there else 0},
         forward_s=forward_s, backward_s={u: 2 * s + recomputed[u] for u, s in forward_s.items()},
         update_s=lambda step: per_byte * step.nbytes,
+        crossing_s=lambda nbytes: accelerator.crossing_s(nbytes, profile) if accelerator else 0.0,
     )  # fmt: skip
     return Forecast(
         schedule=schedule,
@@ -186,9 +213,10 @@ def _unit(name: str, tensors: tuple[TensorSpec, ...], rule: Optimizer) -> Traine
     return TrainedUnit(name=name, nbytes=page(sum(t.nbytes for t in tensors)), shards=tuple(shards))
 
 
-def _placed(unit: TrainedUnit, stays: bool, staying: set[str]) -> TrainedUnit:
+def _placed(unit: TrainedUnit, stays: bool, staying: set[str], there: CellPlan | None) -> TrainedUnit:
     shards = tuple(replace(s, stays=s.name in staying) for s in unit.shards)
-    return replace(unit, stays=stays, shards=shards)
+    stays_there = there is not None and unit.name in there.kept
+    return replace(unit, stays=stays, shards=shards, uploads=there is not None, stays_there=stays_there)
 
 
 def _graph(unit: UnitSpec, batch: Batch) -> int:
@@ -198,8 +226,8 @@ def _graph(unit: UnitSpec, batch: Batch) -> int:
     return 2 * widths * batch.rows * batch.tokens
 
 
-def _forwards(spec: ModelSpec, profile: Profile, batch: Batch) -> Mapping[str, float]:
+def _forwards(spec: ModelSpec, profile: Profile, batch: Batch, processor: str) -> Mapping[str, float]:
     """Seconds of each unit's forward, of all micro-batches, by torch's own kernels."""
-    ops = OpCosts(profile, "cpu", exact=True)
+    ops = OpCosts(profile, processor, exact=True)
     phase = Phase(sequences=batch.rows, tokens=batch.tokens)
     return {u.name: ops.unit(replace(u, is_head=False), spec, phase).seconds * batch.micro_batches for u in spec.units}

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from offload.planner.schedule import Read, Schedule, Step, Write
+from offload.planner.schedule import Download, Read, Schedule, Step, Upload, Write
 from offload.planner.training import Backward, Forward, Update, moved
 from offload.planner.virtual import Clock, Sharing
 from offload.profile import Profile
 
 STEADY = 6  # steps within which the lanes have settled
+BESIDE = ("upload", "download", "update")  # lanes that there are with an accelerator only
 GEMM = "cpu.gemm"  # what profiles call products of many rows, as work that others disturb
 
 
@@ -21,10 +22,12 @@ class StepCost:
 
     Attributes:
         seconds: as the clock replays it.
-        compute_s: of forward, backward and updates.
+        compute_s: of forward, backward and updates; of the last not, where they run beside an accelerator.
         disk_s: what the disk needs for the bytes that move, reads and writes at once.
-        stall_s: the model waits for the disk.
+        stall_s: the model waits for the disk, or for weights on their way to an accelerator.
         read_bytes, write_bytes: of a step.
+        upload_s, download_s: what the link needs in each direction.
+        update_s: of updates beside an accelerator.
     """
 
     seconds: float
@@ -33,16 +36,31 @@ class StepCost:
     stall_s: float
     read_bytes: int
     write_bytes: int
+    upload_s: float = 0.0
+    download_s: float = 0.0
+    update_s: float = 0.0
+
+    @property
+    def lanes_s(self) -> dict[str, float]:
+        """What each has to do."""
+        return {
+            "compute": self.compute_s,
+            "disk": self.disk_s,
+            "upload": self.upload_s,
+            "download": self.download_s,
+            "update": self.update_s,
+        }
 
     @property
     def bound_s(self) -> float:
         """No step can be shorter."""
-        return max(self.compute_s, self.disk_s)
+        return max(self.lanes_s.values())
 
     @property
     def binding(self) -> str:
         """What the bound is of."""
-        return "disk" if self.disk_s > self.compute_s else "compute"
+        lanes = self.lanes_s
+        return max(lanes, key=lambda lane: lanes[lane])
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -55,7 +73,7 @@ class StepCost:
             "stall_s": self.stall_s,
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
-        }
+        } | ({f"{lane}_s": self.lanes_s[lane] for lane in BESIDE} if self.upload_s else {})
 
 
 def step_cost(
@@ -66,13 +84,15 @@ def step_cost(
     forward_s: Mapping[str, float],
     backward_s: Mapping[str, float],
     update_s: Callable[[Update], float],
+    crossing_s: Callable[[int], float] = lambda nbytes: 0.0,
 ) -> StepCost:
     """Prices and replays a step that repeats.
 
     Args:
-        slots: depth of the rings `state` and `cells`.
+        slots: depth of the rings `state`, `cells` and `device`.
         forward_s, backward_s: unit -> seconds of all micro-batches.
         update_s: seconds of one shard's update.
+        crossing_s: seconds in which so many bytes go to an accelerator, or come from it.
     """
 
     def seconds(step: Step) -> float:
@@ -84,6 +104,8 @@ def step_cost(
             return update_s(step)
         if isinstance(step, Read):
             return profile.lane("read").seconds(step.nbytes)
+        if isinstance(step, Upload | Download):
+            return crossing_s(step.nbytes)
         assert isinstance(step, Write), step
         return profile.lane("write").seconds(step.nbytes)
 
@@ -100,6 +122,7 @@ def step_cost(
         stall_s=found.stall_s / len(found.pass_s),
         read_bytes=read,
         write_bytes=written,
+        **{f"{lane}_s": clock.work_s(lane) for lane in BESIDE},
     )
 
 
