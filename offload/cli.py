@@ -106,6 +106,9 @@ def generate(
     top_p: TopP = None,
     seed: Seed = 0,
     ignore_eos: IgnoreEos = False,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="leave out lines that cannot be used or do not fit, and name them")
+    ] = False,
     slots: Slots = None,
     io: Io = "threads",
     exact: Exact = False,

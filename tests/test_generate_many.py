@@ -88,6 +88,62 @@ def test_a_pass_of_fewer_tokens_than_rows(checkpoint: Path, tmp_path: Path) -> N
     assert run(checkpoint, short, "-o", tmp_path / "out.jsonl", "--cpu-memory", "4GiB", new_tokens=1) == 0
 
 
+def test_lines_have_settings_of_their_own(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each answers as a run of its own with those settings on the command line."""
+    own: list[dict[str, Any]] = [
+        {}, {"max_new_tokens": 2}, {"max_new_tokens": 11, "seed": None}, {"temperature": 1.5, "seed": 7},
+        {"temperature": 1.5, "seed": 7}, {"temperature": 0, "seed": 7}, {"top_p": 0.9, "seed": 8},
+    ]  # fmt: skip
+    path, out = tmp_path / "own.jsonl", tmp_path / "out.jsonl"
+    path.write_text("".join(json.dumps({"prompt_ids": IDS[1], **settings}) + "\n" for settings in own))
+    assert run(checkpoint, path, "-o", out, "--resident", "0.5", "--batch", 3) == 0
+    found = [answer["tokens"] for answer in lines(out)]
+    assert [len(tokens) for tokens in found] == [6, 2, 11, 6, 6, 6, 6]
+    assert found[1] == found[0][:2]
+    assert found[2][:6] == found[0] == found[5]
+    assert found[3] == found[4]
+    assert len({tuple(found[n]) for n in (0, 3, 6)}) == 3
+    alone = tmp_path / "alone.jsonl"
+    path.write_text(json.dumps({"prompt_ids": IDS[1]}) + "\n")
+    assert run(checkpoint, path, "-o", alone, "--sample", "--temperature", 1.5, "--seed", 7) == 0
+    assert lines(alone)[0]["tokens"] == found[3]
+    path.write_text(json.dumps({"prompt_ids": IDS[1], "max_new_tokens": 3}) + "\n")
+    assert run(checkpoint, path, "-o", tmp_path / "no.jsonl", "--exact") == 2
+    assert f"{path}:1 has settings of its own" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_named_or_left_out(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    path.write_text("".join(json.dumps({"prompt_ids": [5] * n}) + "\n" for n in (3, 90, 2)) + "nonsense\n")
+    memory = ("--device", "emulated", "--gpu-memory", "700KB", "--resident", "0.5")
+    assert run(checkpoint, path, "-o", out, *memory) == 1
+    assert f"{path}:4: is not JSON" in capsys.readouterr().err
+    assert run(checkpoint, path, "-o", out, *memory, "--keep-going") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["left_out"], report["answered"]) == (2, 2)
+    assert [answer["line"] for answer in lines(out)] == [1, 3]
+    path.write_text("\n".join(path.read_text().splitlines()[:3]))
+    assert run(checkpoint, path, "-o", out, *memory) == 1
+    says = capsys.readouterr().err
+    assert f"{path}:2: 90 tokens and 6 new ones do not fit in memory" in says
+    assert "It is so with 1 of 1 prompts" in says or "gpu_memory" in says
+    assert run(checkpoint, path, "-o", out, "--device", "emulated", "--gpu-memory", "1500KB") == 0
+    assert [answer["line"] for answer in lines(out)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_new_tokens": 0}, {"temperature": "hot"}, {"top_p": 0}, {"temperature": 0, "top_p": 1}, {"seed": True}],
+)
+def test_settings_that_make_no_sense(tmp_path: Path, settings: dict[str, Any]) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt_ids": [5], **settings}))
+    with pytest.raises(DataError, match=f"{path}:1: .*'{list(settings)[-1]}'"):
+        read_prompts(path, None, Limits())
+
+
 def test_an_accelerator_shares_passes_too(
     checkpoint: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

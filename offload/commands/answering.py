@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from offload.api import load
 from offload.commands.bar import bar
 from offload.commands.options import Running
 from offload.generate import Answers, Block, Prompt, arrange, ended, generate, seed_of
-from offload.generate.choosing import Chooser
+from offload.generate.choosing import Asked, Choosers
 from offload.generate.continuous import passes
 from offload.handle import Offloaded
 from offload.plan import work_of
@@ -35,6 +35,7 @@ class Report:
 
     Attributes:
         prompts, before: in the file; of these answered by earlier runs.
+        left_out: lines that could not be used, or that there was no memory for.
         batch: prompts that ran at a time, at most.
         passes: over the weights.
         divisions: of memory between weights and keys and values; more than one where room was left in the end.
@@ -50,6 +51,7 @@ class Report:
 
     prompts: int
     before: int
+    left_out: int = 0
     batch: int = 0
     passes: int = 0
     divisions: int = 1
@@ -163,12 +165,13 @@ class Meter:
         )
 
 
-def by_passes(job: Job, plan: Batching) -> None:
-    """All prompts in passes that they share: see `generate/continuous.py`."""
-    options, report, left = job.options, job.report, job.left()
+def by_passes(job: Job, plan: Batching, left_out: Collection[int] = ()) -> None:
+    """All prompts but those left out in passes that they share: see `generate/continuous.py`."""
+    options, report, left = job.options, job.report, [p for p in job.left() if p.index not in left_out]
     report.predicted_s = plan.seconds
-    report.predicted_tokens_per_s = len(left) * options.max_new_tokens / plan.seconds
-    handle = job.load(work_of([len(p.ids) for p in left], options.max_new_tokens, plan))
+    news = [p.new_tokens(options.max_new_tokens) for p in left]
+    report.predicted_tokens_per_s = sum(news) / plan.seconds
+    handle = job.load(work_of([len(p.ids) for p in left], news, plan))
     with handle:
         spec = handle.spec
         pool = KeyValuePool(
@@ -186,13 +189,12 @@ def by_passes(job: Job, plan: Batching) -> None:
             f"disk, {format_bytes(report.pool_bytes)} for keys and values; predicted: {format_seconds(plan.seconds)}, "
             f"{report.predicted_tokens_per_s:.1f} new tokens/s"
         )
-        choose = Chooser(
+        choose = Choosers(
             handle.model,
+            left,
             new_tokens=options.max_new_tokens,
-            sample=options.sample,
-            seed=options.seed,
+            asked=Asked(sample=options.sample, seed=options.seed, **options.drawing()),
             stops_at_eos=not options.ignore_eos,
-            **options.drawing(),
         )
         said, meter = time.perf_counter(), Meter(handle, report)
 

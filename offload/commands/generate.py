@@ -17,10 +17,11 @@ from offload.checkpoint.outline import sketch
 from offload.commands.answering import Job, Report, by_blocks, by_passes
 from offload.commands.options import Running
 from offload.commands.plan import PlanRequest, ask_of
-from offload.errors import UsageError
+from offload.errors import BudgetError, UsageError
 from offload.generate import Answers, Limits, Prompt, digest_of, even, identity_of, read_prompts, tokenizer_of
+from offload.generate.prompts import AS_ASKED, NAMED
 from offload.hardware import peak_rss_bytes
-from offload.plan import Ask, best_batch, plan_offline
+from offload.plan import Ask, best_batch, plan_offline, room_for_one
 from offload.plan.planning import BATCHES
 from offload.runtime.ragged import refuses
 from offload.units import format_bytes, format_seconds
@@ -35,6 +36,7 @@ class Request(Running):
     prompts: str
     output: str
     batch: str = "auto"
+    keep_going: bool = False
 
 
 def execute(request: Request) -> int:
@@ -51,9 +53,16 @@ def execute(request: Request) -> int:
         new_tokens=request.max_new_tokens,
         raw=request.raw,
     )
-    prompts = read_prompts(request.prompts, tokenizer, limits)
+    bad: list[tuple[int, str]] = []
+    prompts = read_prompts(request.prompts, tokenizer, limits, bad if request.keep_going else None)
+    _name(bad, request, console)
     before = identity_of(output)
     why = _why_blocks(request, directory, before)
+    if why is not None and (own := [p.line for p in prompts if p.settings != AS_ASKED]):
+        raise UsageError(
+            f"{request.prompts}:{own[0]} has settings of its own, but prompts go in batches that share theirs, "
+            f"because {why}"
+        )
     batch = None if why is None else _batch(request, prompts, before)
     with Answers(output, _identity(request, directory, prompts, batch), len(prompts)) as answers:
         report = Report(prompts=len(prompts), before=len(answers.done))
@@ -64,16 +73,69 @@ def execute(request: Request) -> int:
             console.print(f"note: in batches of {batch}, because {why}", style="yellow", highlight=False)
             by_blocks(job, batch)
         elif job.left():
-            lengths = [len(p.ids) for p in job.left()]
-            at_most = None if request.batch == "auto" else int(request.batch)
-            by_passes(job, plan_offline(_ask(request, lengths), lengths, request.max_new_tokens, at_most))
+            bad += _share_passes(request, job)
         answers.sort()
+    report.left_out = len(bad)
     report.peak_rss_bytes = peak_rss_bytes()
     if request.json:
         print(json.dumps(vars(report) | {"tokens_per_s": report.tokens_per_s}))
     else:
         _summarise(report, output, console)
-    return 0
+    return 1 if bad else 0
+
+
+def _share_passes(request: Request, job: Job) -> list[tuple[int, str]]:
+    """Answers what is left in passes; returns the lines that there is no memory for, with the reason.
+
+    Raises:
+        BudgetError: there are such lines, and they are not to be left out; or there is room for none.
+    """
+    left = sorted(job.left(), key=lambda p: (len(p.ids) + p.new_tokens(request.max_new_tokens), len(p.ids)))
+    lengths, news = [len(p.ids) for p in left], [p.new_tokens(request.max_new_tokens) for p in left]
+    at_most = None if request.batch == "auto" else int(request.batch)
+    ask = _ask(request, lengths)
+    too_long: list[tuple[int, str]] = []
+    fits = len(left)
+    try:
+        plan = plan_offline(ask, lengths, news, at_most)
+    except BudgetError as error:
+        fits = room_for_one(ask, lengths, news)
+        rest = sorted(left[fits:], key=lambda p: p.line)
+        if not rest:  # each fits alone, but the process has grown since
+            raise
+        too_long = [(p.line, _no_room(p, request, left[fits - 1] if fits else None)) for p in rest]
+        if not request.keep_going or not fits:
+            raise BudgetError(
+                f"{request.prompts}:{rest[0].line}: {too_long[0][1]}. It is so with {len(rest):,} of {len(left):,} "
+                f"prompts: give more memory, shorten them{', or answer the others with --keep-going' * (fits > 0)}. "
+                f"{error}"
+            ) from None
+        _name(too_long, request, job.console)
+        plan = plan_offline(ask, lengths[:fits], news[:fits], at_most)
+    by_passes(job, plan, {p.index for p in left[fits:]})
+    return too_long
+
+
+def _no_room(prompt: Prompt, request: Request, longest: Prompt | None) -> str:
+    """Why a prompt is left out.
+
+    Args:
+        longest: of those that fit, if any does.
+    """
+    tokens, new = len(prompt.ids), prompt.new_tokens(request.max_new_tokens)
+    says = f"{tokens:,} tokens and {new:,} new ones do not fit in memory"
+    if longest is None:
+        return says
+    most = len(longest.ids) + longest.new_tokens(request.max_new_tokens)
+    return f"{says}; the longest that fits has {most:,} in all"
+
+
+def _name(bad: Sequence[tuple[int, str]], request: Request, console: Console) -> None:
+    """Says which lines are left out, and why."""
+    for line, why in bad[:NAMED]:
+        console.print(f"left out: {request.prompts}:{line}: {why}", style="yellow", highlight=False, soft_wrap=True)
+    if len(bad) > NAMED:
+        console.print(f"left out: {len(bad) - NAMED:,} more lines", style="yellow", highlight=False)
 
 
 def _check(request: Request) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from offload.generate.many import seed_of
+from offload.generate.prompts import Prompt, Settings
 
 _ROW_BY_ROW = frozenset(
     ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
@@ -26,6 +28,7 @@ class Chooser:
         temperature, top_p: None: the model's own.
         seed: of drawing; a sequence's numbers follow from it and the sequence's own number.
         stops_at_eos: end tokens end a sequence.
+        is_alike: all sequences draw the same numbers: those of the seed alone.
 
     Attributes:
         ends: tokens that end a sequence.
@@ -41,6 +44,7 @@ class Chooser:
         top_p: float | None = None,
         seed: int = 0,
         stops_at_eos: bool = True,
+        is_alike: bool = False,
     ) -> None:
         given: dict[str, Any] = {"do_sample": sample, "max_new_tokens": new_tokens}
         if sample:
@@ -49,7 +53,7 @@ class Chooser:
             given |= {"temperature": None, "top_p": None, "top_k": None}
         if not stops_at_eos:
             given["eos_token_id"] = None
-        self._model, self._sample, self._seed = model, sample, seed
+        self._model, self._sample, self._seed, self._is_alike = model, sample, seed, is_alike
         self._config, _ = model._prepare_generation_config(None, **given)
         if self._config.num_beams not in (None, 1):
             raise ValueError("beams are not chosen here")
@@ -96,5 +100,72 @@ class Chooser:
 
     def _stream(self, number: int) -> torch.Generator:
         if number not in self._streams:
-            self._streams[number] = torch.Generator().manual_seed(seed_of(self._seed, number))
+            self._streams[number] = torch.Generator().manual_seed(seed_of(self._seed, 0 if self._is_alike else number))
         return self._streams[number]
+
+
+class Choosers:
+    """A chooser for each group of prompts that have the same settings.
+
+    Args:
+        model: as for `Chooser`.
+        prompts: with settings of their own, or none.
+        new_tokens: of those that do not say themselves.
+        asked: temperature, top_p and seed of those that do not say themselves, and whether they draw.
+        stops_at_eos: end tokens end a sequence.
+
+    Attributes:
+        ends: tokens that end a sequence.
+    """
+
+    def __init__(
+        self, model: Any, prompts: Sequence[Prompt], *, new_tokens: int, asked: Asked, stops_at_eos: bool = True
+    ) -> None:
+        self._of_prompt = {p.index: p.settings for p in prompts}
+        self._choosers = {
+            settings: Chooser(
+                model,
+                new_tokens=settings.max_new_tokens or new_tokens,
+                stops_at_eos=stops_at_eos,
+                is_alike=settings.seed is not None,
+                **asked.beside(settings),
+            )
+            for settings in set(self._of_prompt.values())
+        }
+        self.ends = next(iter(self._choosers.values())).ends
+
+    def __call__(self, logits: torch.Tensor, sequences: Sequence[tuple[int, int, Sequence[int]]]) -> list[int]:
+        """See `Chooser`; a sequence's number is the index of its prompt."""
+        groups: dict[Settings, list[int]] = {}
+        for row, (number, _, _) in enumerate(sequences):
+            groups.setdefault(self._of_prompt[number], []).append(row)
+        chosen = [0] * len(sequences)
+        for settings, rows in groups.items():
+            found = self._choosers[settings](
+                logits if len(groups) == 1 else logits[torch.tensor(rows, device=logits.device)],
+                [sequences[row] for row in rows],
+            )
+            for row, token in zip(rows, found, strict=True):
+                chosen[row] = token
+        return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the command line says of drawing; None: the model's own."""
+
+    sample: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def beside(self, own: Settings) -> dict[str, Any]:
+        """The same for a prompt with settings of its own, as a `Chooser` takes it."""
+        draws = own.temperature > 0 if own.temperature is not None else self.sample or own.top_p is not None
+        if not draws:
+            return {"sample": False}
+        first = {
+            name: a if (a := getattr(own, name)) is not None else getattr(self, name)
+            for name in ("temperature", "top_p", "seed")
+        }
+        return {"sample": True, **first}

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from offload.generate.choosing import Chooser
+from offload.generate.choosing import Chooser, Choosers
 from offload.generate.prompts import Prompt
 from offload.planner.batching import divides_again
 from offload.runtime.pool import need_of
@@ -65,7 +65,7 @@ class _Running:
 
 def passes(
     ragged: Ragged,
-    choose: Chooser,
+    choose: Chooser | Choosers,
     prompts: Sequence[Prompt],
     *,
     new_tokens: int,
@@ -73,17 +73,21 @@ def passes(
     sequences: int | None = None,
     divide: Callable[[int], None] | None = None,
 ) -> Iterator[Passed]:
-    """Runs all prompts, the longest first: a place that one leaves is large enough for any that follows.
+    """Runs all prompts, those of the longest runs first: a place that one leaves is large enough for any that follows.
 
     Args:
         ragged: the model with its pool, in which the longest prompt with its new tokens must fit.
-        new_tokens: for each prompt, at most.
+        new_tokens: for each prompt that does not say itself, at most.
         pass_tokens: in one pass, at most; but a pass without any takes one prompt, however long.
         sequences: that run at a time, at most.
         divide: called between passes, once no prompt waits, when the pool has shrunk to so many tokens: what it gave
             back can be used for weights. None: it never shrinks.
     """
-    waiting = deque(sorted(prompts, key=lambda p: (-len(p.ids), p.index)))
+
+    def need(prompt: Prompt) -> int:
+        return need_of([len(prompt.ids)], prompt.new_tokens(new_tokens))[0]
+
+    waiting = deque(sorted(prompts, key=lambda p: (-need(p), -len(p.ids), p.index)))
     running: list[_Running] = []
     while waiting or running:
         rows, began = len(running), 0
@@ -91,10 +95,9 @@ def passes(
             prompt = waiting[0]
             if rows and rows + len(prompt.ids) > pass_tokens:
                 break
-            (need,) = need_of([len(prompt.ids)], new_tokens)
-            start = ragged.pool.runs.take(need)
+            start = ragged.pool.runs.take(need(prompt))
             if start is None:
-                assert running, f"a sequence of {need} tokens in a pool of {ragged.pool.runs.tokens}"
+                assert running, f"a sequence of {need(prompt)} tokens in a pool of {ragged.pool.runs.tokens}"
                 break
             running.append(_Running(waiting.popleft(), Span(start)))
             rows, began = rows + len(prompt.ids), began + 1
@@ -106,7 +109,7 @@ def passes(
                 ended.append((one, True))
                 continue
             one.tokens.append(token)
-            if len(one.tokens) == new_tokens:
+            if len(one.tokens) == one.prompt.new_tokens(new_tokens):
                 ended.append((one, False))
         for one, _ in ended:
             ragged.pool.runs.give(one.span.start)
@@ -114,8 +117,8 @@ def passes(
         answers = [Answer(prompt=one.prompt, tokens=one.tokens, has_ended=by) for one, by in ended]
         yield Passed(rows=rows, prompts=began, running=count, answers=answers)
         if divide is not None and running and not waiting:
-            needs = need_of([len(one.prompt.ids) for one in running], new_tokens)
-            left = max(new_tokens - len(one.tokens) for one in running)
+            needs = [need(one.prompt) for one in running]
+            left = max(one.prompt.new_tokens(new_tokens) - len(one.tokens) for one in running)
             if divides_again(ragged.pool.runs.tokens, sum(needs), left):
                 starts = ragged.pool.shrink([(r.span.start, n) for r, n in zip(running, needs, strict=True)])
                 for one, start in zip(running, starts, strict=True):

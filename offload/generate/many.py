@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from offload.generate.prompts import Prompt
+from offload.generate.prompts import AS_ASKED, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,9 @@ def ended(tokens: Sequence[int], ends: Collection[int]) -> tuple[list[int], bool
 
 
 def digest_of(prompts: Sequence[Prompt]) -> str:
-    """Of all prompts' tokens, in their order."""
+    """Of all prompts' tokens and settings, in their order."""
     hasher = hashlib.blake2b(digest_size=16)
     for prompt in prompts:
-        hasher.update(f"{prompt.line}:{','.join(map(str, prompt.ids))}\n".encode())
+        own = "" if prompt.settings == AS_ASKED else f":{prompt.settings}"
+        hasher.update(f"{prompt.line}:{','.join(map(str, prompt.ids))}{own}\n".encode())
     return hasher.hexdigest()

@@ -2,7 +2,7 @@
 
 from offload.plan.classes import tiers_of, totals
 from offload.plan.machine import budgets_of, machine, with_disk_rate
-from offload.plan.offline import plan_offline, work_of
+from offload.plan.offline import plan_offline, room_for_one, work_of
 from offload.plan.planning import Ask, Plan, Variant, best_batch, make, predicted_of
 from offload.plan.process import process_nbytes, remember_process
 from offload.plan.roofline import roofline
@@ -28,6 +28,7 @@ __all__ = [
     "process_nbytes",
     "remember_process",
     "roofline",
+    "room_for_one",
     "save",
     "tiers_of",
     "totals",

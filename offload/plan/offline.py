@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,24 +20,27 @@ ANCHORS = (8, 64, 128, 192, 256, 384, 512, 1024, 2048)  # tokens of a pass that 
 AGAIN_S = 0.5  # that dividing memory again takes beside reading: hooks, trials of kernels, copies within the pool
 
 
-def work_of(prompts: Sequence[int], new_tokens: int, batching: Batching) -> Workload:
+def work_of(prompts: Sequence[int], new_tokens: int | Sequence[int], batching: Batching) -> Workload:
     """What memory is set aside for."""
+    most = new_tokens if isinstance(new_tokens, int) else max(new_tokens)
     return Workload(
         batch=batching.sequences,
         prompt_tokens=max(prompts),
-        total_tokens=max(prompts) + new_tokens,
+        total_tokens=max(prompts) + most,
         pool_tokens=batching.pool_tokens,
         pass_tokens=max(batching.pass_tokens, batching.sequences, max(prompts)),
     )
 
 
-def plan_offline(ask: Ask, prompts: Sequence[int], new_tokens: int, sequences: int | None = None) -> Batching:
+def plan_offline(
+    ask: Ask, prompts: Sequence[int], new_tokens: int | Sequence[int], sequences: int | None = None
+) -> Batching:
     """The batching that answers all prompts soonest, by the model's and the machine's numbers.
 
     Args:
         ask: the model, the machine and the budgets; its `work` is not looked at.
         prompts: tokens of each.
-        new_tokens: of each, at most.
+        new_tokens: of each, at most; one number where it is the same for all.
         sequences: that run at a time, at most; None: as many as pay.
 
     Raises:
@@ -51,6 +55,22 @@ def plan_offline(ask: Ask, prompts: Sequence[int], new_tokens: int, sequences: i
     return replace(found, sequences=min(found.sequences, len(prompts)))
 
 
+def room_for_one(ask: Ask, prompts: Sequence[int], new_tokens: Sequence[int]) -> int:
+    """Of prompts in the order of the memory that they need: how many could run alone, from the first one on.
+
+    Args:
+        ask: the model, the machine and the budgets; its `work` is not looked at.
+        prompts: tokens of each.
+        new_tokens: of each, at most.
+    """
+
+    def is_too_long(number: int) -> bool:
+        tokens, new = prompts[number], new_tokens[number]
+        return _Prices(ask, [tokens], new).pass_s_of(tokens + new - 1, tokens, 1) is None
+
+    return bisect_left(range(len(prompts)), True, key=is_too_long)
+
+
 class _Prices:
     """What passes take under divisions of memory.
 
@@ -58,7 +78,7 @@ class _Prices:
         refusal: why the first division that did not fit was refused.
     """
 
-    def __init__(self, ask: Ask, prompts: Sequence[int], new_tokens: int) -> None:
+    def __init__(self, ask: Ask, prompts: Sequence[int], new_tokens: int | Sequence[int]) -> None:
         self.refusal: BudgetError | None = None
         self._ask, self._prompts, self._new_tokens = ask, prompts, new_tokens
         self._mean = max(1, sum(prompts) // len(prompts))

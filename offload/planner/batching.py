@@ -12,7 +12,7 @@ leave that ended goes to weights then: memory is divided again whenever a quarte
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -64,7 +64,7 @@ def divides_again(pool_tokens: int, used_tokens: int, passes_left: int) -> bool:
 
 def play(
     prompts: Sequence[int],
-    new_tokens: int,
+    new_tokens: int | Sequence[int],
     *,
     pool_tokens: int,
     pass_tokens: int,
@@ -75,26 +75,26 @@ def play(
     """Seconds, passes, and sequences that ran at a time at most; as `generate/continuous.py` runs them.
 
     Args:
-        prompts: tokens of each, longest first; the first one and its new tokens fit in the pool.
-        new_tokens: of each.
+        prompts: tokens of each, those that need the longest runs first; the first one's fits in the pool.
+        new_tokens: of each; one number where it is the same for all.
         sequences: that run at a time, at most.
         pass_s: what a pass of so many tokens takes.
         again: what it takes when memory was divided again.
     """
     left, running, most, free, seconds, number, at = len(prompts), 0, 0, pool_tokens, 0.0, 0, 0
+    news = [new_tokens] * left if isinstance(new_tokens, int) else new_tokens
     ends: dict[int, tuple[int, int]] = {}  # number of a pass -> sequences and tokens of the pool that it frees
     while left or running:
-        rows, began, taken = running, 0, 0
-        while left and running + began < sequences and free >= (need := prompts[at] + new_tokens - 1):
+        rows = running
+        while left and running < sequences and free >= (need := prompts[at] + news[at] - 1):
             if rows and rows + prompts[at] > pass_tokens:
                 break
-            rows, began, taken, free = rows + prompts[at], began + 1, taken + need, free - need
+            rows, running, free = rows + prompts[at], running + 1, free - need
+            gone, given = ends.get(number + news[at] - 1, (0, 0))
+            ends[number + news[at] - 1] = gone + 1, given + need
             at, left = at + 1, left - 1
         seconds += pass_s(rows)
-        running += began
         most = max(most, running)
-        if began:
-            ends[number + new_tokens - 1] = began, taken
         gone, given = ends.pop(number, (0, 0))
         running, free = running - gone, free + given
         if again and running and not left and divides_again(pool_tokens, pool_tokens - free, max(ends) - number):
@@ -106,8 +106,8 @@ def play(
 
 
 def best(
-    prompts: Iterable[int],
-    new_tokens: int,
+    prompts: Sequence[int],
+    new_tokens: int | Sequence[int],
     pass_s_of: Callable[[int, int, int], PassSeconds | None],
     *,
     sequences: int | None = None,
@@ -117,29 +117,30 @@ def best(
 
     Args:
         prompts: tokens of each.
-        new_tokens: of each, at most.
+        new_tokens: of each, at most; one number where it is the same for all.
         pass_s_of: (pool_tokens, pass_tokens, sequences) -> what a pass of so many tokens takes; None: no room.
         sequences: that run at a time, at most.
         again_of: of the same numbers -> what later divisions of memory bring; None: there are none.
     """
-    whole = sorted(prompts, reverse=True)
+    news = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
+    whole = sorted(zip(prompts, news, strict=True), key=lambda pair: (-sum(pair), -pair[0]))
     step = -(-len(whole) // PLAYED)
-    lengths = whole[::step]
-    longest = lengths[0] + new_tokens - 1
-    everything = sum(lengths) + len(lengths) * (new_tokens - 1)
+    lengths, later = [tokens for tokens, _ in whole[::step]], [new for _, new in whole[::step]]
+    needs = [tokens + new - 1 for tokens, new in whole[::step]]
+    everything = sum(needs)
     plans: list[Batching] = []
     counts = sorted({min(n, len(lengths), sequences or len(lengths)) for n in SEQUENCES})
     for count in counts:
-        pool = min(count * longest, everything)
-        at_most = min(count if sequences else pool // (lengths[-1] + new_tokens - 1), len(lengths))
+        pool = min(count * needs[0], everything)
+        at_most = min(count if sequences else pool // needs[-1], len(lengths))
         fitting = False
-        for most_rows in sorted({max(size, lengths[0]) for size in PASS_TOKENS}):
+        for most_rows in sorted({max(size, max(lengths)) for size in PASS_TOKENS}):
             pass_s = pass_s_of(pool, most_rows, at_most)
             if pass_s is None:
                 continue
             fitting = True
             seconds, passes, running = play(
-                lengths, new_tokens, pool_tokens=pool, pass_tokens=most_rows, sequences=at_most, pass_s=pass_s
+                lengths, later, pool_tokens=pool, pass_tokens=most_rows, sequences=at_most, pass_s=pass_s
             )
             plans.append(
                 Batching(
@@ -148,7 +149,7 @@ def best(
                     sequences=running,
                     seconds=seconds * step,
                     passes=passes * step,
-                    tokens=sum(whole) + len(whole) * (new_tokens - 1),
+                    tokens=sum(tokens + new - 1 for tokens, new in whole),
                 )
             )
         if not fitting:
@@ -156,9 +157,7 @@ def best(
     if again_of is not None and plans:
         least = min(plan.seconds for plan in plans)
         plans = [
-            _with_divisions(plan, lengths, new_tokens, step, pass_s_of, again_of)
-            for plan in plans
-            if plan.seconds <= NEAR * least
+            _with_divisions(plan, lengths, later, pass_s_of, again_of) for plan in plans if plan.seconds <= NEAR * least
         ]
     found: Batching | None = None
     for plan in plans:
@@ -170,8 +169,7 @@ def best(
 def _with_divisions(
     plan: Batching,
     lengths: Sequence[int],
-    new_tokens: int,
-    step: int,
+    new_tokens: Sequence[int],
     pass_s_of: Callable[[int, int, int], PassSeconds | None],
     again_of: Callable[[int, int, int], Again],
 ) -> Batching:
