@@ -108,3 +108,19 @@ def test_experts_of_torch_make_a_kernel_for_every_number_of_rows() -> None:
 
 def test_ours_begin_where_the_runtime_says() -> None:
     assert MANY == linears.MANY
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_of_an_op_by_both_the_one_that_runs_is_priced(exact: bool) -> None:
+    """Attention of a new token: whatever the order of the tables, exact results are torch's and others the kernel's."""
+    ours, torchs = (
+        OpTable(
+            op="decode_attention", implementation=name, processor="cpu", format="bfloat16", shape=(4, 2, 16),
+            over="bytes", curve=Curve.of([(1.0, seconds)]),
+        )
+        for name, seconds in (("cpu", 1e-3), ("torch", 1.0))
+    )  # fmt: skip
+    spec = ModelSpec(units=(), kv_layers=1, heads=4, kv_heads=2, head_dim=16, kv_bytes_per_token=1)
+    for ops in ((ours, torchs), (torchs, ours)):
+        found = OpCosts(machine(ops=ops), "cpu", exact=exact).attention(spec, Phase(sequences=1, tokens=1))
+        assert found.seconds == (1.0 if exact else 1e-3)

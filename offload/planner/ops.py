@@ -276,7 +276,8 @@ class OpCosts:
         dtype: str,
     ) -> Sum:
         found: OpCost | None = None
-        for wanted in dict.fromkeys((implementation or ("torch" if self.exact else None), implementation)):
+        ours = "gpu" if self.processor == "device" else "cpu"
+        for wanted in dict.fromkeys((implementation or ("torch" if self.exact else ours), implementation)):
             found = found or self.profile.op_seconds(
                 op, processor=self.processor, format=format, shape=shape, amount=amount, implementation=wanted
             )
