@@ -10,12 +10,12 @@ from typing import Any
 from offload.errors import BudgetError, UsageError
 from offload.hardware import auto_cpu_budget, gpus, host_memory, rss_bytes
 from offload.planner.placement import Placement, TooSmall, place
-from offload.planner.workspace import LIBRARIES, MARGIN, Workspace, workspace
+from offload.planner.workspace import LIBRARIES, MARGIN, PASSAGE, Workspace, workspace
 from offload.specs import Budgets, ModelSpec, Workload
 from offload.units import GIB, MIB, format_bytes, parse_bytes
 
 DEVICE_SLACK = 640  # bytes that aligning one tensor costs at most
-TRANSIT = 64 * MIB  # buffers on the way to a device while memory fills
+TRANSIT = PASSAGE  # buffers on the way to a device while memory fills
 GPU_MARGIN = 256 * MIB  # context, cuBLAS workspaces and fragmentation
 Size = str | int | float | None
 

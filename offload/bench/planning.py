@@ -23,7 +23,7 @@ from offload.budgets import DEVICE_SLACK, TRANSIT, resolve
 from offload.checkpoint.numbers import Numbers, numbers
 from offload.errors import OffloadError, UsageError
 from offload.hardware import fingerprint, versions
-from offload.plan import Ask, Plan, SavedPlan, digest, machine, make, save
+from offload.plan import NEAR, Ask, Plan, SavedPlan, digest, machine, make, save
 from offload.planner.workspace import LIBRARIES, MARGIN, passing_nbytes, workspace
 from offload.profile import learn, own_profile
 from offload.specs import Workload
@@ -120,7 +120,8 @@ class PlanBench:
         spec, extra, passing = known.spec, known.unpack_nbytes, passing_nbytes(known.spec)
         work = Workload(batch=cell.batch, prompt_tokens=cell.context, total_tokens=cell.context + cell.new_tokens)
         need, kept = workspace(spec, work).nbytes, int(cell.keep * spec.nbytes)
-        host = self.base_nbytes + LIBRARIES
+        base = self.base_nbytes + NEAR
+        host = base + LIBRARIES
         device = None
         if cell.link is None:
             host += need + kept + extra
@@ -138,7 +139,7 @@ class PlanBench:
             budgets=budgets,
             work=work,
             link_bytes_per_s=None if cell.link is None else cell.link * 1e9,
-            base_nbytes=self.base_nbytes,
+            base_nbytes=base,
             extra_nbytes=extra,
         )
 

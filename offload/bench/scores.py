@@ -71,7 +71,7 @@ def errors(pairs: Sequence[Pair]) -> dict[str, Any]:
         "first_token_bias": mean(p["prefill_s"] / m["prefill_s"] - 1 for p, m in pairs),
     }
     if all("binding" in p for p, _ in pairs):
-        memory = [_memory(p) / m["peak_rss_bytes"] for p, m in pairs]
+        memory = [p["peak_rss_bytes"] / m["peak_rss_bytes"] for p, m in pairs]
         found |= {
             "binding_right": mean(p["binding"] == m["binding"] for p, m in pairs),
             "memory": [min(memory), median(memory), max(memory)],
@@ -137,11 +137,6 @@ def drift(before: Line, at_start: Line, measured: Line) -> dict[str, Any]:
 
 def _reads(measured: Line) -> bool:
     return bool(measured.get("read_bytes_per_token")) and measured.get("disk_after_bytes_per_s") is not None
-
-
-def _memory(predicted: Line) -> int:
-    """Of the process: an emulated device's memory is part of it."""
-    return int(predicted["peak_rss_bytes"] + predicted["device_peak_bytes"])
 
 
 def _holds(interval: Sequence[float], value: float) -> bool:

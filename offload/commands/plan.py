@@ -15,6 +15,7 @@ from offload.commands.plan_text import show
 from offload.errors import UsageError
 from offload.hardware import gpus
 from offload.plan import (
+    NEAR,
     Ask,
     Plan,
     SavedPlan,
@@ -142,7 +143,7 @@ def ask_of(request: PlanRequest) -> Ask:
         exact=request.exact,
         link_bytes_per_s=link,
         slots=request.slots,
-        base_nbytes=process_nbytes(request.exact),
+        base_nbytes=process_nbytes(request.exact) + NEAR,
     )
 
 

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from offload.budgets import TRANSIT, Division
+from offload.budgets import Division
 from offload.planner.placement import Placement, Tier
-from offload.planner.workspace import LIBRARIES, MARGIN, passing_nbytes
-from offload.specs import Budgets, ModelSpec
+from offload.planner.workspace import passing_nbytes
+from offload.specs import ModelSpec
 
 Classes = dict[str, dict[str, int]]
 """Class of tensor -> tier -> bytes."""
 
 
 def classes(
-    spec: ModelSpec, placement: Placement, division: Division, budgets: Budgets, extra_nbytes: int = 0
+    spec: ModelSpec,
+    placement: Placement,
+    division: Division,
+    peak_nbytes: int,
+    *,
+    has_device: bool = False,
+    is_emulated: bool = False,
+    extra_nbytes: int = 0,
 ) -> Classes:
     """Bytes by class and tier. On disk, what is read; in memory, what it takes there.
 
     Args:
+        peak_nbytes: of the process: what no class of tensor explains is the process itself, with what passes through
+            memory at its fullest moment. An emulated device's memory is in it, too.
         extra_nbytes: what unpacking takes beside the workspace, on every tier that computes.
     """
     kinds: Classes = {"weights": {}, "experts": {}, "embedding": {}}
@@ -36,17 +45,16 @@ def classes(
     for tensors in placement.host_parts.values():
         for part in tensors:
             _add(kinds, kind_of[part.name.rpartition("[")[0]], placement, part.name, part.nbytes)
-    has_device = budgets.gpu_memory is not None
     need, where = division.workspace, "device" if has_device else "host"
     kinds["keys and values"] = {where: need.kv}
     kinds["activations"] = {where: need.activations + need.logits}
     rings = (("host", placement.host_ring), ("device", placement.device_ring))
     kinds["buffers"] = {tier: ring.nbytes for tier, ring in rings if ring.slots}
-    kinds["buffers"]["host"] = kinds["buffers"].get("host", 0) + (TRANSIT if has_device else 0)
     if placement.host_parts:
         kinds["buffers"]["device"] = kinds["buffers"].get("device", 0) + passing_nbytes(spec)
     kinds["unpacking"] = {"host": extra_nbytes} | ({"device": extra_nbytes} if has_device else {})
-    kinds["process, margin"] = {"host": division.base_nbytes + LIBRARIES + int(MARGIN * budgets.cpu_memory)}
+    counted = ("host", "device") if is_emulated else ("host",)
+    kinds["process"] = {"host": peak_nbytes - sum(row.get(tier, 0) for row in kinds.values() for tier in counted)}
     return {kind: row for kind, row in kinds.items() if any(row.values())}
 
 

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from offload.budgets import TRANSIT, Division, divide
+from offload.budgets import Division, divide
 from offload.errors import BudgetError
 from offload.plan.classes import Classes, classes
-from offload.planner.placement import Placement
-from offload.planner.predict import Computer, Pricer
+from offload.planner.placement import Placement, Tier
+from offload.planner.predict import Computer, Pricer, resident
 from offload.planner.prediction import PassCost, Prediction
 from offload.planner.processors import balanced_share
 from offload.planner.search import DEPTHS, Found, Known, Room, search
 from offload.planner.whatif import MEMORIES, RATES, Change, change_budgets, change_profile
-from offload.planner.workspace import LIBRARIES, MARGIN, passing_nbytes
+from offload.planner.workspace import expected_peak, passing_nbytes
 from offload.profile import Profile
 from offload.specs import Budgets, ModelSpec, Workload
 from offload.units import GIB
@@ -102,7 +102,15 @@ class Plan:
     def classes(self) -> Classes:
         """Bytes by class of tensor and tier."""
         ask = self.ask
-        return classes(ask.spec, self.placement, self.division, ask.budgets, ask.extra_nbytes)
+        return classes(
+            ask.spec,
+            self.placement,
+            self.division,
+            self.prediction.peak_rss_bytes,
+            has_device=ask.budgets.gpu_memory is not None,
+            is_emulated=ask.link_bytes_per_s is not None,
+            extra_nbytes=ask.extra_nbytes,
+        )
 
     def lanes(self) -> dict[str, dict[str, float]]:
         """Of each lane that works: bytes and seconds of a step at its own rate, and the part of the step it is busy.
@@ -257,19 +265,26 @@ def room_of(spec: ModelSpec, budgets: Budgets, division: Division, slots: int | 
 def predict(
     pricer: Pricer, placement: Placement, division: Division, ask: Ask, later: PassCost | None = None
 ) -> Prediction:
-    """Both phases, with the memory that the process, its libraries and the run take beside weights and rings.
-
-    The margin that a run sets aside counts as taken: the peak is never to be more than was said.
-    """
-    need, has_device = division.workspace.nbytes, ask.budgets.gpu_memory is not None
+    """Both phases, with the memory that the process, its libraries and the run take beside weights and rings."""
+    has_device, is_emulated = ask.budgets.gpu_memory is not None, pricer.computer.link_bytes_per_s is not None
     passing = passing_nbytes(ask.spec) if placement.host_parts else 0
-    beside = division.base_nbytes + LIBRARIES + int(MARGIN * ask.budgets.cpu_memory) + ask.extra_nbytes
-    return pricer.predict(
-        placement,
-        host_beside=beside + (TRANSIT if has_device else need),
-        device_beside=need + ask.extra_nbytes + passing if has_device else 0,
-        later=later,
+    need = division.workspace.nbytes + ask.extra_nbytes
+    beside = need + passing if has_device else 0
+    sizes = resident(ask.spec, placement)
+    weights, rings, here = sizes[Tier.HOST], placement.host_ring.nbytes, 0 if has_device else need
+    if is_emulated:  # the device's memory is the process's
+        weights, rings, here = weights + sizes[Tier.DEVICE], rings + placement.device_ring.nbytes, beside
+    peak = expected_peak(
+        division.base_nbytes,
+        weights,
+        rings,
+        here,
+        passing=sizes[Tier.DEVICE] if ask.weights == "none" else sum(sizes.values()),
+        on_disk=sizes[Tier.DISK],
     )
+    if has_device and not is_emulated:
+        peak += ask.extra_nbytes
+    return pricer.predict(placement, peak_rss_bytes=peak, device_beside=beside, later=later)
 
 
 def _variant(ask: Ask, change: Change, known: Known) -> Variant:

@@ -174,7 +174,7 @@ def _place_on_two(
         home=home,
         tables=host.tables | device.tables,
         host_ring=host.ring,
-        device_ring=device.ring,
+        device_ring=device.ring if below.bundles else NO_RING,  # the CPU may have all that would travel
         bundles=below.bundles,
         first_rows=below.first_rows,
         host_parts=below.host_parts,

@@ -266,12 +266,13 @@ class Pricer:
         return self.pass_cost(placement, decode(self.work))
 
     def predict(
-        self, placement: Placement, *, host_beside: int = 0, device_beside: int = 0, later: PassCost | None = None
+        self, placement: Placement, *, peak_rss_bytes: int = 0, device_beside: int = 0, later: PassCost | None = None
     ) -> Prediction:
         """Both phases.
 
         Args:
-            host_beside, device_beside: bytes of memory that are in use beside weights and rings.
+            peak_rss_bytes: of the process, with its weights; see `workspace.expected_peak`.
+            device_beside: bytes of the device's memory that are in use beside weights and rings.
             later: what `decode` gave, where it was asked already.
         """
         first = self.pass_cost(placement, prefill(self.work), is_first=True)
@@ -286,7 +287,7 @@ class Pricer:
             prefill_s=first.seconds,
             decode_s_per_token=seconds,
             tokens_per_s=self.work.batch / seconds,
-            peak_rss_bytes=host_beside + sizes[Tier.HOST] + placement.host_ring.nbytes,
+            peak_rss_bytes=peak_rss_bytes,
             device_peak_bytes=device_beside + sizes[Tier.DEVICE] + placement.device_ring.nbytes if has_device else 0,
             read_bytes_per_token=later.read_bytes,
             upload_bytes_per_token=later.upload_bytes,

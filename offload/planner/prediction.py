@@ -50,7 +50,7 @@ class Prediction:
         prefill_s: from the start to the first new token.
         decode_s_per_token: of one later step, which makes a token of every sequence.
         tokens_per_s: of all sequences together, while decoding.
-        peak_rss_bytes: of the process.
+        peak_rss_bytes: of the process; the memory of an emulated device is part of it.
         device_peak_bytes: of the device's memory; 0 without one.
         read_bytes_per_token, upload_bytes_per_token: of one step.
         bound_s_per_token: no run can be faster, on this machine with this software.

@@ -8,7 +8,13 @@ from offload.profile import FORMAT_BITS
 from offload.specs import ModelSpec, Workload
 from offload.units import MIB, format_bytes
 
-LIBRARIES = 80 * MIB  # kernels, thread stacks and allocator slack that appear with the first passes
+LIBRARIES = 80 * MIB  # set aside for kernels, thread stacks and allocator slack that appear with the first passes
+LOADED = 14 * MIB  # what is there of them, as measured, once weights are loaded
+RUNNING = 28 * MIB  # and once it has generated
+HOLES = 0.5  # of the workspace: freed memory that an allocator cannot give out again in one piece
+MOST_HOLES = 48 * MIB  # large blocks come from the system and go back to it
+PROBES = 4  # reads in flight while a disk's rate is measured, none larger than the file
+PASSAGE = 64 * MIB  # buffers that loading uses on the way to a device, and measuring the disk's rate
 PASSING = 16 * MIB  # of a matrix at a time, as in runtime/linears.py
 MARGIN = 0.01  # of the budget, for what nobody predicted
 
@@ -54,6 +60,25 @@ def workspace(spec: ModelSpec, work: Workload) -> Workspace:
         activations=tokens * (3 * spec.widest_nbytes + 6 * spec.hidden_nbytes) + masks * work.prompt_tokens**2,
         logits=work.batch * spec.logits_nbytes,
     )
+
+
+def expected_peak(base: int, weights: int, rings: int, need: int, *, passing: int = 0, on_disk: int = 0) -> int:
+    """The largest resident set of a run, of three moments of which each has memory that the others have not.
+
+    Filling memory (rings are not touched yet), measuring the disk's rate before the first pass, and generating. What
+    `divide` sets aside is more: that is for what nobody expects.
+
+    Args:
+        base: the process before any weight.
+        weights, rings: bytes of the process's memory that hold weights, and that streaming passes through.
+        need: what a run takes beside them.
+        passing: bytes that go through buffers while memory fills: to a device, or to be packed.
+        on_disk: bytes that live on disk, whose rate is measured by reading them.
+    """
+    holes = min(int(HOLES * need), MOST_HOLES)
+    filling = LOADED + min(PASSAGE, passing)
+    measuring = LOADED + rings + min(PASSAGE, PROBES * on_disk)
+    return base + weights + max(filling, measuring, RUNNING + rings + need + holes)
 
 
 def passing_nbytes(spec: ModelSpec) -> int:
