@@ -19,6 +19,7 @@ from pathlib import Path
 from offload.bench.trial import expect, observe
 from offload.api import load
 from offload.hardware import peak_rss_bytes
+from offload.kernels.chosen import compile_seconds
 
 folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
 handle = load(folder, context=1024 + 4, prompt_tokens=1024, **options)
@@ -26,7 +27,7 @@ with handle:
     handle.measure_disk()
     prediction, profile = expect(handle, folder, handle.work, remembers=False)
     observe(handle, prediction, profile, handle.work, is_first=True)
-    print(json.dumps([prediction.peak_rss_bytes, peak_rss_bytes()]))
+    print(json.dumps([prediction.peak_rss_bytes, peak_rss_bytes(), compile_seconds()]))
 """
 
 
@@ -44,9 +45,16 @@ def test_the_peak_is_the_fullest_of_three_moments() -> None:
     ids=["in memory", "beside an emulated device"],
 )
 def test_a_run_takes_what_was_predicted_and_little_less(tmp_path: Path, options: dict[str, object]) -> None:
-    """Interpreter and libraries are nearly all of it, so what a run adds to them shows at once."""
+    """Interpreter and libraries are nearly all of it, so what a run adds to them shows at once.
+
+    A run that compiles kernels for the first time takes more, so that the one behind it counts.
+    """
     folder = MODELS["llama"].save(tmp_path / "model")
-    done = subprocess.run([sys.executable, "-c", RUN, str(folder), json.dumps(options)], capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    predicted, measured = json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-c", RUN, str(folder), json.dumps(options)]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+        predicted, measured, compiled = json.loads(done.stdout.splitlines()[-1])
+        if not compiled:
+            break
     assert 1 <= predicted / measured <= 1.05
