@@ -1,6 +1,8 @@
-"""A few training steps on one fixed batch, by offload or by a plain loop in memory: one JSON line.
+"""A few training steps on one fixed batch, by offload, a plain loop in memory, or forward passes alone: a JSON line.
 
     python benchmarks/train_steps.py MODEL --system offload --offload-dir DIR --cpu-memory 4GiB
+    python benchmarks/train_steps.py MODEL --method zo --lr 1e-6 --offload-dir DIR    # or lora: weights that stream
+    python benchmarks/train_steps.py MODEL --system forward          # what a zeroth-order step is compared with: twice
     python benchmarks/train_steps.py MODEL --system plain            # float32 weights and moments under bf16 autocast
 
 Both clip the gradient's norm to 1 unless told otherwise, use AdamW without weight decay, and compute blocks again in
@@ -13,6 +15,7 @@ import argparse
 import json
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,42 +64,59 @@ def streamed(a: argparse.Namespace) -> dict[str, Any]:
     given, lines, lanes, began = batch(a), [], [], time.perf_counter()
     with offload.finetuning(
         a.model, learning_rate=a.lr, max_grad_norm=a.clip or None, cpu_memory=a.cpu_memory, offload_dir=a.offload_dir,
-        overwrite=True, optimizer=a.optimizer, tokens=a.batch * a.length, resident=a.resident, **on_device(a),
+        overwrite=True, optimizer=a.optimizer, tokens=a.batch * a.length, resident=a.resident, method=a.method,
+        zo_write_every=a.write_every, **on_device(a),
     ) as trainer:  # fmt: skip
         ready_s = time.perf_counter() - began
         for _ in range(a.steps):
             trainer.training.timeline.reset()
             result = trainer.step([given] * a.micro_batches)
             totals = trainer.training.timeline.totals()
-            waited, update = totals.stall_s.get("compute:read", 0.0), totals.busy_s.get("update", 0.0)
-            lines.append((result, waited, update))
-            lanes.append(totals.busy_s)
+            lines.append(result)
+            lanes.append(totals)
         began = time.perf_counter()
         trainer.commit()
         commit_s = time.perf_counter() - began
-        spare = trainer.spare
-        assert spare is not None
+        spare, where = trainer.spare, trainer.whereabouts()
         params = sum(p.numel() for p in trainer.model.parameters())
-        steps = trainer.training.schedule()
+        steps = trainer.training.schedule() if a.method == "full" else ()
     shutil.rmtree(a.offload_dir)
+    kept = {f"kept_{name}": n for name, n in asdict(spare).items()} if spare is not None else {}
+    kept |= asdict(where) if where is not None else {}
     return {
-        "step_s": [r.step_s for r, _, _ in lines],
-        "loss": [r.loss for r, _, _ in lines],
-        "grad_norm": [r.grad_norm for r, _, _ in lines],
-        "read_bytes": [r.read_bytes for r, _, _ in lines],
-        "write_bytes": [r.write_bytes for r, _, _ in lines],
-        "waited_s": [w for _, w, _ in lines],
-        "update_s": [u for _, _, u in lines],
-        "busy_s": lanes,
+        "step_s": [r.step_s for r in lines],
+        "loss": [r.loss for r in lines],
+        "grad_norm": [r.grad_norm for r in lines],
+        "read_bytes": [r.read_bytes for r in lines],
+        "write_bytes": [r.write_bytes for r in lines],
+        "waited_s": [t.stall_s.get("compute:read", 0.0) for t in lanes],
+        "update_s": [t.busy_s.get("update", 0.0) for t in lanes],
+        "busy_s": [t.busy_s for t in lanes],
         "upload_bytes": sum(s.nbytes for s in steps if isinstance(s, Upload)),
         "download_bytes": sum(s.nbytes for s in steps if isinstance(s, Download)),
-        "kept_weight_bytes": spare.weights_nbytes,
-        "kept_state_bytes": spare.state_nbytes,
-        "kept_graph_bytes": spare.graphs_nbytes,
         "ready_s": ready_s,
         "commit_s": commit_s,
         "params": params,
-    }
+    } | kept
+
+
+def forward(a: argparse.Namespace) -> dict[str, Any]:
+    """Forward passes with a loss, by the inference engine with torch's own ops and the loss as training computes it."""
+    import offload
+    from offload.runtime.losses import use_pieces
+
+    given, seconds, losses, read = batch(a), [], [], []
+    handle = offload.load(a.model, cpu_memory=a.cpu_memory, batch=a.batch, context=a.length, exact=True)
+    with handle as model, torch.no_grad():
+        back = use_pieces(model)
+        for _ in range(a.steps):
+            began, before = time.perf_counter(), handle.session.statistics()
+            total = sum(float(model(**given, use_cache=False).loss) for _ in range(a.micro_batches))
+            seconds.append(time.perf_counter() - began)
+            read.append(handle.session.statistics().read_bytes - before.read_bytes)
+            losses.append(total / a.micro_batches)
+        back()
+    return {"step_s": seconds, "loss": losses, "read_bytes": read}
 
 
 def on_device(a: argparse.Namespace) -> dict[str, Any]:
@@ -109,7 +129,8 @@ def on_device(a: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("model", type=Path)
-    ap.add_argument("--system", choices=("offload", "plain"), default="offload")
+    ap.add_argument("--system", choices=("offload", "plain", "forward"), default="offload")
+    ap.add_argument("--method", choices=("full", "lora", "zo"), default="full", help="of offload")
     ap.add_argument("--batch", type=int, default=2)
     ap.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     ap.add_argument("--micro-batches", type=int, default=1, help="of a step")
@@ -117,6 +138,9 @@ def main() -> None:
     ap.add_argument("--lr", type=float, default=1e-4)
     ap.add_argument("--clip", type=float, default=1.0, help="0: no clipping")
     ap.add_argument("--optimizer", default="adamw")
+    ap.add_argument(
+        "--write-every", type=int, help="zo: steps after which weights are written back; default: as it pays"
+    )
     ap.add_argument("--cpu-memory", default="4GiB")
     ap.add_argument("--resident", help="how much of the optimizer's state stays in memory; default: what fits")
     ap.add_argument("--device", help="what computes: emulated, cuda")
@@ -125,7 +149,7 @@ def main() -> None:
     ap.add_argument("--no-overlap", action="store_true", help="moving, computing and updating one after the other")
     ap.add_argument("--offload-dir", type=Path, help="a new folder for the optimizer's state; removed at the end")
     a = ap.parse_args()
-    found = plain(a) if a.system == "plain" else streamed(a)
+    found = {"plain": plain, "forward": forward, "offload": streamed}[a.system](a)
     print(json.dumps(found | {"system": a.system, "peak_rss_bytes": peak_rss_bytes()}))
 
 
