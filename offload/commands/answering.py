@@ -208,6 +208,7 @@ def by_passes(job: Job, plan: Batching, left_out: Collection[int] = ()) -> None:
                 f"{format_bytes(handle.streamed_nbytes)} on disk ({format_seconds(time.perf_counter() - began)})"
             )
 
+        to_go = sum(len(p.ids) for p in left) + sum(news) - len(left)  # tokens through the model, at most
         divides = handle.can_divide and handle.streamed_nbytes > 0 and pool.can_shrink
         with Ragged(handle.model, handle.session.kernels, pool) as ragged, job.console.status("first pass") as status:
             for done in passes(
@@ -223,11 +224,14 @@ def by_passes(job: Job, plan: Batching, left_out: Collection[int] = ()) -> None:
                 report.batch = max(report.batch, done.running)
                 if done.answers:
                     job.add([(a.prompt, a.tokens, a.has_ended) for a in done.answers])
+                    ended_early = [a for a in done.answers if a.has_ended]
+                    to_go -= sum(a.prompt.new_tokens(options.max_new_tokens) - len(a.tokens) - 1 for a in ended_early)
+                to_go -= done.rows
                 meter.read()
                 line = (
                     f"pass {report.passes}: {len(job.answers.done):,} of {report.prompts:,} prompts answered, "
                     f"{done.running} running, {done.rows} tokens; {report.rows / report.generate_s:.0f} tokens/s "
-                    "through the model"
+                    f"through the model, about {format_seconds(report.generate_s / report.rows * max(0, to_go))} left"
                 )
                 status.update(line)
                 if time.perf_counter() - said > SAID_S:
