@@ -226,12 +226,12 @@ def scattered(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def base_nbytes(model: Path) -> int:
-    """What a run's process takes before any weight."""
+    """What a run's process takes before any weight. The first of two may have to compile kernels, which takes more."""
     program = (
         "import sys; from offload.api import load; "
         "print(load(sys.argv[1], cpu_memory='1TiB', device='cpu', context=64, dry_run=True).division.base_nbytes)"
     )
-    return int(_in_python("-c", program, str(model)))
+    return min(int(_in_python("-c", program, str(model))) for _ in range(2))
 
 
 def in_a_process(asked: Mapping[str, Any]) -> Line:

@@ -14,7 +14,7 @@ from offload.planner.prediction import PassCost, Prediction, interval_of
 from offload.planner.schedule import Compute, Read, Schedule, Step, Upload, emit
 from offload.planner.virtual import Clock, Run, Sharing
 from offload.planner.workspace import workspace
-from offload.profile import Profile
+from offload.profile import MemoryRate, Profile
 from offload.specs import ModelSpec, UnitSpec, Workload
 from offload.units import MIB
 
@@ -177,9 +177,9 @@ class Pricer:
         return self.computer.profile.lane(self.computer.upload).seconds(nbytes)
 
     def _emulated_copy(self) -> float:
-        """Bytes per second that an emulated link can copy at most: it is memory, after all."""
+        """Bytes per second that an emulated link can copy at most: one thread does, from memory to memory."""
         processor = self.computer.profile.processors[self.computer.processor]
-        return max((r.bytes_per_s for r in processor.copy), default=inf)
+        return min(processor.copy, default=MemoryRate(1, inf)).bytes_per_s
 
     def _beside_copies(self, computing: str) -> tuple[float, float]:
         """The parts of their own rates that computing and an emulated link keep: the cores that compute also copy.

@@ -14,6 +14,7 @@ from offload.kernels import available
 from offload.probes.area import Area
 from offload.probes.sampling import Meter
 from offload.profile import MemoryRate
+from offload.tiers.emulated import move
 from offload.units import MIB
 
 
@@ -54,12 +55,13 @@ def copy(area: Area, meter: Meter, threads: int | None = None) -> MemoryRate:
 
 def copies(area: Area, nbytes: int) -> list[Callable[[], object]]:
     """Copies of so many bytes from one half of the area to the other, each in another place, as an emulated link makes
-    them: by torch, from a thread of its own.
+    them.
     """
     half = area.nbytes // 2
     nbytes = min(nbytes, half)
     places = range(0, half - nbytes + 1, nbytes)
-    return [partial(area.bytes[half + at :][:nbytes].copy_, area.bytes[at : at + nbytes]) for at in places]
+    start = area.bytes.data_ptr()
+    return [partial(move, start + half + at, start + at, nbytes) for at in places]
 
 
 def _read(area: torch.Tensor, threads: int, meter: Meter) -> MemoryRate:
