@@ -11,9 +11,10 @@ from test_predict import GB, machine, matrix
 from offload.planner.experts import different_rows, rows_of_experts
 from offload.planner.firsts import MANY, first_s
 from offload.planner.ops import VERY_FEW, OpCosts, Phase
+from offload.planner.workspace import mixed_nbytes, workspace
 from offload.profile import Curve, OpTable
 from offload.runtime import linears
-from offload.specs import ModelSpec, TensorSpec, UnitSpec
+from offload.specs import ModelSpec, TensorSpec, UnitSpec, Workload
 
 
 def table(op: str, shape: tuple[int, int], points: list[tuple[float, float]], implementation: str = "cpu") -> OpTable:
@@ -124,3 +125,13 @@ def test_of_an_op_by_both_the_one_that_runs_is_priced(exact: bool) -> None:
     for ops in ((ours, torchs), (torchs, ours)):
         found = OpCosts(machine(ops=ops), "cpu", exact=exact).attention(spec, Phase(sequences=1, tokens=1))
         assert found.seconds == (1.0 if exact else 1e-3)
+
+
+def test_a_mixture_holds_the_rows_of_its_experts() -> None:
+    """Gate and up of 100 each, four experts a token: 4 x (200 + 200) numbers of two bytes, beside six hidden states."""
+    up, down = stack(outputs=200, inputs=80), stack(outputs=80, inputs=100)
+    spec = replace(model(up, down), hidden_nbytes=160, widest_nbytes=400)
+    work = Workload(batch=2, prompt_tokens=10, total_tokens=20)
+    assert mixed_nbytes(spec) == 2 * 4 * 400
+    assert workspace(spec, work).activations == 20 * (3200 + 6 * 160) + 2 * 100
+    assert mixed_nbytes(model(matrix("w", 100, 200))) == 0

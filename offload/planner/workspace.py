@@ -50,14 +50,16 @@ def workspace(spec: ModelSpec, work: Workload) -> Workspace:
 
     A pass over B sequences of T tokens holds, at its widest, three activations of the widest matrix (gate, up and their
     product) and about six hidden states; attention on the CPU adds a mask of T x T bytes a sequence, and of one at a
-    time where sequences share a pool, in which nothing is appended either.
+    time where sequences share a pool, in which nothing is appended either. A mixture holds the rows of all the experts
+    that its tokens choose.
     """
     tokens = work.pass_tokens or work.batch * work.prompt_tokens
     kv = spec.kv_bytes_per_token * work.kept_tokens
     appended, masks = (0, 1) if work.pool_tokens else (3 * kv // max(1, spec.kv_layers), work.batch)
+    widest = max(3 * spec.widest_nbytes, mixed_nbytes(spec))
     return Workspace(
         kv=kv + appended,
-        activations=tokens * (3 * spec.widest_nbytes + 6 * spec.hidden_nbytes) + masks * work.prompt_tokens**2,
+        activations=tokens * (widest + 6 * spec.hidden_nbytes) + masks * work.prompt_tokens**2,
         logits=work.batch * spec.logits_nbytes,
     )
 
@@ -79,6 +81,16 @@ def expected_peak(base: int, weights: int, rings: int, need: int, *, passing: in
     filling = LOADED + min(PASSAGE, passing)
     measuring = LOADED + rings + min(PASSAGE, PROBES * on_disk)
     return base + weights + max(filling, measuring, RUNNING + rings + need + holes)
+
+
+def mixed_nbytes(spec: ModelSpec) -> int:
+    """Bytes that one token takes among its experts: what goes into a product and comes out, or the gate's two halves
+    beside what they make, or rows in the order of experts and of tokens; see runtime/experts.py."""
+    itemsize, widest = FORMAT_BITS.get(spec.dtype, 16) / 8, 0
+    for t in (t for u in spec.units for t in u.tensors if t.experts):
+        outputs = t.elements // t.width // t.experts
+        widest = max(widest, t.chosen * (outputs + max(t.width, outputs)))
+    return int(widest * itemsize)
 
 
 def passing_nbytes(spec: ModelSpec) -> int:
