@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from offload.errors import BudgetError, UsageError
 from offload.generate import Answers, Limits, Prompt, digest_of, even, identity_of, read_prompts, tokenizer_of
 from offload.generate.prompts import AS_ASKED, NAMED
 from offload.hardware import peak_rss_bytes
-from offload.plan import Ask, best_batch, plan_offline, room_for_one
+from offload.io.rate import read_rate
+from offload.plan import Ask, best_batch, plan_offline, room_for_one, with_disk_rate
 from offload.plan.planning import BATCHES
 from offload.runtime.ragged import refuses
-from offload.units import format_bytes, format_seconds
+from offload.units import MIB, format_bytes, format_seconds
 
+TELLS = 256 * MIB  # of a file: as much as tells how fast a disk reads
 UNPACED = "1TB/s"  # of an emulated link without a pace: memory is slower, and a plan knows how slow
 
 
@@ -170,7 +172,15 @@ def _ask(request: Request, lengths: Sequence[int]) -> Ask:
     options = {name: getattr(request, name) for name in kept}
     if request.link is None and _device(request) == "emulated":
         options["link"] = UNPACED
-    return ask_of(PlanRequest(**options, prompt_tokens=max(lengths), new_tokens=request.max_new_tokens, batch="auto"))
+    ask = ask_of(PlanRequest(**options, prompt_tokens=max(lengths), new_tokens=request.max_new_tokens, batch="auto"))
+    return replace(ask, profile=with_disk_rate(ask.profile, _disk_rate(find(request.model))))
+
+
+def _disk_rate(directory: Path) -> float | None:
+    """Bytes per second that the disk reads just now; None for a model too small to tell."""
+    sizes = {path: path.stat().st_size for path in directory.glob("*.safetensors")}
+    largest = max(sizes, key=sizes.__getitem__, default=None)
+    return read_rate(largest, seconds=0.4) if largest is not None and sizes[largest] >= TELLS else None
 
 
 def _batch(request: Request, prompts: list[Prompt], before: Mapping[str, Any] | None) -> int:
