@@ -61,7 +61,7 @@ def streamed(a: argparse.Namespace) -> dict[str, Any]:
     """offload: the optimizer's state on disk."""
     import offload
 
-    given, lines, lanes, began = batch(a), [], [], time.perf_counter()
+    given, lines, lanes, disk, began = batch(a), [], [], [], time.perf_counter()
     with offload.finetuning(
         a.model, learning_rate=a.lr, max_grad_norm=a.clip or None, cpu_memory=a.cpu_memory, offload_dir=a.offload_dir,
         overwrite=True, optimizer=a.optimizer, tokens=a.batch * a.length, resident=a.resident, method=a.method,
@@ -70,10 +70,12 @@ def streamed(a: argparse.Namespace) -> dict[str, Any]:
         ready_s = time.perf_counter() - began
         for _ in range(a.steps):
             trainer.training.timeline.reset()
+            before = trainer._engine.statistics().busy_s
             result = trainer.step([given] * a.micro_batches)
             totals = trainer.training.timeline.totals()
             lines.append(result)
             lanes.append(totals)
+            disk.append(trainer._engine.statistics().busy_s - before)
         began = time.perf_counter()
         trainer.commit()
         commit_s = time.perf_counter() - began
@@ -92,6 +94,7 @@ def streamed(a: argparse.Namespace) -> dict[str, Any]:
         "waited_s": [t.stall_s.get("compute:read", 0.0) for t in lanes],
         "update_s": [t.busy_s.get("update", 0.0) for t in lanes],
         "busy_s": [t.busy_s for t in lanes],
+        "disk_busy_s": disk,
         "upload_bytes": sum(s.nbytes for s in steps if isinstance(s, Upload)),
         "download_bytes": sum(s.nbytes for s in steps if isinstance(s, Download)),
         "ready_s": ready_s,

@@ -88,6 +88,8 @@ def assemble(
         raise UsageError(f"max_grad_norm={max_grad_norm}: give a positive number, or None for no clipping")
     if wishes.activations not in ACTIVATIONS:
         raise UsageError(f"activations={wishes.activations!r} is not known; there are {', '.join(ACTIVATIONS)}")
+    if accelerator is not None and wishes.activations == "disk":
+        raise UsageError('activations="disk": on an accelerator inputs of units stay in its memory; say auto')
     loose = [n for n in anatomy.loose if n in parameters]
     groups = {u.name: u.tensors for u in anatomy.units} | ({LOOSE: tuple(loose)} if loose else {})
     layouts = [

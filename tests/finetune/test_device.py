@@ -33,7 +33,7 @@ TIERS: dict[str, dict[str, Any]] = {
 
 
 def accelerated(folder: Path, kind: str, dtype: torch.dtype, *, share: float, **options: Any) -> Any:
-    """A trainer on the emulated device: its memory holds the ring and a share of the weights."""
+    """A trainer on the emulated device, if no other is named: its memory holds the ring and a share of the weights."""
     if not (folder / "model").exists():
         MODELS[kind].save(folder / "model", dtype)
     given = {"device": "emulated", "dtype": dtype, "offload_dir": folder / "state", "tokens": 48, **NUMBERS, **options}
