@@ -13,9 +13,10 @@ from offload.budgets import Division
 from offload.errors import StrictError
 from offload.planner.placement import Tier
 from offload.runtime.probe import disk_rate
+from offload.runtime.rates import resident_products
 from offload.runtime.session import Session
 from offload.runtime.warmup import warm_kernels
-from offload.specs import Budgets, ModelSpec, Workload
+from offload.specs import Budgets, ModelSpec, Products, Workload
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, bytes done, bytes in all)."""
@@ -31,6 +32,7 @@ class Offloaded:
         weights: the format of packed matrices.
         ready_s: seconds from the call until the model could be used.
         disk_bytes_per_s: measured read rate; None when nothing is read or nobody asked.
+        products: what products with weights in memory take; None when nobody asked, or there are too few.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Offloaded:
         self.session, self.spec, self.budgets, self.division, self.work = session, spec, budgets, division, work
         self.link_bytes_per_s = link_bytes_per_s
         self.disk_bytes_per_s: float | None = None
+        self.products: Products | None = None
         self.ready_s = 0.0
         self.checkpoint_nbytes = 0
         self.weights = "none"
@@ -123,6 +126,14 @@ class Offloaded:
         self.work = work
         before.close()
         start(self, None, self._is_strict)
+
+    def measure_products(self) -> Products | None:
+        """Measures products with what stays in memory (0.1 s), for predictions; None on an accelerator of its own, and
+        where too little stays. Call it as `measure_disk`.
+        """
+        if self.session.device.torch_device.type == "cpu":
+            self.products = resident_products(self.session.store, self.session.kernels)
+        return self.products
 
     def close(self) -> None:
         """Stops everything and gives memory and files back. A wrapped module gets its parameters back."""

@@ -169,3 +169,18 @@ def check_length(prompt_tokens: int, new_tokens: int, max_tokens: int | None) ->
             f"context is {max_tokens:,} tokens; shorten the prompt or ask for at most "
             f"{max(0, max_tokens - prompt_tokens):,} new tokens"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Products:
+    """Products of one row with matrices that stay in memory, one after the other.
+
+    Attributes:
+        shapes: (outputs, inputs) of each.
+        dtype: of all.
+        seconds: that all took, the median of a few rounds.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    dtype: str
+    seconds: float

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from test_schedule import MB, decoder
 
+from offload.plan.machine import with_product_rate
 from offload.planner.ops import FEW, OpCosts, Phase, decode, prefill
 from offload.planner.placement import Tier, place
 from offload.planner.predict import Computer, Pricer
@@ -14,7 +15,7 @@ from offload.profile import CopyRate, Curve, Lane, OpTable, Processor, Profile, 
 from offload.profile import Tier as Memory
 from offload.profile.rates import MemoryRate
 from offload.runtime import linears
-from offload.specs import ModelSpec, TensorSpec, UnitSpec, Workload
+from offload.specs import ModelSpec, Products, TensorSpec, UnitSpec, Workload
 
 GB = 10**9
 
@@ -141,6 +142,18 @@ def test_copies_of_an_emulated_link_slow_computing_down_while_they_last() -> Non
     for link, expected in ((2.0 * GB, (0.84, 1.0)), (20.0 * GB, (0.6, 0.5))):
         pricer = Pricer(model(), work, Computer(profile=profile, link_bytes_per_s=link))
         assert pricer._beside_copies("cpu") == pytest.approx(expected)
+
+
+def test_memory_of_a_process_moves_what_reads_it() -> None:
+    """A product of one row took twice what the table says: every product reads as slowly, of many rows as well."""
+    table = OpTable(
+        op="linear", implementation="cpu", processor="cpu", format="bfloat16", shape=(5000, 10000), over="rows",
+        curve=Curve.of([(1, 0.01), (4, 0.012), (64, 0.05)]),
+    )  # fmt: skip
+    for took, expected in ((0.04, (0.02, 0.02, 0.05)), (0.01, (0.005, 0.007, 0.045)), (9.0, (0.025, 0.025, 0.05))):
+        products = Products(shapes=((5000, 10000), (5000, 10000)), dtype="bfloat16", seconds=took)
+        found = with_product_rate(machine(ops=(table,)), products).ops[0].curve
+        assert [found.seconds(rows) for rows in (1, 4, 64)] == pytest.approx(expected)
 
 
 def test_a_product_in_two_places_is_both_and_what_lies_around_them() -> None:

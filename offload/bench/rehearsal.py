@@ -71,6 +71,7 @@ def _rehearse(folder: Path, cpu_memory: int) -> int:
         for number, (batch, prompt) in enumerate(WORK):
             work = Workload(batch=batch, prompt_tokens=prompt, total_tokens=prompt + NEW_TOKENS)
             handle.measure_disk()
+            handle.measure_products()
             prediction, profile = expect(handle, folder, work, remembers=False)
             _, left = observe(handle, prediction, profile, work, is_first=not number)
             parts = {

@@ -50,6 +50,7 @@ def trial(asked: dict[str, Any]) -> dict[str, Any]:
     )
     with handle:
         before = handle.measure_disk()
+        handle.measure_products()
         prediction, profile = expect(handle, model, handle.work)
         if asked["ledger"] is not None:
             line = {"kind": "at start", "cell": asked["cell"], **prediction.as_dict(), "disk_bytes_per_s": before}
@@ -98,6 +99,7 @@ def expect(handle: Offloaded, model: Path, work: Workload, *, remembers: bool = 
         exact=False,
         link_bytes_per_s=handle.link_bytes_per_s,
         disk_bytes_per_s=handle.disk_bytes_per_s,
+        products=handle.products,
         extra_nbytes=unpack_nbytes(handle.session.store.sources.values(), False),
         remembers=remembers,
     )

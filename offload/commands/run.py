@@ -70,6 +70,7 @@ def execute(request: Request) -> int:
             return 0
         _announce(handle, console)
         before = handle.measure_disk()
+        handle.measure_products()
         if request.chat:
             _converse(request, handle, tokenizer, console)
         else:
@@ -152,6 +153,7 @@ def _predict(request: Request, directory: Path, handle: Offloaded) -> Predicted:
         exact=request.exact,
         link_bytes_per_s=handle.link_bytes_per_s,
         disk_bytes_per_s=handle.disk_bytes_per_s,
+        products=handle.products,
         extra_nbytes=unpack_nbytes(handle.session.store.sources.values(), request.exact),
     )
 

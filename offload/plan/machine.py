@@ -9,10 +9,13 @@ from pathlib import Path
 from offload.budgets import GPU_MARGIN
 from offload.errors import UsageError
 from offload.hardware import cpu_info, host_memory
-from offload.profile import CopyRate, Lane, Profile, load_profile, preset
+from offload.planner.ops import OpCosts
+from offload.profile import CopyRate, Curve, Lane, OpTable, Profile, load_profile, preset
 from offload.profile import load as load_file
-from offload.specs import Budgets
+from offload.specs import Budgets, Products
 from offload.units import GIB
+
+MOST_CHANGE = 2.5  # of memory's rate from one process to another: more is a measurement gone wrong
 
 
 def machine(name: str | os.PathLike[str] | None, model: Path | None = None) -> Profile:
@@ -51,6 +54,31 @@ def budgets_of(profile: Profile, cpu_memory: int | None, gpu_memory: int | None)
         gpu_memory=gpu,
         sources={"cpu_memory": "as asked" if cpu_memory is not None else f"the memory of {profile.name}, less a tenth"},
     )
+
+
+def with_product_rate(profile: Profile, products: Products, exact: bool = False) -> Profile:
+    """The same machine with the memory that a process has just now: what products of one row take of it.
+
+    Products of more rows read as much; what they compute on top takes as long as before.
+    """
+    ops = OpCosts(profile, "cpu", exact)
+    expected = sum(ops.linear(products.dtype, products.dtype, *shape, 1).seconds for shape in products.shapes)
+    factor = min(MOST_CHANGE, max(1 / MOST_CHANGE, products.seconds / expected))
+
+    def moved(table: OpTable) -> OpTable:
+        if table.processor != "cpu" or table.op not in ("linear", "decode_attention"):
+            return table
+        if table.over != "rows":
+            return replace(
+                table, curve=Curve(tuple(replace(a, seconds=a.seconds * factor) for a in table.curve.anchors))
+            )
+        one = table.curve.seconds(1)
+        anchors = (
+            replace(a, seconds=max(factor * one, a.seconds - max(0.0, 1 - factor) * one)) for a in table.curve.anchors
+        )
+        return replace(table, curve=Curve(tuple(anchors)))
+
+    return replace(profile, ops=tuple(map(moved, profile.ops)))
 
 
 def with_disk_rate(profile: Profile, bytes_per_s: float | None) -> Profile:

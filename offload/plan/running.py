@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from offload.budgets import Division
-from offload.plan.machine import machine, with_disk_rate
+from offload.plan.machine import machine, with_disk_rate, with_product_rate
 from offload.plan.planning import Ask, predict
 from offload.plan.process import remember_process
 from offload.planner.predict import Pricer
 from offload.planner.prediction import Prediction
 from offload.profile import Profile
-from offload.specs import Budgets, ModelSpec, Workload
+from offload.specs import Budgets, ModelSpec, Products, Workload
 
 NO_LINK = 1e15  # bytes per second of an emulated link without a pace
 
@@ -29,6 +29,7 @@ def predict_run(
     exact: bool,
     link_bytes_per_s: float | None,
     disk_bytes_per_s: float | None,
+    products: Products | None = None,
     extra_nbytes: int = 0,
     remembers: bool = True,
 ) -> tuple[Prediction, Profile] | None:
@@ -39,6 +40,7 @@ def predict_run(
         model: the checkpoint's folder: a profile may have been measured for it.
         device: cpu, emulated or cuda:N.
         disk_bytes_per_s: the disk's rate as it was measured just now; None: the profile's.
+        products: what products with weights in memory took just now; None: what the profile's tables say.
         extra_nbytes: what unpacking takes beside the workspace.
         remembers: what this process takes before any weight, for plans; not where it has done other things before.
     """
@@ -51,6 +53,10 @@ def predict_run(
         computer = replace(computer, processor="cpu", link_bytes_per_s=link_bytes_per_s or NO_LINK)
     if computer.processor not in profile.processors:
         return None
+    if products is not None and profile.source == "measured" and computer.processor == "cpu":
+        profile = with_product_rate(profile, products, exact)
+        computer = replace(computer, profile=profile)
+        ask = replace(ask, profile=profile)
     prediction = predict(Pricer(spec, work, computer), division.placement, division, ask)
     return prediction, profile
 

@@ -1,8 +1,10 @@
-"""Measures, in a tenth of a second, how fast the CPU multiplies by weights: what decides which processor does."""
+"""Measures, in a tenth of a second, how fast the CPU multiplies by weights: what decides which processor does, and what
+the memory of just this process is worth."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 from statistics import median
 
@@ -10,13 +12,17 @@ import torch
 
 from offload.kernels.chosen import Kernels
 from offload.kernels.formats.form import Form
+from offload.planner.placement import Tier
 from offload.runtime.linears import multiply
 from offload.runtime.packed import Packed
+from offload.specs import Products
 from offload.tiers.layout import Source
 from offload.tiers.packing import pack
+from offload.tiers.store import Store
 from offload.units import MIB
 
 LEAST_NBYTES = 96 * MIB  # of matrices: more than caches hold
+MOST_NBYTES = 512 * MIB  # of matrices that lie in memory anyway
 PIECE_NBYTES = 32 * MIB  # of a matrix that is measured, at most: the budget counts nothing of this
 MOST = 64  # matrices, where they are small
 ROUNDS = 5
@@ -46,6 +52,39 @@ def cpu_rate(kernels: Kernels, matrices: Iterable[Source], rows: int) -> float:
                 multiply(x, weight, None, kernels)
             seconds.append(time.perf_counter() - began)
     return len(weights) * nbytes / median(seconds)
+
+
+def resident_products(store: Store, kernels: Kernels) -> Products | None:
+    """Multiplies by what lies in memory, where it lies; None where that is packed, or too little to leave the caches.
+
+    The same memory is read at 20 to 40 GB/s, depending on which pages a process was given and on who else is there: it
+    is known only in the process itself.
+    """
+    wanted = [
+        (name, source)
+        for name, source in store.sources.items()
+        if store.placement.home[name] is not Tier.DISK and source.form is None and len(source.shape) == 2
+    ]
+    dtypes = Counter(source.dtype for _, source in wanted)
+    if not dtypes or not (dtype := dtypes.most_common(1)[0][0]).is_floating_point:
+        return None
+    weights, total = [], 0
+    for name, source in wanted:
+        if source.dtype is dtype and total < MOST_NBYTES:
+            weights.append(store.kept(name))
+            total += source.nbytes
+    if total < LEAST_NBYTES:
+        return None
+    rows = {w.shape[1]: torch.ones(1, w.shape[1], dtype=dtype) for w in weights}
+    seconds = []
+    with torch.no_grad():
+        for _ in range(ROUNDS):
+            began = time.perf_counter()
+            for weight in weights:
+                multiply(rows[weight.shape[1]], weight, None, kernels)
+            seconds.append(time.perf_counter() - began)
+    shapes = tuple((int(w.shape[0]), int(w.shape[1])) for w in weights)
+    return Products(shapes=shapes, dtype=str(dtype).removeprefix("torch."), seconds=median(seconds))
 
 
 def _like(plain: torch.Tensor, form: Form | None, kernels: Kernels) -> torch.Tensor:
