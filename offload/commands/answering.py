@@ -228,10 +228,12 @@ def by_passes(job: Job, plan: Batching, left_out: Collection[int] = ()) -> None:
                     to_go -= sum(a.prompt.new_tokens(options.max_new_tokens) - len(a.tokens) - 1 for a in ended_early)
                 to_go -= done.rows
                 meter.read()
+                at_this_pace = report.generate_s / report.rows * max(0, to_go)
+                seconds = max(at_this_pace, plan.seconds - report.generate_s)  # the last passes hold few tokens
                 line = (
                     f"pass {report.passes}: {len(job.answers.done):,} of {report.prompts:,} prompts answered, "
                     f"{done.running} running, {done.rows} tokens; {report.rows / report.generate_s:.0f} tokens/s "
-                    f"through the model, about {format_seconds(report.generate_s / report.rows * max(0, to_go))} left"
+                    f"through the model, at most about {format_seconds(seconds)} left"
                 )
                 status.update(line)
                 if time.perf_counter() - said > SAID_S:
