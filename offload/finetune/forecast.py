@@ -3,14 +3,14 @@ step tuple that follows is priced on a machine's profile."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from offload.errors import BudgetError
 from offload.finetune.accelerator import Accelerator, plan_there
 from offload.finetune.assemble import SLOTS
-from offload.finetune.memory import MARGIN, SLACK
+from offload.finetune.memory import MARGIN, SLACK, first_cells
 from offload.optim.base import Optimizer
 from offload.planner.cells import CellPlan, plan_cells
 from offload.planner.ops import OpCosts, Phase
@@ -45,6 +45,7 @@ class Forecast:
     graphs_nbytes: of graphs that are kept from forward to backward.
     state_nbytes: of optimizer state that stays in memory.
     scratch_nbytes: on disk, for cells that travel.
+    room_nbytes: taken there at most: until the first step has been measured, more cells travel.
     slots: of the ring of state, in shards.
     gradient_nbytes: of sums of gradients, a unit's and the next one's.
     activation_nbytes: beside graphs that are kept: inputs of units, one graph, the loss.
@@ -63,6 +64,7 @@ class Forecast:
     activation_nbytes: int = 0
     ring_nbytes: int = 0
     process_nbytes: int = 0
+    room_nbytes: int = 0
 
     def memory(self) -> dict[str, int]:
         """Bytes of main memory by class."""
@@ -197,7 +199,26 @@ def _forecast(
         activation_nbytes=at_once,
         ring_nbytes=int(rings) + plan.slots * plan.slot_nbytes,
         process_nbytes=base + SLACK + int(budget * MARGIN),
+        room_nbytes=_room(sizes, loose, shards, slots, budget + (accelerator.host_nbytes if accelerator else 0), base),
     )
+
+
+def _room(
+    sizes: Mapping[str, int],
+    loose: TrainedUnit | None,
+    shards: Sequence[TrainedShard],
+    slots: int,
+    budget: int,
+    base: int,
+) -> int:
+    """Bytes on disk that cells may take: all of theirs, if any travels in the first step."""
+    rest = loose.nbytes if loose else 0
+    free = budget - base - min(slots, len(shards)) * max(s.nbytes for s in shards) - rest
+    try:
+        first = first_cells(sizes, free, budget, STAGES * max(s.masters_nbytes for s in shards))
+    except BudgetError:  # what does not fit is said by who measures
+        return 0
+    return sum(sizes.values()) + rest if first.travels_nbytes else 0
 
 
 def _unit(name: str, tensors: tuple[TensorSpec, ...], rule: Optimizer) -> TrainedUnit:

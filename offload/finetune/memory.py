@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from offload.errors import BudgetError
@@ -102,12 +103,9 @@ def plan_first(layouts: Sequence[Cell], ring: int, budget: int, wishes: Wishes, 
         return _with_loose(plan_cells(sizes, sum(sizes.values())))
     staging = STAGES * 4 * max((s.count for cell in layouts for s in cell.shards), default=0)
     most = int(wishes.weights * sum(sizes.values())) if isinstance(wishes.weights, float) else wishes.weights
-    for reserve in (int(RESERVE * budget) + 3 * largest, 3 * largest):
-        try:
-            if travels:
-                return _with_loose(plan_cells(sizes, free - reserve - staging, most))
-        except BudgetError:
-            continue
+    if travels:
+        with suppress(BudgetError):
+            return _with_loose(first_cells(sizes, free, budget, staging, most))
     total = sum(sizes.values())
     least = FEWEST * largest + 3 * largest + staging if travels else total
     what = (
@@ -119,6 +117,25 @@ def plan_first(layouts: Sequence[Cell], ring: int, budget: int, wishes: Wishes, 
         f"the ring of optimizer state {format_bytes(ring)}, and activations come on top. Give at least "
         f"{format_bytes(base + least + loose + ring + 256 * MIB)}"
     )
+
+
+def first_cells(sizes: Mapping[str, int], free: int, budget: int, staging: int, most: int | None = None) -> CellPlan:
+    """The same from numbers alone.
+
+    Args:
+        sizes: unit -> bytes of its cell.
+        free: bytes that the process, the ring of state and parameters of no unit leave.
+        staging: bytes of masters on their way to cells.
+        most: bytes of cells that stay at most.
+
+    Raises:
+        BudgetError: not even the ring fits.
+    """
+    left = free - 3 * max(sizes.values(), default=0) - staging
+    try:
+        return plan_cells(sizes, left - int(RESERVE * budget), most)
+    except BudgetError:
+        return plan_cells(sizes, left, most)
 
 
 def plan_memory(training: Training, budget: int, peak: int, wishes: Wishes, *, travels: bool = True) -> Spare:

@@ -57,15 +57,20 @@ class Outlook:
         """The same by purpose, of what there is."""
         parts = {
             "optimizer state, twice": SLOTS * self.state_nbytes,
-            "weights and gradients that do not stay in memory": self.scratch_nbytes,
+            "weights and gradients that do not stay in memory, at most": self.room_nbytes,
             "activations": self.activation_nbytes,
             "weights written back, at most": self.copies.disk_nbytes,
         }
         return {what: nbytes for what, nbytes in parts.items() if nbytes}
 
     @property
+    def room_nbytes(self) -> int:
+        """On disk, of gradients and weights that wait there, at most."""
+        return max(self.forecast.room_nbytes, self.scratch_nbytes) if self.forecast is not None else 0
+
+    @property
     def scratch_nbytes(self) -> int:
-        """Of gradients and weights that wait on disk, and of what a step writes of them."""
+        """What a step writes of them."""
         return self.forecast.scratch_nbytes if self.forecast is not None else 0
 
     @property
@@ -95,7 +100,7 @@ class Outlook:
         rows add up to the peak that was predicted."""
         kinds = {kind: {"host": n} for kind, n in (self.forecast.memory() if self.forecast else {}).items()}
         disk = {
-            "weights": self.scratch_nbytes,
+            "weights": self.room_nbytes + self.copies.disk_nbytes,
             "optimizer": SLOTS * self.state_nbytes,
             "activations": self.activation_nbytes,
         }
@@ -158,12 +163,20 @@ def _trained(config: Config, spec: ModelSpec) -> list[tuple[int, int]]:
     """Rows and columns of everything that is trained; vectors have one column."""
     tensors = [(t, False) for t in spec.loose] + [(t, u.is_head) for u in spec.units for t in u.tensors]
     if config.method != "lora":
-        return [(t.elements // t.width, t.width) if t.width > 1 else (t.elements, 1) for t, _ in tensors]
+        return [_stored(t) for t, _ in tensors]
     found: list[tuple[int, int]] = []
     for tensor, is_head in tensors:
         if tensor.outputs and not is_head and _is_target(tensor, config.lora.target_modules):
             found += [(config.lora.r, tensor.inputs), (tensor.outputs, config.lora.r)]
     return found
+
+
+def _stored(tensor: TensorSpec) -> tuple[int, int]:
+    """Rows and columns as they lie."""
+    if tensor.width <= 1:
+        return tensor.elements, 1
+    outputs = tensor.elements // tensor.width
+    return (tensor.width, outputs) if tensor.is_transposed else (outputs, tensor.width)
 
 
 def _is_target(tensor: TensorSpec, targets: Any) -> bool:

@@ -8,15 +8,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from models import MODELS
 
 import offload
 from offload.checkpoint.outline import outline
+from offload.finetune.assemble import SLOTS
 from offload.finetune.disk import Finished, check_room, finish_state, forget_finished, read_finished
+from offload.finetune.forecast import Batch, forecast
+from offload.finetune.memory import Wishes, plan_first
 from offload.finetune.outlook import Outlook, foresee
 from offload.finetune.reading import make_config
 from offload.io.safetensors import read_checkpoint
-from offload.units import GIB
+from offload.kernels.chosen import Kernels
+from offload.optim import make
+from offload.profile import preset
+from offload.tiers.cells import lay_out_cell, page
+from offload.units import GIB, MIB
 
 
 def plan_of(folder: Path, kind: str = "llama", steps: int = 10, **sections: Any) -> Outlook:
@@ -107,3 +116,33 @@ def test_only_the_state_is_removed(tmp_path: Path) -> None:
     assert read_finished(tmp_path) == Finished(step=7, model="out")
     forget_finished(tmp_path)
     assert read_finished(tmp_path) is None
+
+
+def test_the_room_for_weights_that_travel_is_in_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is planned from headers is at least what the first step takes, and nothing where nothing travels."""
+    monkeypatch.setattr("offload.finetune.memory.rss_bytes", lambda: 100 * MIB)
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 4000}
+    transformers.LlamaConfig(**sizes, num_attention_heads=8, dtype="float32").save_pretrained(tmp_path)
+    sketch = outline(tmp_path, None)  # 90 MB
+    rule = make("adamw", Kernels("cpu", exact=False))
+    cells = [
+        lay_out_cell(unit.name, {n: (torch.float32, sketch.sources[n].shape) for n in unit.tensors})
+        for unit in sketch.anatomy.units
+    ]
+    shards = [page(rule.state_nbytes(shard.shape)) for cell in cells for shard in cell.shards]
+    travelled = []
+    for mib in range(200, 700, 20):
+        budget = mib * MIB
+        try:
+            first = plan_first(cells, min(SLOTS, len(shards)) * max(shards), budget, Wishes())
+            found = forecast(
+                sketch.spec, rule, preset("cpu-ddr5-nvme4"), batch=Batch(rows=1, tokens=8), clips=True, budget=budget,
+                base=100 * MIB,
+            )  # fmt: skip
+        except offload.BudgetError:
+            continue
+        taken = sum(page(cell.nbytes) for cell in cells if cell.unit not in first.kept)
+        assert taken <= found.room_nbytes, budget
+        assert found.scratch_nbytes <= found.room_nbytes or not first.travels_nbytes
+        travelled.append(bool(taken))
+    assert set(travelled) == {True, False}, travelled
