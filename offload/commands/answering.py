@@ -27,6 +27,7 @@ from offload.specs import Workload
 from offload.units import format_bytes, format_seconds
 
 SAID_S = 10.0  # between two lines about how far it is
+LEAST_ROOM = 0.01  # of what streams: less is not worth another division of memory
 
 
 @dataclass(kw_only=True)
@@ -199,6 +200,9 @@ def by_passes(job: Job, plan: Batching, left_out: Collection[int] = ()) -> None:
         said, meter = time.perf_counter(), Meter(handle, report)
 
         def divide(pool_tokens: int) -> None:
+            room = (handle.work.pool_tokens - pool_tokens) * spec.kv_bytes_per_token
+            if room < LEAST_ROOM * handle.streamed_nbytes:  # it adds up until the pool shrinks again
+                return
             meter.change()
             began = time.perf_counter()
             handle.divide_again(replace(handle.work, pool_tokens=pool_tokens))
