@@ -67,6 +67,12 @@ class Accelerator:
         parts["inputs of units"] *= micro_batches
         return replace(self, activations=parts)
 
+    def inputs_nbytes(self) -> int:
+        """What inputs of units may take there between forward and backward; those of more micro-batches go ashore."""
+        if self.activations is None:
+            return int(UNKNOWN * self.memory) // 2
+        return self.activations["inputs of units"]
+
     def is_known(self, profile: Profile) -> bool:
         """Whether a profile has what a prediction needs."""
         return self.name == "emulated" or {"h2d", "device"} <= {*profile.lanes, *profile.processors}
@@ -88,10 +94,13 @@ class Accelerator:
         if self.device is not None:
             sizes = {cell.unit: page(cell.nbytes) for cell in layouts}
             return self.device, DeviceCells({cell.unit: cell for cell in layouts}, self.device, all_there(sizes))
-        plan = plan_there({cell.unit: page(cell.nbytes) for cell in layouts}, self)
+        sizes = {cell.unit: page(cell.nbytes) for cell in layouts}
+        plan = plan_there(sizes, self)
         device = create(self.name, memory_nbytes=plan.nbytes, link_bytes_per_s=self.link_bytes_per_s)
         try:
-            return device, DeviceCells({cell.unit: cell for cell in layouts}, device, plan)
+            there = DeviceCells({cell.unit: cell for cell in layouts}, device, plan)
+            there.spare_nbytes = self.memory - plan.nbytes - sum(beside_there(sizes, self).values())
+            return device, there
         except BaseException:
             device.close()
             raise
@@ -100,6 +109,18 @@ class Accelerator:
 def all_there(cells: Mapping[str, int]) -> CellPlan:
     """Every cell has a place of its own on the device."""
     return plan_cells(cells, sum(cells.values()))
+
+
+def beside_there(cells: Mapping[str, int], asked: Accelerator) -> dict[str, int]:
+    """What a step takes there beside cells and their ring, by purpose."""
+    sizes = dict(cells)
+    loose = sizes.pop(LOOSE, 0)
+    parts = asked.activations if asked.activations is not None else {"activations": int(UNKNOWN * asked.memory)}
+    found = {
+        "gradients of the largest part of the model": GRADIENTS * max(sizes.values(), default=0),
+        "parameters that several parts use, with their gradient": (1 + GRADIENTS) * loose,
+    } | dict(parts)
+    return {name: nbytes for name, nbytes in found.items() if nbytes}
 
 
 def plan_there(cells: Mapping[str, int], asked: Accelerator) -> CellPlan:
@@ -113,19 +134,9 @@ def plan_there(cells: Mapping[str, int], asked: Accelerator) -> CellPlan:
     Raises:
         BudgetError: not even the ring fits beside what a micro-batch takes.
     """
-    sizes = dict(cells)
+    beside, sizes = beside_there(cells, asked), dict(cells)
     loose = sizes.pop(LOOSE, 0)
     largest = max(sizes.values(), default=0)
-    parts = asked.activations if asked.activations is not None else {"activations": int(UNKNOWN * asked.memory)}
-    beside = {
-        name: nbytes
-        for name, nbytes in (
-            ("gradients of the largest part of the model", GRADIENTS * largest),
-            ("parameters that several parts use, with their gradient", (1 + GRADIENTS) * loose),
-            *parts.items(),
-        )
-        if nbytes
-    }
     room = asked.memory - sum(beside.values())
     try:
         plan = plan_cells(sizes, room)
@@ -133,7 +144,7 @@ def plan_there(cells: Mapping[str, int], asked: Accelerator) -> CellPlan:
         ring = FEWEST * largest
         needed = sum(beside.values()) + ring
         if asked.activations is None:
-            needed = int((needed - parts["activations"]) / (1 - UNKNOWN)) + 1
+            needed = int((needed - beside["activations"]) / (1 - UNKNOWN)) + 1
         raise BudgetError(
             f"gpu_memory={format_bytes(asked.memory)} is too small for this training, which takes there: "
             + ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in beside.items())

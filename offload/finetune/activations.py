@@ -18,6 +18,7 @@ from offload.finetune.memory import MARGIN, NEAR, SLACK
 from offload.hardware import rss_bytes
 from offload.io.engine import Engine, IOStatistics
 from offload.runtime.backprop import Backprop
+from offload.tiers.ashore import Ashore
 from offload.tiers.stash import BLOCK, BLOCKS, Stash
 
 RING = BLOCKS * BLOCK
@@ -103,6 +104,12 @@ def prepare(backprop: Backprop, wish: str, budget: int, folder: Path, engine: En
         backprop.is_pressed = lambda: rss_bytes() > NEAR * budget
 
 
+def press(backprop: Backprop, stash: Ashore, most: int) -> None:
+    """On an accelerator: inputs of units stay there as long as they are no more bytes than these; others go ashore."""
+    backprop.stash = stash
+    backprop.is_pressed = lambda: backprop.held_nbytes >= most
+
+
 def plan_swaps(
     backprop: Backprop, wish: str, budget: int, peak: int, state_nbytes: int, micro_batches: int, compute_s: float,
     disk: IOStatistics,
@@ -117,7 +124,7 @@ def plan_swaps(
         disk: what it has done so far.
     """
     stash = backprop.stash
-    if stash is None or wish != "auto":
+    if not isinstance(stash, Stash) or wish != "auto":
         return peak
     backprop.is_pressed = lambda: False
     whole = peak + stash.peak_nbytes  # what it would have been with every input in memory

@@ -13,7 +13,7 @@ from torch import nn
 
 from offload.errors import BudgetError, ModelError, UsageError
 from offload.finetune.accelerator import Accelerator
-from offload.finetune.activations import prepare
+from offload.finetune.activations import prepare, press
 from offload.finetune.memory import ACTIVATIONS, Wishes, plan_first, share_heap
 from offload.finetune.trainer import Trainer
 from offload.hardware import rss_bytes
@@ -25,6 +25,7 @@ from offload.runtime.discovery import Anatomy
 from offload.runtime.streams import Streams
 from offload.runtime.training import Training
 from offload.runtime.training_lanes import LOOSE
+from offload.tiers.ashore import Ashore
 from offload.tiers.cells import SHARD_COUNT, Cells, Shapes, lay_out_cell, page
 from offload.tiers.device import Device
 from offload.tiers.spill import Spill
@@ -136,7 +137,10 @@ def assemble(
             slots=slots, cell_slots=(plan.slots, plan.slot_nbytes), max_grad_norm=max_grad_norm, kernels=there_kernels,
             seed=seed,
         )  # fmt: skip
-        if device is None:
+        if accelerator is not None and device is not None:
+            if accelerator.device is None:  # otherwise who made it has set room aside for all of them
+                press(training.backprop, Ashore(device), accelerator.inputs_nbytes())
+        else:
             prepare(training.backprop, wishes.activations, cpu_memory, offload_dir, engine, left)
         if is_new:
             training.create(fill)

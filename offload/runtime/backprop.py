@@ -2,7 +2,8 @@
 
 The forward of a unit keeps its inputs and nothing else; its backward runs it again, with a graph, and takes the
 gradients of its inputs and of its parameters from that. (Units that may, and the last one, keep their graph instead.)
-What other units made of the weights may wait on disk in between (`tiers/stash.py`).
+What other units made of the weights may wait on disk in between (`tiers/stash.py`), or beside an accelerator in main
+memory (`tiers/ashore.py`).
 So autograd walks from unit to unit in reverse, and entering one is the rendezvous with its weights, as in inference.
 
 Random numbers, as dropout draws them, depend on the step, the micro-batch and the unit alone: running a unit again
@@ -24,7 +25,8 @@ from offload.errors import ModelError
 from offload.runtime.losses import use_pieces
 from offload.runtime.timeline import now
 from offload.runtime.turns import Turns, run
-from offload.tiers.stash import Stash, Ticket, can_put
+from offload.tiers.ashore import Ashore
+from offload.tiers.stash import Stash, can_put
 
 Gradients = Mapping[str, torch.Tensor]
 Loss = Callable[[], torch.Tensor]
@@ -85,7 +87,7 @@ class _Call:
     out_spec: TreeSpec | None = None
     out_leaves: list[Any] = field(default_factory=list)
     graph: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
-    away: dict[int, Ticket] = field(default_factory=dict)  # of the tensors that came in, those that wait on disk
+    away: dict[int, Any] = field(default_factory=dict)  # of the tensors that came in, those that wait on disk
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The module's own forward; returns the tensors among its results."""
@@ -112,6 +114,7 @@ class Backprop:
 
     Attributes:
         stash: where inputs wait that are swapped; None: nowhere.
+        held_nbytes: of inputs that have been left where they are in this pass.
         is_pressed: whether memory is so short that inputs are swapped even if their units were not told to.
     """
 
@@ -124,9 +127,10 @@ class Backprop:
         device: torch.device | None = None,
     ) -> None:
         self._owner, self._seed, self._device = owner, seed, device or torch.device("cpu")
-        self.stash: Stash | None = None
+        self.stash: Stash | Ashore | None = None
+        self.held_nbytes = 0
         self.is_pressed: Callable[[], bool] = lambda: False
-        self._away: list[tuple[int, int, list[Ticket]]] = []  # unit's place, micro-batch, what waits on disk
+        self._away: list[tuple[int, int, list[Any]]] = []  # unit's place, micro-batch, what waits on disk
         names = {id(p): n for n, p in root.named_parameters()}
         self.parts: dict[str, Part] = {}
         self._own_forward: dict[str, Any] = {}
@@ -156,7 +160,7 @@ class Backprop:
             The losses, not multiplied.
         """
         self._turns, self._step = Turns(len(losses)), step
-        self._learns, self.order = scales is not None, []
+        self._learns, self.order, self.held_nbytes = scales is not None, [], 0
         found = [0.0] * len(losses)
 
         def body(number: int) -> None:
@@ -264,7 +268,7 @@ class Backprop:
         finally:
             self._local.inside = None
 
-    def _put_away(self, call: _Call, tensors: Sequence[torch.Tensor]) -> dict[int, Ticket]:
+    def _put_away(self, call: _Call, tensors: Sequence[torch.Tensor]) -> dict[int, Any]:
         """Lets inputs go to disk, if this unit's do; its turn has begun. Returns which of them, and where they are."""
         part = call.part
         waits = [k for k, t in enumerate(tensors) if t.requires_grad and can_put(t)]  # others are the same everywhere
@@ -272,8 +276,9 @@ class Backprop:
             part.swap_nbytes = sum(tensors[k].untyped_storage().nbytes() for k in waits)
         is_last = part.index == len(self.parts) - 1  # its backward follows at once
         if self.stash is None or not self._learns or part.keeps or is_last or not (part.swaps or self.is_pressed()):
+            self.held_nbytes += sum(tensors[k].untyped_storage().nbytes() for k in waits)
             return {}
-        away = {k: self.stash.put(tensors[k]) for k in waits}
+        away: dict[int, Any] = {k: self.stash.put(tensors[k]) for k in waits}
         self._away.append((len(self.order), self._local.number, list(away.values())))
         return away
 

@@ -246,6 +246,8 @@ class Training:
 
     def keep_graphs(self, nbytes: int) -> int:
         """See Holdings.keep_graphs."""
+        if self._there is not None:
+            nbytes = min(nbytes, self._there.spare_nbytes)
         return self._holdings.keep_graphs(nbytes, self._micro_batches)
 
     def keep_state(self, nbytes: int) -> int:

@@ -27,11 +27,13 @@ class DeviceCells:
     Attributes:
         views: parameter name -> its tensor, of cells that are shown now.
         ring: lends the slots by index; their memory is the device's.
+        spare_nbytes: of the device's memory that a step leaves, for graphs.
     """
 
     def __init__(self, layouts: Mapping[str, Cell], device: Device, plan: CellPlan) -> None:
         self.layouts = dict(layouts)
         self.views: dict[str, torch.Tensor] = {}
+        self.spare_nbytes = 0
         self.ring = BufferPool(max(1, plan.slots), 0)
         sizes = {u: page(cell.nbytes) for u, cell in layouts.items() if u in plan.kept}
         self.nbytes = sum(sizes.values()) + plan.slots * plan.slot_nbytes

@@ -179,6 +179,22 @@ def test_graphs_are_kept_where_weights_stay(activations: str, tmp_path: Path) ->
         assert all(there.stays(unit) or unit == mine.training._tuples.order[-1] for unit in kept)
 
 
+@pytest.mark.parametrize("activations", ["recompute", "auto"])
+def test_inputs_that_the_device_has_no_room_for_wait_in_memory(activations: str, tmp_path: Path) -> None:
+    with accelerated(tmp_path, "llama-tied", B, share=0.3, activations=activations) as mine:
+        loop = ReferenceLoop(plain(tmp_path / "model", B), max_grad_norm=1.0, **NUMBERS)
+        backprop = mine.training.backprop
+        check(mine, loop, 1)
+        assert backprop.stash.peak_nbytes == 0
+        backprop.is_pressed = lambda: backprop.held_nbytes >= 3000
+        check(mine, loop, 3)
+        assert backprop.stash.peak_nbytes > 0
+        assert backprop.stash._held == 0
+        before = mine.training.device.statistics().downloaded_bytes
+        mine.evaluate(batches(50, 1))
+        assert mine.training.device.statistics().downloaded_bytes == before
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     MODELS["llama"].save(tmp_path / "model", B)
     with pytest.raises(offload.UsageError, match="needs gpu_memory"):
