@@ -43,6 +43,18 @@ def test_the_same_model_comes_out(config: Path, tmp_path: Path) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in one.values())
 
 
+@pytest.mark.parametrize("method", ["lora", "zo"])
+def test_other_methods_too(method: str, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for name, words in (("cpu", ["budgets.device=cpu"]), ("device", DEVICE)):
+        assert run(config, f"method={method}", f"train.output_dir={tmp_path / name}", *words) == 0
+        lines = [line for line in read_journal(tmp_path / name / "log.jsonl") if "loss" in line]
+        found.append([(line["loss"], line["grad_norm"]) for line in lines])
+    assert found[0] == found[1]
+    assert len(found[0]) == 4
+    assert ("on the accelerator" in " ".join(capfd.readouterr().err.split())) == (method == "lora")
+
+
 def test_the_plan_shows_what_crosses(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(config, "--explain", *DEVICE) == 0
     shown = capsys.readouterr().out
