@@ -266,7 +266,7 @@ class _Emitter:
     def download(self, unit: TrainedUnit) -> None:
         """Brings a unit's gradient down, in place of its weights."""
         if unit.uploads and unit.shards:
-            after = tuple(sorted({self._there[unit.name], *self.ready(unit)}))
+            after = tuple(sorted({self._there[unit.name], *self.ready(unit), *self._changes([_host(unit)])}))
             at = self.add(Download(index=0, unit=unit.name, after=after, nbytes=unit.nbytes))
             self._ready[unit.name] = self._changed[_host(unit)] = at
             if not unit.stays_there:
@@ -312,11 +312,17 @@ class _Emitter:
         cell = WriteCell(index=0, unit=unit.name, after=self.ready(unit), nbytes=unit.nbytes, what=what)
         at = self.add(cell)
         self._changed[unit.name] = at
-        self.add(Release(index=0, unit=unit.name, after=(at,), ring="cells"))
+        self._let_go(unit, (at,))
 
     def release(self, unit: TrainedUnit) -> None:
         if not unit.stays and unit.shards:
-            self.add(Release(index=0, unit=unit.name, after=self.ready(unit), ring="cells"))
+            self._let_go(unit, self.ready(unit))
+
+    def _let_go(self, unit: TrainedUnit, after: tuple[int, ...]) -> None:
+        """A cell is not in main memory any more. Where several lanes work, the next one to bring it waits for that."""
+        at = self.add(Release(index=0, unit=unit.name, after=after, ring="cells"))
+        if unit.uploads:
+            self._changed[_host(unit)] = at
 
     def finish(self) -> Schedule:
         """A read of what only later steps change follows those of the pass before."""

@@ -12,7 +12,7 @@ the lanes running beside leave (a fluid model: rates change only where something
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from offload.planner.schedule import LANES, Release, Schedule, Step, lane_of
@@ -107,10 +107,11 @@ class Clock:
         for step in schedule:
             if isinstance(step, Release):
                 releases.setdefault(step.after[0], []).append(step.ring)
+        ends = {step.index: step.after[0] for step in schedule if isinstance(step, Release)}  # takes no time itself
         lanes: dict[str, list[Step]] = {name: [] for name in NAMES}
         for step in schedule:
             if lane := lane_of(step):
-                lanes[lane].append(step)
+                lanes[lane].append(_behind_others(step, ends) if ends.keys() & {*step.after, *step.behind} else step)
         self._names = tuple(name for name in NAMES if lanes[name])  # those with work; the last one is the model
         self._steps = [lanes[name] for name in self._names]
         self._rings = [
@@ -152,6 +153,12 @@ class Clock:
             stop_when_steady: stop before `passes` once a pass repeats the one before exactly.
         """
         return _Replay(self, records).run(passes, head_start, stop_when_steady)
+
+
+def _behind_others(step: Step, ends: Mapping[int, int]) -> Step:
+    """The same step, which waits for what releases follow instead of releases."""
+    after, behind = (tuple(ends.get(k, k) for k in found) for found in (step.after, step.behind))
+    return replace(step, after=after, behind=behind)
 
 
 def _rates(names: Sequence[str], mask: int, keeps: Keeps) -> tuple[float, ...]:
