@@ -72,7 +72,7 @@ def assemble(
         fill: puts initial weights into tensors by name; called several times, each with some of them.
         streams: all others, which are frozen; filled.
         save: writes the model, given its weights, to a folder.
-        put_back: gets the last weights when the trainer is closed.
+        put_back: gets the last weights when the trainer is closed, unless a step failed.
         travels: weights may travel where they do not fit in memory.
         belongs: what else the state belongs to, beside parameters and optimizer.
         accelerator: what computes; None: the CPU.
@@ -156,9 +156,9 @@ def assemble(
         raise
     made = training
 
-    def finish() -> None:
+    def finish(is_whole: bool) -> None:
         try:
-            if put_back is not None:
+            if put_back is not None and is_whole:
                 put_back(made.present)
         finally:
             made.close()

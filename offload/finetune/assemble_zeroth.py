@@ -101,7 +101,7 @@ def assemble_zeroth(
     def save(folder: Path) -> None:
         export_checkpoint(root, sources, opened.checkpoint.entries, training.weights, folder, engine)
 
-    def finish() -> None:
+    def finish(_: bool) -> None:
         training.close()
         state.close()
         engine.close()

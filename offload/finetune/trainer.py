@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -68,8 +69,12 @@ class Trainer:
         wishes: Wishes | None,
         travels: bool = True,
         save: Callable[[Path], None],
-        finish: Callable[[], None],
+        finish: Callable[[bool], None],
     ) -> None:
+        """Args, of those that are not attributes:
+        save: writes the model to a folder.
+        finish: gives memory and files back, told whether weights are those of the last step.
+        """
         self.training, self.optimizer, self.learning_rate = training, optimizer, learning_rate
         self._root, self._engine, self._save, self._finish = root, engine, save, finish
         self._cpu_memory, self._wishes, self._travels = cpu_memory, wishes, travels
@@ -97,14 +102,14 @@ class Trainer:
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         """The present weights by name, wherever they are; each is good until the next one is asked for."""
-        self._check()
-        self.training.flush()
+        self.flush()
         return self.training.weights
 
     def flush(self) -> None:
         """Applies the updates that are due, so that the model's parameters are the present weights."""
         self._check()
-        self.training.flush()
+        with self._whole("applying updates"):
+            self.training.flush()
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -142,16 +147,13 @@ class Trainer:
             reset_peak_rss()  # where that cannot be done, the peak is that of the process, and less is kept
         self.training.backprop.measures = is_first
         self._root.train()
-        try:
+        with self._whole(f"step {step}"):
             found = self.training.run(
                 [self._loss(b) for b, _ in learnt],
                 [n / total for _, n in learnt],
                 lambda clip: Numbers(step=step, learning_rate=rate, grad_scale=clip),
                 step,
             )
-        except BaseException as error:
-            self._broken = f"step {step} failed: {error}"
-            raise
         self._step = step
         if is_first and isinstance(self.training, Training) and self._wishes is not None:
             self.training.backprop.measures = False
@@ -176,7 +178,8 @@ class Trainer:
         self._check()
         self._root.eval()
         pairs = [(b, n) for b in batches if (n := _labels_of(b))]
-        losses = self.training.evaluate([self._loss(b) for b, _ in pairs], self._step)
+        with self._whole(f"an evaluation after step {self._step}"):  # it applies what is due, unit by unit
+            losses = self.training.evaluate([self._loss(b) for b, _ in pairs], self._step)
         return sum(loss * n for loss, (_, n) in zip(losses, pairs, strict=True)), sum(n for _, n in pairs)
 
     def commit(self) -> None:
@@ -185,33 +188,40 @@ class Trainer:
         Raises:
             StorageError: it could not be written; the last commit holds.
         """
-        self._check()
+        self.flush()
         self.training.commit(self.extra)
 
     def save(self, folder: str | Path) -> None:
         """Writes the model as it is now: config and weights in the layout of the checkpoint that it came from."""
-        self._check()
-        self.training.flush()
+        self.flush()
         self._save(Path(folder))
 
     def close(self) -> None:
-        """Gives memory and files back. What was not committed is lost; a module that was given has the last weights."""
+        """Gives memory and files back. What was not committed is lost. A module that was given has the last weights, or
+        those that it came with, where a step failed."""
         if self._is_closed:
             return
-        self._is_closed = True
         try:
             if self._broken is None:
-                self.training.flush()
+                self.flush()
         finally:
-            self._finish()
+            self._is_closed = True
+            self._finish(self._broken is None)
 
     def __enter__(self) -> Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is not None and self._broken is None:
-            self._broken = "an error ended the run"
         self.close()
+
+    @contextmanager
+    def _whole(self, what: str) -> Iterator[None]:
+        """What fails in the middle leaves some units a step ahead of others: nothing more may come of them."""
+        try:
+            yield
+        except BaseException as error:
+            self._broken = f"{what} failed: {error}"
+            raise
 
     def _loss(self, batch: MicroBatch) -> Callable[[], torch.Tensor]:
         def loss() -> torch.Tensor:
