@@ -112,6 +112,15 @@ def test_lines_have_settings_of_their_own(checkpoint: Path, tmp_path: Path, caps
     assert f"{path}:1 has settings of its own" in capsys.readouterr().err
 
 
+def test_a_long_prompt_may_ask_for_few_tokens(checkpoint: Path, tmp_path: Path) -> None:
+    """The model's context holds it with its own new tokens, not with those of the command line."""
+    path, out = tmp_path / "own.jsonl", tmp_path / "out.jsonl"
+    records = [{"prompt_ids": [5] * 125, "max_new_tokens": 2}, {"prompt_ids": [5], "max_new_tokens": 9}]
+    path.write_text("\n".join(map(json.dumps, records)))
+    assert run(checkpoint, path, "-o", out, "--cpu-memory", "4GiB") == 0
+    assert [len(answer["tokens"]) for answer in lines(out)] == [2, 9]
+
+
 def test_what_does_not_fit_is_named_or_left_out(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,6 +311,13 @@ def test_only_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     path.write_text('{"index": 9}\n{"index": 1}\n')
     with pytest.raises(DataError, match=r"out\.jsonl:1"):
         Answers(path, {"a": 1}, 5)
+    for begin in (lambda: path.write_text(""), path.unlink):  # a run that gave no answer binds nobody
+        begin()
+        with Answers(path, {"a": 2}, 5) as answers:
+            assert not answers.done
+        path.write_text('{"index": 0}\n')
+        with pytest.raises(UsageError, match="begun with a=2"):
+            Answers(path, {"a": 1}, 5)
     stranger = tmp_path / "mine.txt"
     stranger.write_text("mine")
     with pytest.raises(UsageError, match="there already"):

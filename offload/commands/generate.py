@@ -95,7 +95,7 @@ def _share_passes(request: Request, job: Job) -> list[tuple[int, str]]:
     left = sorted(job.left(), key=lambda p: (len(p.ids) + p.new_tokens(request.max_new_tokens), len(p.ids)))
     lengths, news = [len(p.ids) for p in left], [p.new_tokens(request.max_new_tokens) for p in left]
     at_most = None if request.batch == "auto" else int(request.batch)
-    ask = _ask(request, lengths)
+    ask = _ask(request)
     too_long: list[tuple[int, str]] = []
     fits = len(left)
     try:
@@ -166,13 +166,13 @@ def _device(request: Request) -> str:
     return (request.device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")[0]
 
 
-def _ask(request: Request, lengths: Sequence[int]) -> Ask:
-    """The model, the machine and the budgets, for the planner."""
+def _ask(request: Request, prompt_tokens: int = 1, new_tokens: int = 1) -> Ask:
+    """The model, the machine and the budgets, for the planner; and one sequence, where it asks for that."""
     kept = ("model", "cpu_memory", "gpu_memory", "resident", "device", "link", "dtype", "exact", "slots")
     options = {name: getattr(request, name) for name in kept}
     if request.link is None and _device(request) == "emulated":
         options["link"] = UNPACED
-    ask = ask_of(PlanRequest(**options, prompt_tokens=max(lengths), new_tokens=request.max_new_tokens, batch="auto"))
+    ask = ask_of(PlanRequest(**options, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch="auto"))
     return replace(ask, profile=with_disk_rate(ask.profile, _disk_rate(find(request.model))))
 
 
@@ -191,7 +191,8 @@ def _batch(request: Request, prompts: list[Prompt], before: Mapping[str, Any] | 
         return int(before["batch"])
     count = len(prompts)
     few = [b for b in BATCHES if b < count] + [count] * (count <= BATCHES[-1])
-    return even(count, best_batch(_ask(request, [len(p.ids) for p in prompts]), few).work.batch)
+    ask = _ask(request, max(len(p.ids) for p in prompts), request.max_new_tokens)
+    return even(count, best_batch(ask, few).work.batch)
 
 
 def _identity(request: Request, directory: Path, prompts: list[Prompt], batch: int | None) -> dict[str, Any]:

@@ -38,17 +38,18 @@ class Answers:
             StorageError: it cannot be written.
         """
         self.path = path
-        before = identity_of(path)
-        if before is None:
-            write_durably(_beside(path), json.dumps(identity, indent=1).encode())
-        else:
-            _same(path, before, json.loads(json.dumps(identity)))
+        identity_of(path)  # refuses a file of something else
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise StorageError(f"cannot be written: {error.strerror}", path=str(path), errno=error.errno) from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            before = identity_of(path)  # again: nobody else writes now
+            if before is None:
+                write_durably(_beside(path), json.dumps(identity, indent=1).encode())
+            else:
+                _same(path, before, json.loads(json.dumps(identity)))
             sync_folder(path.parent)
             self._order, end = _read(path, count)
             if end < os.fstat(self._fd).st_size:
@@ -104,18 +105,18 @@ class Answers:
 
 
 def identity_of(path: Path) -> dict[str, Any] | None:
-    """What the answers in a file belong to; None where there are none yet.
+    """What the answers in a file belong to; None where there are none yet, even if a run had begun.
 
     Raises:
         UsageError: there is a file that is no file of answers.
     """
     beside = _beside(path)
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
+        return None
     try:
         found = json.loads(beside.read_text())
     except FileNotFoundError:
-        if path.exists() and (not path.is_file() or path.stat().st_size):
-            raise UsageError(f"{path} is there already, and not of such a run; name another file") from None
-        return None
+        raise UsageError(f"{path} is there already, and not of such a run; name another file") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{beside} cannot be read: {error}; remove it and {path} to begin anew") from error
     if not isinstance(found, dict):
