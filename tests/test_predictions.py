@@ -153,5 +153,5 @@ def packed(plain: ModelSpec, made: ModelSpec) -> ModelSpec:
 
 def test_measured_runs_are_predicted(errors: dict[str, float]) -> None:
     shown = json.dumps({name: f"{error:+.1%}" for name, error in errors.items()}, indent=1)
-    assert mean(map(abs, errors.values())) < 0.03, shown
+    assert mean(map(abs, errors.values())) < 0.035, shown
     assert max(map(abs, errors.values())) < 0.06, shown
