@@ -12,7 +12,7 @@ from test_schedule import MB
 
 from offload.planner.placement import NO_RING, Placement, Ring, Tier
 from offload.planner.predict import Computer, Pricer
-from offload.planner.search import DEPTHS, Room, search
+from offload.planner.search import DEPTHS, WORTH, Candidate, Room, search
 from offload.specs import ModelSpec, UnitSpec, Workload
 
 WORK = Workload(batch=1, prompt_tokens=1, total_tokens=2)
@@ -79,3 +79,20 @@ def test_what_fits_is_left_alone() -> None:
     found = search(Pricer(spec, WORK, Computer(profile=machine())), Room(host_nbytes=spec.nbytes + MB))
     assert found.fits
     assert found.rejected == ()
+
+
+def test_one_slot_must_promise_more_than_a_ring_that_prefetches() -> None:
+    """Where computing takes next to nothing, a second slot costs bytes and hides nothing that a prediction sees."""
+    spec = model(((2000, 5000),), 40, 0)
+    pricer = Pricer(spec, WORK, Computer(profile=machine()))
+    found = search(pricer, Room(host_nbytes=spec.nbytes // 2), refines=False)
+    one = min((c for c in (found.best, *found.rejected) if hides_nothing(c)), key=lambda c: c.decode.seconds)
+    more = [c for c in (found.best, *found.rejected) if not hides_nothing(c)]
+    is_near = any(c.decode.seconds * WORTH < one.decode.seconds for c in more)
+    assert hides_nothing(found.best) is not is_near
+    forced = search(pricer, Room(host_nbytes=spec.nbytes // 2, slots=1), refines=False)
+    assert forced.best.placement.host_ring.slots == 1
+
+
+def hides_nothing(candidate: Candidate) -> bool:
+    return candidate.placement.host_ring.slots == 1

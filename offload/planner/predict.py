@@ -83,7 +83,7 @@ class Pricer:
             costs[unit] = self.compute(unit, phase, on_disk, placement.first_rows).times(beside)
         submit, sources = profile.cost("read_submit"), self._sources(placement)
         if placement.host_ring.slots == 1:  # the lane waits for the model and the model for the lane, in turn
-            submit += 2 * profile.cost("handoff")
+            submit += 2 * profile.cost("handoff") + profile.cost("read_alone")
         reads = {s.unit: s.nbytes for s in schedule if isinstance(s, Read)}
         flying = self._flying(placement, reads, sum(costs[unit].seconds for unit in reads))
         reading, uploading = profile.learned.factor("read"), profile.learned.factor("upload")
@@ -110,7 +110,10 @@ class Pricer:
 
     def _flying(self, placement: Placement, reads: Mapping[str, int], compute_s: float) -> float:
         """Reads that are in flight together, on average: a slot is with the model while a unit computes, else on its
-        way. A disk is faster the more it is asked for at once."""
+        way. A disk is faster the more it is asked for at once. What one read alone takes may have been measured: beyond
+        its part of a stream."""
+        if placement.host_ring.slots == 1 and self.computer.profile.cost("read_alone"):
+            return inf
         alone_s = sum(self.computer.profile.lane(self.computer.read).seconds(nbytes) for nbytes in reads.values())
         return max(1.0, placement.host_ring.slots - min(1.0, compute_s / alone_s)) if alone_s else 1.0
 

@@ -16,6 +16,7 @@ from offload.specs import ModelSpec
 
 DEPTHS = (2, 3, 4, 6, MOST_SLOTS)
 STARTS = 3  # of moves
+WORTH = 0.95  # of the time by the best ring that prefetches: what one slot, which hides nothing, has to promise
 FEW_TENSORS = 80  # of a model that moves may help: with more, what streams can be chosen finely without them
 
 
@@ -116,7 +117,11 @@ def search(
     if refines:
         _refine(pricer, room, min(seen.values(), key=_rank), seen)
     ranked = sorted(seen.values(), key=_rank)
-    return Found(best=ranked[0], rejected=tuple(ranked[1:]))
+    best = ranked[0]
+    if room.slots is None and _hides_nothing(best):
+        near = (c for c in ranked if not _hides_nothing(c) and c.decode.seconds * WORTH < best.decode.seconds)
+        best = next(near, best)
+    return Found(best=best, rejected=tuple(c for c in ranked if c is not best))
 
 
 def _refine(pricer: Pricer, room: Room, best: Candidate, seen: dict[object, Candidate]) -> None:
@@ -136,6 +141,11 @@ def _refine(pricer: Pricer, room: Room, best: Candidate, seen: dict[object, Cand
     for candidate in list(starts.values())[:STARTS]:
         moved = improve(pricer.spec, candidate.placement, room.host_nbytes, lambda p: pricer.decode(p).seconds)
         _judged(pricer, moved, seen, f"{_label(moved)}, moved")
+
+
+def _hides_nothing(candidate: Candidate) -> bool:
+    """Reading and computing take turns: whatever falters is waited for, and no prediction sees that coming."""
+    return candidate.placement.host_ring.slots == 1
 
 
 def _rank(candidate: Candidate) -> tuple[float, int]:

@@ -38,6 +38,7 @@ class Computing:
         """What software takes beside moving and computing; `path` is read from."""
         self._found.costs |= {
             "read_submit": software.read_submit_s(path, fd, self._meter),
+            "read_alone": software.read_alone_s(path, fd, self._found.lanes["read"], self._meter),
             "handoff": software.handoff_s(self._meter),
             "unit": software.unit_s(self._meter),
             "first": software.first_s(self._meter, exact=False),

@@ -20,6 +20,7 @@ from offload.kernels.chosen import Kernels
 from offload.probes.linears import product
 from offload.probes.resident import resident
 from offload.probes.sampling import Meter
+from offload.profile import Lane
 from offload.runtime import apart, linears
 from offload.runtime.apart import Apart, Crossing
 from offload.tiers.emulated import EmulatedDevice
@@ -29,6 +30,7 @@ UNITS = 64
 TURNS = 200
 UNUSUAL = (67, 83, 101, 139, 173)  # rows that nothing else is measured with
 TOUCHED = 32  # MiB
+ALONE, ALONE_NBYTES = 13, 48 * MIB  # reads, and bytes of each: a slot of what streams without prefetching
 
 
 def launch_s(meter: Meter) -> float:
@@ -112,6 +114,24 @@ def read_submit_s(path: Path, fd: int | None, meter: Meter) -> float:
             future.result()
     buffer.close()
     return max(1e-9, median(seconds))
+
+
+def read_alone_s(path: Path, fd: int | None, lane: Lane, meter: Meter) -> float:
+    """What a slot's read takes beyond its part of a steady stream, where the disk waits for it: requests begin
+    one after the other, their threads wake up, and the last block is alone.
+    """
+    seconds = []
+    with Engine(threads=8) as engine:
+        file = engine.open(path, fd=None if fd is None else os.dup(fd))
+        nbytes = min(ALONE_NBYTES, file.nbytes // file.block_alignment * file.block_alignment)
+        places = max(1, file.nbytes // max(1, nbytes))
+        buffer = Buffer(nbytes)
+        for k in range(ALONE if nbytes else 0):
+            began = meter.now()
+            engine.read(file, k % places * nbytes, buffer.view).result()
+            seconds.append(meter.now() - began)
+        buffer.close()
+    return max(1e-9, median(seconds[1:]) - nbytes / lane.bytes_per_s) if seconds else 1e-9
 
 
 class _Nothing(nn.Module):

@@ -208,6 +208,7 @@ class Profile:
         sleep         the shortest sleep: what pacing an emulated link takes each time
         apart         a product in two places, beyond both its products
         read_submit   handing a read to the engine
+        read_alone    a read that the disk waits for, beyond its part of a steady stream
         handoff       waking a waiting thread
         """
         return self.costs.get(name, 0.0)
