@@ -29,13 +29,13 @@ from offload.profile import preset
 COUNT = 4096  # parameters of a shard
 
 
-def unit(name: str, *, stays: bool, keeps: bool = False, shards: int = 2) -> TrainedUnit:
+def unit(name: str, *, stays: bool, keeps: bool = False, shards: int = 2, defers: bool = False) -> TrainedUnit:
     """AdamW in bf16."""
     found = tuple(
         TrainedShard(name=f"{name}[{k}]", nbytes=12 * COUNT, masters_nbytes=4 * COUNT, stays=keeps)
         for k in range(shards)
     )
-    return TrainedUnit(name=name, nbytes=2 * COUNT * shards, shards=found, stays=stays)
+    return TrainedUnit(name=name, nbytes=2 * COUNT * shards, shards=found, stays=stays, defers=defers)
 
 
 @st.composite
@@ -94,6 +94,27 @@ def test_bytes_of_what_travels(clips: bool, read: int, written: int) -> None:
     assert moved(schedule) == (read * params - saved, written * params)
     kept = emit_training([unit(f"u{k}", stays=True) for k in range(4)], None, clips=clips, is_due=clips)
     assert moved(kept) == (12 * params, 12 * params)
+
+
+def test_deferred_state_is_read_twice_and_written_in_the_backward_pass() -> None:
+    order = [unit(f"u{k}", stays=k == 1, defers=True) for k in range(4)]
+    schedule = emit_training(order, None, clips=True, is_due=True)
+    assert "trial" not in {
+        s.made for s in emit_training(order, None, clips=True, is_due=True, backward=False) if isinstance(s, Update)
+    }
+    backward = next(s.index for s in schedule if isinstance(s, Backward))
+    writes = {s.unit for s in schedule if isinstance(s, WriteShard) and s.index > backward}
+    assert writes == {"u0", "u2"}, "u1 stays, and the last unit's backward follows at once"
+    params = 2 * COUNT
+    assert moved(schedule) == ((2 * 28 + 12 + 14) * params, (2 * 14 + 12 + 14) * params)
+    slots = {"state": 0, "cells": 0}
+    for step in schedule:
+        if isinstance(step, Read):
+            slots[step.ring] += 1
+        elif isinstance(step, Release):
+            slots[step.ring] -= 1
+        assert set(slots.values()) <= {0, 1}
+    assert set(slots.values()) == {0}
 
 
 def test_copies_are_stored_where_that_moves_less() -> None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from offload.errors import BudgetError
+from offload.finetune.rehearsal import Working
 from offload.hardware import rss_bytes
 from offload.planner.cells import FEWEST, CellPlan, plan_cells
 from offload.runtime.masters import STAGES
@@ -34,12 +35,14 @@ class Spare:
         weights_nbytes: of cells that stay in memory.
         graphs_nbytes: of units whose graphs are kept, so that they run once and not twice.
         state_nbytes: of optimizer state that stays in memory.
+        predicted_nbytes: what the peak was thought to be, before the step; None where nobody could tell.
     """
 
     peak_nbytes: int
     weights_nbytes: int
     graphs_nbytes: int
     state_nbytes: int
+    predicted_nbytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +55,14 @@ class Wishes:
             fits.
         weights: bytes, or a share of all, of weights that stay in memory; None: as much as fits.
         disk_limit: bytes that may be taken in offload_dir; None: what is free.
+        best_weights: bytes of weights beyond which memory serves optimizer state better; None: there is no such point.
     """
 
     state: float | int | None = None
     activations: str = "auto"
     weights: float | int | None = None
     disk_limit: int | None = None
+    best_weights: int | None = None
 
 
 def share_heap() -> None:
@@ -138,6 +143,59 @@ def first_cells(sizes: Mapping[str, int], free: int, budget: int, staging: int, 
         return plan_cells(sizes, left, most)
 
 
+def fit_first(training: Training, budget: int, working: Working, wishes: Wishes, *, travels: bool = True) -> int:
+    """Before the first step, whose micro-batches are known now: keeps the cells that fit beside it. Returns its peak.
+
+    What other units gave waits on disk as soon as memory is short for what the backward pass takes at its widest.
+
+    Args:
+        budget: bytes for the whole process.
+        working: what the step takes.
+        travels: not all weights need to stay.
+
+    Raises:
+        BudgetError: the step does not fit, whatever travels.
+    """
+    allowed = int(budget * (1 - MARGIN)) - SLACK
+    swaps = training.backprop.stash is not None
+    free = allowed - rss_bytes() - working.nbytes
+    if travels and wishes.weights is None:
+        free += _divide(training, free, wishes)
+    if swaps:
+        training.backprop.is_pressed = lambda: rss_bytes() > allowed - working.at_once
+    peak = allowed - free
+    if peak - (working.waits if swaps else 0) > budget:
+        least = int((peak - (working.waits if swaps else 0) + SLACK) / (1 - MARGIN))
+        raise BudgetError(
+            f"cpu_memory={format_bytes(budget)} is too small for this step: the process takes "
+            f"{format_bytes(rss_bytes())} with the weights and state that must be there, the widest part of the model "
+            f"{format_bytes(working.at_once)}, and what units give each other {format_bytes(working.waits)}"
+            f"{', on disk' if swaps else ''}. Give at least {format_bytes(least)}, or shorter or smaller micro-batches"
+        )
+    return peak
+
+
+def _divide(training: Training, free: int, wishes: Wishes) -> int:
+    """Keeps the cells that `free` more bytes have room for, or fewer where it is negative; returns what that frees."""
+    cells = training.cells
+    sizes = {unit: page(cell.nbytes) for unit, cell in cells.layouts.items() if unit != LOOSE}
+    held = sum(n for unit, n in sizes.items() if cells.stays(unit))
+    now = held + training.cell_ring_nbytes
+    if held == sum(sizes.values()) and free >= 0:
+        return 0
+    plan = None
+    for room in (now + free, FEWEST * max(sizes.values()), *sorted(sizes.values())):
+        try:
+            plan = plan_cells(sizes, room, wishes.best_weights)
+            break
+        except BudgetError:  # the fewest bytes that there can be, then
+            continue
+    if plan is None or (free >= 0 and plan.kept <= {u for u in sizes if cells.stays(u)}):
+        return 0
+    training.keep_cells(plan.kept, (plan.slots, plan.slot_nbytes))
+    return now - plan.nbytes
+
+
 def plan_memory(training: Training, budget: int, peak: int, wishes: Wishes, *, travels: bool = True) -> Spare:
     """Divides what is left of the budget, and tells the engine.
 
@@ -156,7 +214,7 @@ def plan_memory(training: Training, budget: int, peak: int, wishes: Wishes, *, t
     if travels and wishes.weights is None and (held < sum(sizes.values()) or peak > budget):
         room = held + training.cell_ring_nbytes + free
         try:
-            plan = plan_cells(sizes, room)
+            plan = plan_cells(sizes, room, wishes.best_weights)
             training.keep_cells(plan.kept, (plan.slots, plan.slot_nbytes))
             free = room - plan.nbytes
             held = plan.nbytes - plan.slots * plan.slot_nbytes

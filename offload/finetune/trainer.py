@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,8 @@ from torch import nn
 
 from offload.errors import ClosedError, ModelError, UsageError
 from offload.finetune.activations import plan_swaps
-from offload.finetune.memory import Spare, Wishes, give_back, plan_memory
+from offload.finetune.memory import Spare, Wishes, fit_first, give_back, plan_memory
+from offload.finetune.rehearsal import rehearse, working
 from offload.hardware import peak_rss_bytes, reset_peak_rss
 from offload.io.engine import Engine
 from offload.optim.base import Numbers, Optimizer
@@ -143,7 +144,9 @@ class Trainer:
         rate = self.learning_rate if learning_rate is None else learning_rate
         step = self._step + 1
         is_first = self._spare is None and self._wishes is not None
+        predicted: int | None = None
         if is_first:
+            predicted = self._prepare_first([b for b, _ in learnt])
             reset_peak_rss()  # where that cannot be done, the peak is that of the process, and less is kept
         self.training.backprop.measures = is_first
         self._root.train()
@@ -161,7 +164,8 @@ class Trainer:
                 self.training.backprop, self._wishes.activations, self._cpu_memory, peak_rss_bytes(),
                 self.training.state_nbytes, len(learnt), time.perf_counter() - began, self._engine.statistics(),
             )  # fmt: skip
-            self._spare = plan_memory(self.training, self._cpu_memory, peak, self._wishes, travels=self._travels)
+            spare = plan_memory(self.training, self._cpu_memory, peak, self._wishes, travels=self._travels)
+            self._spare = replace(spare, predicted_nbytes=predicted)
         give_back(self._cpu_memory)
         after = self._engine.statistics()
         return StepResult(
@@ -222,6 +226,22 @@ class Trainer:
         except BaseException as error:
             self._broken = f"{what} failed: {error}"
             raise
+
+    def _prepare_first(self, batches: Sequence[MicroBatch]) -> int | None:
+        """Makes room for the first step, whose micro-batches show what it will take; returns its peak in bytes."""
+        training, wishes = self.training, self._wishes
+        if type(training) is not Training or wishes is None or self._where.type != "cpu":
+            return None
+        self._root.train()
+        widest = max(batches, key=lambda b: b["input_ids"].numel() if "input_ids" in b else 0)
+        parts = training.backprop.parts
+        needs = rehearse(parts, training.parameters.values(), lambda b: self._loss(b)(), widest)
+        if needs is None:
+            return None
+        parts[[*needs][-1]].keeps = True  # its backward follows its forward at once
+        loose = sum(4 * training.parameters[n].numel() for n in training.loose)
+        found = working(list(needs.values()), len(batches), loose)
+        return fit_first(training, self._cpu_memory, found, wishes, travels=self._travels)
 
     def _loss(self, batch: MicroBatch) -> Callable[[], torch.Tensor]:
         def loss() -> torch.Tensor:

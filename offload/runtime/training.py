@@ -258,6 +258,21 @@ class Training:
         """See Holdings.keep_cells."""
         self._holdings.keep_cells(kept, cell_slots, is_due=self._is_due, has_copies=self._has_copies)
 
+    def defer(self, defers: bool) -> None:
+        """Writes the state of cells that travel in the backward pass, where updates wait for the forward pass."""
+        self._tuples.defers = defers
+        self._tuples.forget()
+
+    @property
+    def loose(self) -> Collection[str]:
+        """Parameters that belong to no unit."""
+        return self._loose
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What is trained."""
+        return self._parameters.trained
+
     @property
     def state_nbytes(self) -> int:
         """Bytes of the optimizer's state, master weights included."""

@@ -21,6 +21,7 @@ class Tuples:
 
     Attributes:
         order: see above; to be changed with `forget`.
+        defers: state of cells that travel is written in the backward pass; see `TrainedUnit`.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Tuples:
         self._cells, self._lanes, self._there = cells, lanes, there
         self.order = list(order)
         self.clips, self.writes_copies = clips, writes_copies
+        self.defers = False
         self._emitted: dict[tuple[bool, ...], Schedule] = {}
 
     def emit(self, is_due: bool, has_copies: bool, *, forward: bool, backward: bool) -> Schedule:
@@ -84,6 +86,6 @@ class Tuples:
         )  # fmt: skip
         there = self._there
         return TrainedUnit(
-            name=name, nbytes=page(cell.nbytes), shards=shards, stays=not self.travels(name),
+            name=name, nbytes=page(cell.nbytes), shards=shards, stays=not self.travels(name), defers=self.defers,
             uploads=there is not None, stays_there=there is not None and there.stays(name),
         )  # fmt: skip

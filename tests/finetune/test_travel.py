@@ -15,7 +15,7 @@ from test_full import NUMBERS, B, F, batches, check, plain, rate
 import offload
 from offload.finetune.trainer import Trainer
 from offload.io.engine import IOStatistics
-from offload.planner.training import moved
+from offload.planner.training import Update, moved
 
 CASES = [  # model, dtype, micro-batches, clip norm
     ("llama", B, 1, 0.5), ("llama", B, 2, None), ("llama", F, 1, None), ("llama-tied", B, 3, 0.5),
@@ -39,6 +39,31 @@ def test_travelling_equals_in_memory(
     with travelling(tmp_path, kind, dtype, max_grad_norm=clip, resident_weights=share, seed=5) as trainer:
         loop = ReferenceLoop(plain(tmp_path / "model", dtype), max_grad_norm=clip, seed=5, **NUMBERS)
         check(trainer, loop, micro_batches)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "micro_batches", "clip"), [c for c in CASES if c[-1]])
+def test_state_that_is_written_in_the_backward_pass(
+    kind: str, dtype: torch.dtype, micro_batches: int, clip: float, tmp_path: Path
+) -> None:
+    """Evaluations, commits and changes of what stays come between; some state and some cells stay."""
+    options = {"max_grad_norm": clip, "resident": 0.3, "resident_weights": 0.4}
+    with travelling(tmp_path, kind, dtype, **options) as trainer:
+        trainer.training.defer(True)
+        loop = ReferenceLoop(plain(tmp_path / "model", dtype), max_grad_norm=clip, **NUMBERS)
+        check(trainer, loop, micro_batches, steps=3)
+        made = {s.made for s in trainer.training.schedule() if isinstance(s, Update)}
+        assert made == {"update", "trial", "rounding"}
+        assert trainer.evaluate(batches(50, 2)) == held_out(loop)
+        check(trainer, loop, micro_batches, steps=2)
+        trainer.commit()
+        trainer.training.keep_cells([], (3, max(c.nbytes for c in trainer.training.cells.layouts.values())))
+        check(trainer, loop, 1, steps=2)
+        trainer.commit()
+        trainer.step(batches(9, 1))
+    with travelling(tmp_path, kind, dtype, resume=True, **options) as trainer:
+        trainer.training.defer(True)
+        assert trainer.evaluate(batches(50, 2)) == held_out(loop)
+        check(trainer, loop, 2, steps=2)
 
 
 @pytest.mark.parametrize("clip", [0.5, None], ids=["clip", "no clip"])
