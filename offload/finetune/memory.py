@@ -184,7 +184,8 @@ def _divide(training: Training, free: int, wishes: Wishes) -> int:
     if held == sum(sizes.values()) and free >= 0:
         return 0
     plan = None
-    for room in (now + free, FEWEST * max(sizes.values()), *sorted(sizes.values())):
+    staging = training.staging_nbytes
+    for room in (now + free - (staging if free < 0 else 0), FEWEST * max(sizes.values()), *sorted(sizes.values())):
         try:
             plan = plan_cells(sizes, room, wishes.best_weights)
             break
@@ -193,7 +194,7 @@ def _divide(training: Training, free: int, wishes: Wishes) -> int:
     if plan is None or (free >= 0 and plan.kept <= {u for u in sizes if cells.stays(u)}):
         return 0
     training.keep_cells(plan.kept, (plan.slots, plan.slot_nbytes))
-    return now - plan.nbytes
+    return now - plan.nbytes - (staging if plan.slots else 0)
 
 
 def plan_memory(training: Training, budget: int, peak: int, wishes: Wishes, *, travels: bool = True) -> Spare:
@@ -213,6 +214,7 @@ def plan_memory(training: Training, budget: int, peak: int, wishes: Wishes, *, t
     held = sum(n for unit, n in sizes.items() if cells.stays(unit))
     if travels and wishes.weights is None and (held < sum(sizes.values()) or peak > budget):
         room = held + training.cell_ring_nbytes + free
+        room -= training.staging_nbytes if room < sum(sizes.values()) else 0
         try:
             plan = plan_cells(sizes, room, wishes.best_weights)
             training.keep_cells(plan.kept, (plan.slots, plan.slot_nbytes))

@@ -23,7 +23,7 @@ from offload.tiers.host import as_tensor
 
 LENGTHS = (16, 32, 48)  # tokens of the rows that are tried
 SHORT = 64  # rows of so many tokens are tried as they are
-THREAD = 8 << 20  # of a micro-batch's thread and those that compute with it
+THREAD = 16 << 20  # of a micro-batch's thread and those that compute with it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -283,6 +283,11 @@ class Training:
         return self._lanes.ring_nbytes
 
     @property
+    def staging_nbytes(self) -> int:
+        """What cells that travel will take beside their ring, where none has yet."""
+        return self._lanes.staging_nbytes
+
+    @property
     def cell_ring_nbytes(self) -> int:
         ring = self._lanes.cell_ring
         return ring.buffer.nbytes if ring is not None else 0

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from offload.io.buffers import Buffer, BufferPool, Interrupted, Lease
 from offload.planner.schedule import Read, Schedule, Step, Upload
 from offload.planner.training import ReadCell, ReadShard
-from offload.runtime.masters import Masters
+from offload.runtime.masters import STAGES, Masters
 from offload.runtime.progress import MODEL, Progress, lanes
 from offload.runtime.timeline import Timeline, now
 from offload.tiers.cells import Cells, page
@@ -99,6 +99,11 @@ class TrainingLanes:
     def is_running(self) -> bool:
         """Whether lanes are at work, or wait for the next pass."""
         return bool(self._threads)
+
+    @property
+    def staging_nbytes(self) -> int:
+        """What reading masters will take, where nothing has been read of them yet."""
+        return 0 if self._masters is not None else 4 * STAGES * max((s.count for s in self._shards.values()), default=0)
 
     @property
     def ring_nbytes(self) -> int:

@@ -70,7 +70,7 @@ def test_the_widest_point() -> None:
     assert one.nbytes == one.waits + one.at_once
 
 
-@pytest.mark.parametrize(("rows", "micro_batches", "budget"), [(8, 1, "1180MiB"), (1, 8, "1160MiB")])
+@pytest.mark.parametrize(("rows", "micro_batches", "budget"), [(8, 1, "1180MiB"), (1, 8, "1240MiB")])
 def test_the_peak_stays_under_the_budget_and_is_foretold(
     rows: int, micro_batches: int, budget: str, tmp_path: Path
 ) -> None:
