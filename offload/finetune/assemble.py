@@ -60,6 +60,7 @@ def assemble(
     overwrite: bool,
     shard_count: int = SHARD_COUNT,
     slots: int = SLOTS,
+    defers: bool = False,
     belongs: Mapping[str, Any] | None = None,
     accelerator: Accelerator | None = None,
 ) -> Trainer:
@@ -76,6 +77,8 @@ def assemble(
         travels: weights may travel where they do not fit in memory.
         belongs: what else the state belongs to, beside parameters and optimizer.
         accelerator: what computes; None: the CPU.
+        slots: of the ring of state.
+        defers: see `Training.defer`.
 
     Raises:
         BudgetError, ModelError, UsageError, StorageError, CheckpointError: see offload.errors.
@@ -137,6 +140,7 @@ def assemble(
             slots=slots, cell_slots=(plan.slots, plan.slot_nbytes), max_grad_norm=max_grad_norm, kernels=there_kernels,
             seed=seed,
         )  # fmt: skip
+        training.defer(defers)
         if accelerator is not None and device is not None:
             if accelerator.device is None:  # otherwise who made it has set room aside for all of them
                 press(training.backprop, Ashore(device), accelerator.inputs_nbytes())

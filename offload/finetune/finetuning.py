@@ -165,7 +165,7 @@ def finetuning(
                 disk_limit=limit, offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
                 device=lambda nbytes: create(device, memory_nbytes=nbytes, link_bytes_per_s=pace),
             )  # fmt: skip
-        slots = SLOTS
+        slots, defers = SLOTS, False
         if isinstance(model, nn.Module):
             root, anatomy = model, dissect(model, shares=False)
             given = {
@@ -183,7 +183,7 @@ def finetuning(
         else:
             opened = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
             root, anatomy = opened.model, dissect(opened.model, shares=False)
-            slots = _slots(opened, rule, max_grad_norm, budgets.cpu_memory, tokens, accelerator)
+            slots, defers = _rings(opened, rule, max_grad_norm, budgets.cpu_memory, tokens, accelerator)
             parameters = {n: (s.dtype, s.shape) for n, s in opened.sources.items()}
             if accelerator is not None:
                 accelerator = accelerator.sized(opened.spec, tokens)
@@ -203,26 +203,28 @@ def finetuning(
             put_back=put_back if given else None, travels=not given,
             learning_rate=learning_rate, max_grad_norm=max_grad_norm,
             cpu_memory=budgets.cpu_memory, wishes=wishes, offload_dir=Path(offload_dir),
-            seed=seed, resume=resume, overwrite=overwrite, slots=slots, accelerator=accelerator,
+            seed=seed, resume=resume, overwrite=overwrite, slots=slots, defers=defers,
+            accelerator=accelerator,
         )  # fmt: skip
     except BaseException:
         engine.close()
         raise
 
 
-def _slots(
+def _rings(
     opened: Opened,
     rule: Optimizer,
     max_grad_norm: float | None,
     budget: int,
     tokens: int,
     accelerator: Accelerator | None,
-) -> int:
-    """How deep the ring of optimizer state is best, by the prediction of a step."""
+) -> tuple[int, bool]:
+    """How deep the ring of optimizer state is best, and whether the state of weights that travel is best written in the
+    backward pass, by the prediction of a step."""
     profile = load_profile() or preset("cpu-ddr5-nvme4")
     batch = Batch(rows=1, tokens=tokens)
     if accelerator is not None and not accelerator.is_known(profile):
-        return SLOTS
+        return SLOTS, False
     try:
         found = forecast(
             opened.spec,
@@ -235,5 +237,5 @@ def _slots(
             accelerator=accelerator,
         )
     except BudgetError:  # what does not fit is said later, by what is measured
-        return SLOTS
-    return found.slots
+        return SLOTS, False
+    return found.slots, found.defers

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from offload.errors import BudgetError
@@ -24,7 +25,7 @@ from offload.tiers.cells import SHARD_COUNT, page
 
 DEEPER = (16, 24, 32, 48)  # slots, that are tried
 WORTH = 0.97  # of the time, to be worth more memory
-LOSSES = 2  # copies of the logits, each in two and in four bytes, that a loss and its backward make
+LOSSES = 0.5  # of the logits in two and in four bytes: a loss leaves them as they are, with the gradient in their place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class Forecast:
     state_nbytes: of optimizer state that stays in memory.
     scratch_nbytes: on disk, for cells that travel.
     room_nbytes: taken there at most: until the first step has been measured, more cells travel.
+    defers: state of cells that travel is best written in the backward pass.
     slots: of the ring of state, in shards.
     gradient_nbytes: of sums of gradients, a unit's and the next one's.
     activation_nbytes: beside graphs that are kept: inputs of units, one graph, the loss.
@@ -65,6 +67,7 @@ class Forecast:
     ring_nbytes: int = 0
     process_nbytes: int = 0
     room_nbytes: int = 0
+    defers: bool = False
 
     def memory(self) -> dict[str, int]:
         """Bytes of main memory by class."""
@@ -85,6 +88,7 @@ class Forecast:
             "state_in_memory_bytes": self.state_nbytes,
             "scratch_bytes": self.scratch_nbytes,
             "state_slots": self.slots,
+            "state_in_backward": self.defers,
         }
 
 
@@ -102,8 +106,8 @@ def forecast(
     """The step that repeats, with the ring of state that makes it shortest.
 
     A unit's backward is long, and its updates follow at once: a ring that holds its whole state lets the disk work
-    meanwhile, and may be worth weights that travel. With clipping the disk works in the forward pass only, which is
-    short, and a deep ring gains nothing.
+    meanwhile, and may be worth weights that travel. With clipping state moves in the forward pass, which is short; that
+    of cells that travel can be written in the backward pass instead, which wants such a ring as well.
 
     Args:
         rule: the optimizer.
@@ -117,9 +121,11 @@ def forecast(
     if accelerator is not None:
         accelerator = accelerator.sized(spec, batch.rows * batch.tokens, batch.micro_batches)
     best = _forecast(spec, rule, profile, batch, clips, budget, base, SLOTS, accelerator)
-    for slots in () if clips or not best.cost.read_bytes else DEEPER:
+    if not best.cost.read_bytes:
+        return best
+    for slots, defers in product(DEEPER, (False, True) if clips and accelerator is None else (False,)):
         try:
-            found = _forecast(spec, rule, profile, batch, clips, budget, base, slots, accelerator)
+            found = _forecast(spec, rule, profile, batch, clips, budget, base, slots, accelerator, defers)
         except BudgetError:
             break
         if found.cost.seconds < WORTH * best.cost.seconds:
@@ -137,6 +143,7 @@ def _forecast(
     base: int,
     slots: int,
     accelerator: Accelerator | None = None,
+    defers: bool = False,
 ) -> Forecast:
     units = [_unit(unit.name, unit.tensors, rule) for unit in spec.units]
     loose = _unit("(loose)", spec.loose, rule) if spec.loose else None
@@ -145,7 +152,7 @@ def _forecast(
     sizes = {unit.name: unit.nbytes for unit in units}
     graphs = {unit.name: _graph(unit, batch) * batch.micro_batches for unit in spec.units}
     sums = 2 * max(sizes.values())
-    at_once = batch.rows * batch.tokens * LOSSES * spec.logits_nbytes
+    at_once = int(batch.rows * batch.tokens * LOSSES * spec.logits_nbytes)
     at_once += spec.hidden_nbytes * batch.rows * batch.tokens * batch.micro_batches * len(units)
     at_once += max(graphs.values()) // batch.micro_batches
     there: CellPlan | None = None
@@ -170,7 +177,7 @@ def _forecast(
         if taken + shard.nbytes / 2 <= wanted and taken + shard.nbytes <= left:
             staying.add(shard.name)
             taken += shard.nbytes
-    order = [_placed(unit, unit.name in plan.kept, staying, there) for unit in units]
+    order = [replace(_placed(unit, unit.name in plan.kept, staying, there), defers=defers) for unit in units]
     itemsize = 4 if spec.dtype == "float32" else 2
     copies = has_copies(clips, itemsize)
     schedule = emit_training(
@@ -195,6 +202,7 @@ def _forecast(
         state_nbytes=taken,
         scratch_nbytes=plan.travels_nbytes,
         slots=slots,
+        defers=defers,
         gradient_nbytes=sums,
         activation_nbytes=at_once,
         ring_nbytes=int(rings) + plan.slots * plan.slot_nbytes,

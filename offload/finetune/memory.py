@@ -55,14 +55,12 @@ class Wishes:
             fits.
         weights: bytes, or a share of all, of weights that stay in memory; None: as much as fits.
         disk_limit: bytes that may be taken in offload_dir; None: what is free.
-        best_weights: bytes of weights beyond which memory serves optimizer state better; None: there is no such point.
     """
 
     state: float | int | None = None
     activations: str = "auto"
     weights: float | int | None = None
     disk_limit: int | None = None
-    best_weights: int | None = None
 
 
 def share_heap() -> None:
@@ -160,7 +158,7 @@ def fit_first(training: Training, budget: int, working: Working, wishes: Wishes,
     swaps = training.backprop.stash is not None
     free = allowed - rss_bytes() - working.nbytes
     if travels and wishes.weights is None:
-        free += _divide(training, free, wishes)
+        free += _divide(training, free)
     if swaps:
         training.backprop.is_pressed = lambda: rss_bytes() > allowed - working.at_once
     peak = allowed - free
@@ -175,7 +173,7 @@ def fit_first(training: Training, budget: int, working: Working, wishes: Wishes,
     return peak
 
 
-def _divide(training: Training, free: int, wishes: Wishes) -> int:
+def _divide(training: Training, free: int) -> int:
     """Keeps the cells that `free` more bytes have room for, or fewer where it is negative; returns what that frees."""
     cells = training.cells
     sizes = {unit: page(cell.nbytes) for unit, cell in cells.layouts.items() if unit != LOOSE}
@@ -187,7 +185,7 @@ def _divide(training: Training, free: int, wishes: Wishes) -> int:
     staging = training.staging_nbytes
     for room in (now + free - (staging if free < 0 else 0), FEWEST * max(sizes.values()), *sorted(sizes.values())):
         try:
-            plan = plan_cells(sizes, room, wishes.best_weights)
+            plan = plan_cells(sizes, room)
             break
         except BudgetError:  # the fewest bytes that there can be, then
             continue
@@ -216,7 +214,7 @@ def plan_memory(training: Training, budget: int, peak: int, wishes: Wishes, *, t
         room = held + training.cell_ring_nbytes + free
         room -= training.staging_nbytes if room < sum(sizes.values()) else 0
         try:
-            plan = plan_cells(sizes, room, wishes.best_weights)
+            plan = plan_cells(sizes, room)
             training.keep_cells(plan.kept, (plan.slots, plan.slot_nbytes))
             free = room - plan.nbytes
             held = plan.nbytes - plan.slots * plan.slot_nbytes
