@@ -76,6 +76,8 @@ class Holdings:
                     self._spill.write(unit, self._cells.memory(unit)).result()
                 self._parameters.hide(self._cells.layouts[unit].places)
                 self._cells.drop(unit)
+                if unit not in self._backprop.order[-1:]:  # a graph refers to weights that would be gone
+                    self._backprop.parts[unit].keeps = False
             elif unit in kept and not self._cells.stays(unit):
                 view = self._cells.keep(unit)
                 if is_due:
