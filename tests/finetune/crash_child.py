@@ -68,11 +68,12 @@ def options(name: str) -> dict[str, Any]:
     if name.endswith("zo"):
         zeroth.REPLAYED = 2  # so that weights that stay are written too
         return {"method": "zo", "zo_eps": 1e-2, "zo_write_every": 2, "resident_weights": 0.4}
+    there = {"device": "emulated", "gpu_memory": "1400KiB", "tokens": 64} if "device" in name else {}
     return {
         "max_grad_norm": None if name.endswith("noclip") else 0.5,
         "resident": 0.3,
         "resident_weights": 0.4 if "travel" in name else None,
-    }
+    } | there
 
 
 def train(folder: Path, k: int | None) -> None:

@@ -36,14 +36,20 @@ def check(tmp_path: Path, kind: str, clip: str, seed: int, kills: int) -> None:
     assert all(len(numbers) == 1 for numbers in whole["seen"].values())
 
 
-@pytest.mark.parametrize("clip", ["clip", "noclip", "travel-clip", "travel-noclip", "zo"])
+@pytest.mark.parametrize("clip", ["clip", "noclip", "travel-clip", "travel-noclip", "device-travel-clip", "zo"])
 def test_a_killed_run_ends_like_one_that_never_was(clip: str, tmp_path: Path) -> None:
     check(tmp_path, "llama", clip, seed=1, kills=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "clip", "seed"), [("llama-tied", "travel-clip", 2), ("qwen3_moe", "noclip", 3), ("qwen3_moe", "zo", 4)]
+    ("kind", "clip", "seed"),
+    [
+        ("llama-tied", "travel-clip", 2),
+        ("qwen3_moe", "noclip", 3),
+        ("qwen3_moe", "zo", 4),
+        ("llama", "device-noclip", 5),
+    ],
 )
 def test_a_hundred_kills_each(kind: str, clip: str, seed: int, tmp_path: Path) -> None:
     check(tmp_path, kind, clip, seed=seed, kills=100)
