@@ -48,7 +48,8 @@ def resolve(*, cpu_memory: Size = None, gpu_memory: Size = None, resident: Size 
         gpu, sources["gpu_memory"] = parse_bytes(gpu_memory, "gpu_memory"), "as asked, emulated"
     elif gpu_memory is not None:
         raise UsageError(
-            f"gpu_memory={gpu_memory!r} was given, but the model would compute on the CPU: no GPU was found. "
+            f"gpu_memory={gpu_memory!r} was given, but the model would compute on the CPU: no GPU was found, or "
+            'device="cpu" was asked for. '
             'Leave it out, or try device="emulated"'
         )
     return Budgets(cpu_memory=cpu, gpu_memory=gpu, resident=parse_resident(resident), sources=sources)

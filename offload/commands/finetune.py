@@ -296,7 +296,10 @@ def _rehearse(
     """Shows what would be learnt, or the steps of a step, and trains nothing."""
     if request.explain:
         if outlook.forecast is None:
-            raise UsageError("--explain: there is no schedule to show: method is not full, or the memory is too small")
+            raise UsageError(
+                "--explain: there is no schedule to show: method is not full, the memory is too small, or nobody has "
+                "measured the accelerator yet (offload probe does)"
+            )
         print(explain(outlook.forecast.schedule))
         return 0
     text = excerpt(prepared.feed, tokenizer)

@@ -142,8 +142,7 @@ def assemble(
         )  # fmt: skip
         training.defer(defers)
         if accelerator is not None and device is not None:
-            if accelerator.device is None:  # otherwise who made it has set room aside for all of them
-                press(training.backprop, Ashore(device), accelerator.inputs_nbytes())
+            press(training.backprop, Ashore(device), accelerator.inputs_nbytes())
         else:
             prepare(training.backprop, wishes.activations, cpu_memory, offload_dir, engine, left)
         if is_new:

@@ -72,7 +72,7 @@ def assemble_lora(
         placement = place_beside(spec, budgets, beside, computing)
         room = accelerator.memory - sum(computing.values()) + sum(sizes)
         device = create(accelerator.name, memory_nbytes=room, link_bytes_per_s=accelerator.link_bytes_per_s)
-        accelerator = replace(accelerator, device=device)
+        accelerator = replace(accelerator, device=device, activations=computing)
     streams = Streams(anatomy, sources, placement, engine, there_kernels, device=device)
     try:
         streams.fill()

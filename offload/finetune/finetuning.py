@@ -34,6 +34,8 @@ from offload.tiers.devices import create, full_name, parse_link, warm_up
 from offload.tiers.transit import bring_into
 from offload.units import parse_bytes
 
+THERE = {"full": ("auto", "keep", "recompute"), "lora": ("auto", "recompute")}  # activations, on an accelerator
+
 
 def finetuning(
     model: str | os.PathLike[str] | nn.Module,
@@ -102,7 +104,7 @@ def finetuning(
         tokens: of a micro-batch, padding included: what memory is set aside for before the rest is given to weights.
         activations: "auto" keeps those that fit in memory, the others are computed again in the backward pass, from
             inputs of units that wait in memory or, where that is short or the disk has time, on disk; "keep",
-            "recompute", "disk".
+            "recompute", "disk". On an accelerator there is no "disk", and for adapters no "keep".
         disk_limit: bytes that state, and what does not fit in memory, may take in offload_dir; default: what is free.
             zo writes no weights back for which there is no room, and applies a longer log.
         resume: go on from the last commit in offload_dir, if there is one.
@@ -131,6 +133,11 @@ def finetuning(
     wishes = Wishes(budgets.resident, activations, parse_resident(resident_weights), limit)
     accelerator: Accelerator | None = None
     if budgets.gpu_memory is not None:
+        if activations not in THERE.get(method, (activations,)):
+            raise UsageError(
+                f"activations={activations!r}: with method={method!r} on an accelerator there are "
+                + ", ".join(THERE[method])
+            )
         accelerator = Accelerator(
             name=device, memory=budgets.gpu_memory, link_bytes_per_s=pace, overlaps=overlap
         )  # fmt: skip
@@ -140,10 +147,6 @@ def finetuning(
         if method == "lora":
             if isinstance(model, nn.Module):
                 raise UsageError('method="lora" takes a checkpoint: a folder or a hub id')
-            if accelerator is not None and activations not in ("auto", "recompute"):
-                raise UsageError(
-                    f"activations={activations!r}: on an accelerator adapters' units run again; say recompute"
-                )
             opened = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
             try:
                 wanted = Lora(**(lora or {}))

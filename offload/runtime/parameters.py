@@ -6,11 +6,12 @@ unit shall not find something that looks like one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
 
+from offload.runtime.buffers import move_buffers
 from offload.runtime.discovery import Anatomy
 
 
@@ -34,7 +35,7 @@ class Parameters:
         self.trained: dict[str, nn.Parameter] = {}
         self._absent: dict[str, torch.Tensor] = {}
         self._device = device
-        self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
+        self._put_back: Callable[[], None] = lambda: None
         self._bound: list[tuple[nn.Module, str, nn.Parameter | None]] = []
         for name, owners in anatomy.owners.items():
             if name in frozen:
@@ -60,17 +61,12 @@ class Parameters:
 
     def move_buffers(self, root: nn.Module) -> None:
         """Buffers go along to the device."""
-        for module in root.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and self._device is not None and buffer.device.type != self._device.type:
-                    self._buffers.append((module, name, buffer))
-                    module._buffers[name] = buffer.to(self._device)
+        if self._device is not None:
+            self._put_back = move_buffers(root, self._device)
 
     def close(self) -> None:
         """Gives the model its own parameters and buffers back."""
-        for module, name, buffer in self._buffers:
-            module._buffers[name] = buffer
-        self._buffers.clear()
+        self._put_back()
         for module, attribute, parameter in self._bound:
             module._parameters[attribute] = parameter
         self._bound.clear()

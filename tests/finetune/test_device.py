@@ -205,3 +205,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         offload.finetuning(tmp_path / "model", device="cpu", gpu_memory="1GiB", offload_dir=tmp_path / "state")
     with pytest.raises(offload.UsageError, match="link="):
         offload.finetuning(tmp_path / "model", device="cpu", link="1GB/s", offload_dir=tmp_path / "state")
+    given = {"device": "emulated", "gpu_memory": "1MiB", "offload_dir": tmp_path / "state"}
+    for method, words in (("full", "auto, keep, recompute"), ("lora", "auto, recompute")):
+        with pytest.raises(offload.UsageError, match=f"activations='disk'.* there are {words}$"):
+            offload.finetuning(tmp_path / "model", method=method, activations="disk", **given)
