@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from offload.errors import BudgetError
 from offload.generate import Prompt
 from offload.generate.continuous import passes
+from offload.plan.offline import _Prices, plan_offline, room_for_one
 from offload.planner.batching import PASS_TOKENS, SEQUENCES, best, between, play
 from offload.runtime.pool import Runs
 
@@ -109,6 +112,31 @@ def test_many_prompts_are_stood_for_by_some() -> None:
     assert found is not None
     assert found.tokens == 10_000 * 101
     assert found.passes % 5 == 0
+
+
+def test_a_long_prompt_leaves_room_for_fewer_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could run one at a time is planned, if only so; room for one prompt is room for those before it, too."""
+
+    limit = 0
+
+    def divided(self: _Prices, pool_tokens: int, pass_tokens: int, most: int) -> Any:
+        if pool_tokens + pass_tokens + 100 * most <= limit:
+            return (lambda rows: 1.0), 0
+        self.refusal = BudgetError("too small")
+        return None
+
+    monkeypatch.setattr(_Prices, "_divide", divided)
+    ask: Any = SimpleNamespace(budgets=SimpleNamespace(gpu_memory=1))
+    lengths, news = [2, 3, 300, 2, 350], [2, 2, 20, 400, 20]
+    least = (3 + 64, 4 + 64, 319 + 300, 401 + 300, 401 + 350)  # run and pass, of each with those before it
+    for fits in range(6):
+        limit = 100 + least[fits - 1] if fits else 99 + least[0]
+        assert room_for_one(ask, lengths, news) == fits
+        if fits:
+            assert plan_offline(ask, lengths[:fits], news[:fits]).sequences == 1
+        if fits < 5:
+            with pytest.raises(BudgetError, match="too small"):
+                plan_offline(ask, lengths[: fits + 1], news[: fits + 1])
 
 
 def test_between_points() -> None:

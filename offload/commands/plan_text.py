@@ -84,7 +84,7 @@ def _times(plan: Plan) -> Table:
         _range(prediction.prefill_interval),
         f"{prompts} {work.prompt_tokens} tokens",
     )
-    rate = f"{prediction.tokens_per_s:.3g} tokens/s" + (f" of {work.batch} sequences" if batch else "")
+    rate = f"{_figures(prediction.tokens_per_s)} tokens/s" + (f" of {work.batch} sequences" if batch else "")
     step = prediction.decode_s_per_token
     table.add_row("each step" if batch else "each token", format_seconds(step), _range(prediction.interval), rate)
     bound = prediction.bound_s_per_token
@@ -115,7 +115,7 @@ def _variants(plan: Plan, variants: Iterable[Variant]) -> Table | None:
             table.add_row(variant.label, "does not fit", "", "")
         else:
             times = plan.prediction.decode_s_per_token / seconds
-            table.add_row(variant.label, format_seconds(seconds), f"{rate:.3g}", f"{times:.2f}")
+            table.add_row(variant.label, format_seconds(seconds), _figures(rate), f"{times:.2f}")
     return table if table.row_count else None
 
 
@@ -133,3 +133,8 @@ def _rejected(plan: Plan) -> Table | None:
 
 def _range(interval: tuple[float, float]) -> str:
     return f"{format_seconds(interval[0])} to {format_seconds(interval[1])}"
+
+
+def _figures(rate: float) -> str:
+    """Three figures at least, never a power of ten."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"

@@ -36,7 +36,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the configuration {path} cannot be read: {error}") from error
+        raise UsageError(f"the configuration {path} cannot be read: {getattr(error, 'strerror', error)}") from error
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from offload.budgets import divide
 from offload.errors import BudgetError
 from offload.plan.planning import Ask
-from offload.planner.batching import Again, Batching, PassSeconds, best, between
+from offload.planner.batching import PASS_TOKENS, Again, Batching, PassSeconds, best, between
 from offload.planner.ops import Phase
 from offload.planner.placement import Tier
 from offload.planner.predict import Pricer, resident
@@ -48,15 +48,20 @@ def plan_offline(
     """
     prices = _Prices(ask, prompts, new_tokens)
     again_of = prices.again_of if ask.budgets.gpu_memory is None else None
-    found = best(prompts, new_tokens, prices.pass_s_of, sequences=sequences, again_of=again_of)
-    if found is None:
+    for most in (sequences, 1):  # memory for many short ones at a time may be more than there is beside a long one
+        found = best(prompts, new_tokens, prices.pass_s_of, sequences=most, again_of=again_of)
+        if found is not None:
+            break
+    else:
         assert prices.refusal is not None
         raise prices.refusal
     return replace(found, sequences=min(found.sequences, len(prompts)))
 
 
 def room_for_one(ask: Ask, prompts: Sequence[int], new_tokens: Sequence[int]) -> int:
-    """Of prompts in the order of the memory that they need: how many could run alone, from the first one on.
+    """Of prompts in the order of the memory that they need: how many could run one at a time, from the first one on.
+
+    Memory that is set aside for the longest of them holds each.
 
     Args:
         ask: the model, the machine and the budgets; its `work` is not looked at.
@@ -65,8 +70,9 @@ def room_for_one(ask: Ask, prompts: Sequence[int], new_tokens: Sequence[int]) ->
     """
 
     def is_too_long(number: int) -> bool:
-        tokens, new = prompts[number], new_tokens[number]
-        return _Prices(ask, [tokens], new).pass_s_of(tokens + new - 1, tokens, 1) is None
+        some, news = prompts[: number + 1], new_tokens[: number + 1]
+        run = max(tokens + new - 1 for tokens, new in zip(some, news, strict=True))
+        return _Prices(ask, some, news).pass_s_of(run, max(*some, PASS_TOKENS[0]), 1) is None
 
     return bisect_left(range(len(prompts)), True, key=is_too_long)
 

@@ -39,7 +39,7 @@ def load(path: str | os.PathLike[str]) -> Profile:
             raise UsageError(f"{file} is larger than any hardware profile")
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the hardware profile {file} cannot be read: {error}") from error
+        raise UsageError(f"the hardware profile {file} cannot be read: {getattr(error, 'strerror', error)}") from error
     try:
         return parse(text)
     except UsageError as error:
