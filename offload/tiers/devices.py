@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from offload.errors import UsageError
 from offload.io.buffers import Buffer
 from offload.tiers.device import Device, DeviceStatistics, Download, Event, Happened, Pairs
 from offload.units import parse_rate
+
+UNKNOWN = "device={device!r} is not known; there are cpu, emulated, cuda and cuda:N"
 
 
 class CpuDevice:
@@ -65,9 +69,15 @@ def warm_up(name: str) -> None:
 
 
 def full_name(device: str | None) -> str:
-    """The device's full name: CUDA if there is one and nothing was asked, and with its number."""
+    """The device's full name: CUDA if there is one and nothing was asked, and with its number.
+
+    Raises:
+        UsageError: no device has that name.
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "emulated", "cuda") and not re.fullmatch(r"cuda:\d+", device):
+        raise UsageError(UNKNOWN.format(device=device))
     return f"cuda:{torch.cuda.current_device()}" if device == "cuda" and torch.cuda.is_available() else device
 
 
@@ -114,4 +124,4 @@ def create(name: str, *, memory_nbytes: int | None = None, link_bytes_per_s: flo
         from offload.tiers.cuda import CudaDevice
 
         return CudaDevice(name)
-    raise UsageError(f"device={name!r} is not known; there are cpu, emulated, cuda and cuda:N")
+    raise UsageError(UNKNOWN.format(device=name))

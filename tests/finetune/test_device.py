@@ -209,3 +209,5 @@ def test_what_is_refused(tmp_path: Path) -> None:
     for method, words in (("full", "auto, keep, recompute"), ("lora", "auto, recompute")):
         with pytest.raises(offload.UsageError, match=f"activations='disk'.* there are {words}$"):
             offload.finetuning(tmp_path / "model", method=method, activations="disk", **given)
+    with pytest.raises(offload.UsageError, match="device='gpu' is not known; there are cpu, emulated, cuda"):
+        offload.finetuning(tmp_path / "model", device="gpu", offload_dir=tmp_path / "state")
