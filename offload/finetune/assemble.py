@@ -28,6 +28,7 @@ from offload.runtime.training_lanes import LOOSE
 from offload.tiers.ashore import Ashore
 from offload.tiers.cells import SHARD_COUNT, Cells, Shapes, lay_out_cell, page
 from offload.tiers.device import Device
+from offload.tiers.pins import Pins
 from offload.tiers.spill import Spill
 from offload.tiers.statefile import open_state, room
 from offload.units import MIB, format_bytes
@@ -128,13 +129,13 @@ def assemble(
     device: Device | None = None
     try:
         spill.take_room(c.unit for c in layouts if c.places and c.unit not in plan.kept)
-        cells = Cells(layouts, plan.kept)
         make = Training if streams is None else partial(Adapted, streams=streams)
         there_kernels = kernels
         if accelerator is not None:
             device, there = accelerator.open(layouts)
             there_kernels = Kernels(device.torch_device.type, exact=kernels.exact)
             make = partial(make, device=device, there=there, overlaps=accelerator.overlaps)
+        cells = Cells(layouts, plan.kept, Pins(device))
         training = make(
             root, anatomy, cells, state, spill, optimizer,
             slots=slots, cell_slots=(plan.slots, plan.slot_nbytes), max_grad_norm=max_grad_norm, kernels=there_kernels,

@@ -115,8 +115,7 @@ class Trainer:
     @property
     def fallbacks(self) -> tuple[str, ...]:
         """What did not go the fast way, a sentence each."""
-        own = self.training.fallbacks if isinstance(self.training, Zeroth) else ()
-        return (*self._engine.fallbacks, *own)
+        return (*self._engine.fallbacks, *self.training.fallbacks)
 
     def whereabouts(self) -> Whereabouts | None:
         """Where weights that are not trained by gradients are; None where all are."""

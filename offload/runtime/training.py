@@ -292,6 +292,11 @@ class Training:
         ring = self._lanes.cell_ring
         return ring.buffer.nbytes if ring is not None else 0
 
+    @property
+    def fallbacks(self) -> Sequence[str]:
+        """What did not go the fast way, a sentence each."""
+        return self.cells.pins.fallbacks
+
     def schedule(self) -> Schedule:
         """The steps of a step of training, as it will be from the second on."""
         return self._tuples.repeating()

@@ -89,11 +89,11 @@ class TrainingLanes:
     def use_cell_ring(self, slots: int, nbytes: int) -> None:
         """Makes the ring of cells. No pass is under way."""
         self.rest()
-        if self.cell_ring is not None:
-            self.cell_ring.close()
+        self._end_cell_ring()
         self.cell_ring = BufferPool(slots, nbytes) if slots else None
         if self.cell_ring is not None:
             self.cell_ring.buffer.touch()
+            self._cells.pins.add(self.cell_ring.buffer)
 
     @property
     def is_running(self) -> bool:
@@ -177,8 +177,7 @@ class TrainingLanes:
         self._state.drain()
         self._spill.close()
         self.ring.close()
-        if self.cell_ring is not None:
-            self.cell_ring.close()
+        self._end_cell_ring()
 
     # What the model's thread asks for.
 
@@ -326,6 +325,11 @@ class TrainingLanes:
         if self._masters is None:
             self._masters = Masters(self._state, self.kept, max(s.count for s in self._shards.values()))
         return self._masters
+
+    def _end_cell_ring(self) -> None:
+        if self.cell_ring is not None:
+            self._cells.pins.remove(self.cell_ring.buffer)
+            self.cell_ring.close()
 
     def _written(self, name: str, start: float, nbytes: int, lease: Lease) -> Callable[[Future[int]], None]:
         def ended(_: Future[int]) -> None:

@@ -20,6 +20,7 @@ import torch
 
 from offload.io.buffers import Buffer
 from offload.tiers.host import as_tensor
+from offload.tiers.pins import Pins
 from offload.units import MIB
 
 ALIGNMENT = 256  # elements: what blocks of 8-bit states have, and a multiple of what every kernel computes at a time
@@ -135,9 +136,11 @@ class Cells:
 
     Args:
         kept: cells that stay; None: all.
+        pins: of the device that computes.
     """
 
-    def __init__(self, cells: Sequence[Cell], kept: Collection[str] | None = None) -> None:
+    def __init__(self, cells: Sequence[Cell], kept: Collection[str] | None = None, pins: Pins | None = None) -> None:
+        self.pins = pins or Pins()
         self.layouts = {cell.unit: cell for cell in cells}
         self.views: dict[str, torch.Tensor] = {}
         self._areas: dict[str, torch.Tensor] = {}
@@ -157,13 +160,16 @@ class Cells:
     def keep(self, unit: str) -> memoryview:
         """Takes memory for a cell that stays from now on; returns it, to be filled."""
         self._kept[unit] = buffer = Buffer(page(self.layouts[unit].nbytes))
+        self.pins.add(buffer)
         self.lend(unit, buffer.view)
         return buffer.view
 
     def drop(self, unit: str) -> None:
         """Gives up the memory of a cell, which ends with the last view of it."""
         self.take_back(unit)
-        self._kept.pop(unit).close()
+        buffer = self._kept.pop(unit)
+        self.pins.remove(buffer)
+        buffer.close()
 
     def memory(self, unit: str) -> memoryview:
         """Of a cell that stays."""
@@ -203,6 +209,8 @@ class Cells:
         """Lets go of the memory, which ends with the last view of it: a user may still hold one."""
         self.views.clear()
         self._areas.clear()
+        for buffer in self._kept.values():
+            self.pins.remove(buffer)
         self._kept.clear()
 
 

@@ -15,8 +15,10 @@ from test_travel import Backwards, held_out
 
 import offload
 from offload.finetune.trainer import Trainer
+from offload.io.buffers import Buffer
 from offload.planner.schedule import Download, Upload
 from offload.planner.training import Update
+from offload.tiers.emulated import EmulatedDevice
 
 CASES = [  # model, dtype, micro-batches, clip norm
     ("llama", B, 1, 0.5), ("llama", B, 2, None), ("llama", F, 1, None), ("llama-tied", B, 3, 0.5),
@@ -67,6 +69,31 @@ def test_one_thing_at_a_time_changes_nothing(clip: float | None, tmp_path: Path)
     with accelerated(tmp_path, "llama-tied", B, **options) as trainer:
         loop = ReferenceLoop(plain(tmp_path / "model", B), max_grad_norm=clip, **NUMBERS)
         check(trainer, loop, 2)
+
+
+@pytest.mark.parametrize("tier", ["half on the device", "some of each"])
+def test_what_crosses_the_link_is_pinned_while_it_lives(
+    tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: dict[int, Buffer] = {}
+
+    def register(_: EmulatedDevice, buffer: Buffer) -> str | None:
+        pinned[buffer.address] = buffer
+        return "this memory could not be pinned"
+
+    def unregister(_: EmulatedDevice, buffer: Buffer) -> None:
+        assert buffer.view.nbytes, "the memory is gone already"
+        del pinned[buffer.address]
+
+    monkeypatch.setattr(EmulatedDevice, "register", register)
+    monkeypatch.setattr(EmulatedDevice, "unregister", unregister)
+    with accelerated(tmp_path, "llama", B, max_grad_norm=0.5, **TIERS[tier]) as trainer:
+        for k in range(2):
+            trainer.step(batches(k, 1))
+        cells = trainer.training.cells
+        assert len(pinned) == sum(map(cells.stays, cells.layouts)) + (trainer.training.cell_ring_nbytes > 0)
+        assert "this memory could not be pinned" in trainer.fallbacks
+    assert not pinned
 
 
 @pytest.mark.parametrize("clip", [0.5, None], ids=["clip", "no clip"])
