@@ -37,6 +37,7 @@ TINY: Mapping[str, Mapping[str, Any]] = {  # for tests
 }  # fmt: skip
 KEEPS = (0.2, 0.35, 0.6, 1.4)  # of the weights that memory holds, with their ring; the last: all of them
 DEVICE_KEEPS = (0.25, 0.5)
+MOE_KEEP = 0.4  # in place of less: experts are one tensor a layer, of which the ring needs two
 LINKS = (2.0, 4.0, 8.0, 16.0)
 WORK = ((1, 16), (1, 128), (1, 512), (2, 64), (4, 128), (8, 32), (16, 64), (32, 16))  # batch, tokens of a prompt
 
@@ -84,6 +85,8 @@ def grid(models: Sequence[str] = tuple(MODELS)) -> tuple[Cell, ...]:
             here.append((keep, batch, context, link))
         for j, (keep, batch, context, link) in enumerate(here):
             held = model == HELD_OUT_MODEL or (j + k) % EVERY == 2
+            if model == "moe" and keep < KEEPS[1]:
+                keep = MOE_KEEP
             cells.append(Cell(model=model, keep=keep, batch=batch, context=context, link=link, is_held_out=held))
     return tuple(cells)
 

@@ -1,10 +1,10 @@
-"""Answers a file of prompts: all of them in passes that they share, or in batches by the model's own generate."""
+"""A file of prompts that is being answered: what all ways share, and the way by batches of the model's own generate."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,10 @@ from offload.api import load
 from offload.commands.bar import bar
 from offload.commands.options import Running
 from offload.generate import Answers, Block, Prompt, arrange, ended, generate, seed_of
-from offload.generate.choosing import Asked, Choosers
-from offload.generate.continuous import passes
 from offload.handle import Offloaded
-from offload.plan import work_of
-from offload.planner.batching import Batching
-from offload.runtime.pool import KeyValuePool
-from offload.runtime.ragged import Ragged
 from offload.runtime.session import SessionStatistics
 from offload.specs import Workload
 from offload.units import format_bytes, format_seconds
-
-SAID_S = 10.0  # between two lines about how far it is
-LEAST_ROOM = 0.01  # of what streams: less is not worth another division of memory
 
 
 @dataclass(kw_only=True)
@@ -158,93 +149,15 @@ class Meter:
 
     def _sums(self) -> tuple[int, int, float]:
         now, before = self._handle.session.statistics(), self._before
-        read, uploaded = (before.read_bytes, before.uploaded_bytes) if before is not None else (0, 0)
-        return (
-            self._past[0] + now.read_bytes - read,
-            self._past[1] + now.uploaded_bytes - uploaded,
-            self._past[2] + now.totals.busy_s.get("compute", 0.0),
-        )
+        sums = tuple(mine + theirs for mine, theirs in zip(self._past, _counts(now), strict=True))
+        earlier = _counts(before) if before is not None else (0, 0, 0.0)
+        read, uploaded, computing = (mine - theirs for mine, theirs in zip(sums, earlier, strict=True))
+        return int(read), int(uploaded), computing
 
 
-def by_passes(job: Job, plan: Batching, left_out: Collection[int] = ()) -> None:
-    """All prompts but those left out in passes that they share: see `generate/continuous.py`."""
-    options, report, left = job.options, job.report, [p for p in job.left() if p.index not in left_out]
-    report.predicted_s = plan.seconds
-    news = [p.new_tokens(options.max_new_tokens) for p in left]
-    report.predicted_tokens_per_s = sum(news) / plan.seconds
-    handle = job.load(work_of([len(p.ids) for p in left], news, plan))
-    with handle:
-        spec = handle.spec
-        pool = KeyValuePool(
-            layers=spec.kv_layers,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            tokens=plan.pool_tokens,
-            dtype=getattr(torch, spec.dtype),
-            device=handle.session.device,
-        )
-        report.pool_bytes = plan.pool_tokens * spec.kv_bytes_per_token
-        job.say(
-            f"{len(left):,} prompts, up to {plan.sequences} at a time, in passes of up to {plan.pass_tokens} tokens; "
-            f"{format_bytes(handle.resident_nbytes)} of weights in memory, {format_bytes(handle.streamed_nbytes)} on "
-            f"disk, {format_bytes(report.pool_bytes)} for keys and values; predicted: {format_seconds(plan.seconds)}, "
-            f"{report.predicted_tokens_per_s:.1f} new tokens/s"
-        )
-        choose = Choosers(
-            handle.model,
-            left,
-            new_tokens=options.max_new_tokens,
-            asked=Asked(sample=options.sample, seed=options.seed, **options.drawing()),
-            stops_at_eos=not options.ignore_eos,
-        )
-        said, meter = time.perf_counter(), Meter(handle, report)
-
-        def divide(pool_tokens: int) -> None:
-            room = (handle.work.pool_tokens - pool_tokens) * spec.kv_bytes_per_token
-            if room < LEAST_ROOM * handle.streamed_nbytes:  # it adds up until the pool shrinks again
-                return
-            meter.change()
-            began = time.perf_counter()
-            handle.divide_again(replace(handle.work, pool_tokens=pool_tokens))
-            report.divisions += 1
-            job.say(
-                f"no prompt waits any more: {format_bytes(handle.resident_nbytes)} of weights in memory now, "
-                f"{format_bytes(handle.streamed_nbytes)} on disk ({format_seconds(time.perf_counter() - began)})"
-            )
-
-        to_go = sum(len(p.ids) for p in left) + sum(news) - len(left)  # tokens through the model, at most
-        divides = handle.can_divide and handle.streamed_nbytes > 0 and pool.can_shrink
-        with Ragged(handle.model, handle.session.kernels, pool) as ragged, job.console.status("first pass") as status:
-            for done in passes(
-                ragged,
-                choose,
-                left,
-                new_tokens=options.max_new_tokens,
-                pass_tokens=plan.pass_tokens,
-                sequences=plan.sequences,
-                divide=divide if divides else None,
-            ):
-                report.passes, report.rows = report.passes + 1, report.rows + done.rows
-                report.batch = max(report.batch, done.running)
-                if done.answers:
-                    job.add([(a.prompt, a.tokens, a.has_ended) for a in done.answers])
-                    ended_early = [a for a in done.answers if a.has_ended]
-                    to_go -= sum(a.prompt.new_tokens(options.max_new_tokens) - len(a.tokens) - 1 for a in ended_early)
-                to_go -= done.rows
-                meter.read()
-                at_this_pace = report.generate_s / report.rows * max(0, to_go)
-                seconds = max(at_this_pace, plan.seconds - report.generate_s)  # the last passes hold few tokens
-                line = (
-                    f"pass {report.passes}: {len(job.answers.done):,} of {report.prompts:,} prompts answered, "
-                    f"{done.running} running, {done.rows} tokens; {report.rows / report.generate_s:.0f} tokens/s "
-                    f"through the model, at most about {format_seconds(seconds)} left"
-                )
-                status.update(line)
-                if time.perf_counter() - said > SAID_S:
-                    said = time.perf_counter()
-                    job.say(line)
-        pool.close()
-        job.conclude(handle)
+def _counts(statistics: SessionStatistics) -> tuple[int, int, float]:
+    """Bytes read and uploaded, and seconds in units."""
+    return statistics.read_bytes, statistics.uploaded_bytes, statistics.totals.busy_s.get("compute", 0.0)
 
 
 def by_blocks(job: Job, batch: int) -> None:

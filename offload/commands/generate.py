@@ -14,9 +14,10 @@ from rich.console import Console
 
 from offload.checkpoint import find, read_config
 from offload.checkpoint.outline import sketch
-from offload.commands.answering import Job, Report, by_blocks, by_passes
+from offload.commands.answering import Job, Report, by_blocks
 from offload.commands.options import Running
 from offload.commands.plan import PlanRequest, ask_of
+from offload.commands.sharing import by_passes
 from offload.errors import BudgetError, UsageError
 from offload.generate import Answers, Limits, Prompt, digest_of, even, identity_of, read_prompts, tokenizer_of
 from offload.generate.prompts import AS_ASKED, NAMED

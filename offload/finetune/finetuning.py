@@ -12,26 +12,19 @@ import torch
 from torch import nn
 
 from offload.budgets import Size, parse_resident, resolve
-from offload.checkpoint import Opened, find, open_checkpoint
-from offload.errors import BudgetError, UsageError
+from offload.checkpoint import find, open_checkpoint
+from offload.errors import UsageError
 from offload.finetune.accelerator import Accelerator
-from offload.finetune.assemble import SLOTS, assemble
+from offload.finetune.assemble_full import assemble_full
 from offload.finetune.assemble_lora import assemble_lora
 from offload.finetune.assemble_zeroth import assemble_zeroth
-from offload.finetune.export import export_checkpoint, export_module
-from offload.finetune.forecast import Batch, forecast
 from offload.finetune.lora import Lora
 from offload.finetune.memory import Wishes
 from offload.finetune.trainer import Trainer
-from offload.hardware import rss_bytes
 from offload.io.engine import Engine
 from offload.kernels.chosen import Kernels
 from offload.optim import make as make_optimizer
-from offload.optim.base import Optimizer
-from offload.profile import load_profile, preset
-from offload.runtime.discovery import dissect
 from offload.tiers.devices import create, full_name, parse_link, warm_up
-from offload.tiers.transit import bring_into
 from offload.units import parse_bytes
 
 THERE = {"full": ("auto", "keep", "recompute"), "lora": ("auto", "recompute")}  # activations, on an accelerator
@@ -120,6 +113,8 @@ def finetuning(
         raise UsageError(f"method={method!r} is not known; there are full, lora and zo")
     if lora is not None and method != "lora":
         raise UsageError(f'lora= was given, but method={method!r}; say method="lora"')
+    if method == "zo" and activations != "auto":
+        raise UsageError(f'activations={activations!r}: method="zo" keeps none, since there is no backward pass')
     device = full_name(device)
     if offload_dir is None:
         raise UsageError("name a folder on a fast disk for the optimizer's state: offload_dir=")
@@ -142,7 +137,6 @@ def finetuning(
             name=device, memory=budgets.gpu_memory, link_bytes_per_s=pace, overlaps=overlap
         )  # fmt: skip
     engine = Engine(io, strict=strict)
-    given: dict[str, nn.Parameter] = {}
     try:
         if method == "lora":
             if isinstance(model, nn.Module):
@@ -168,77 +162,11 @@ def finetuning(
                 disk_limit=limit, offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
                 device=lambda nbytes: create(device, memory_nbytes=nbytes, link_bytes_per_s=pace),
             )  # fmt: skip
-        slots, defers = SLOTS, False
-        if isinstance(model, nn.Module):
-            root, anatomy = model, dissect(model, shares=False)
-            given = {
-                n: p for n, o in anatomy.owners.items() if (p := o[0].module._parameters[o[0].attribute]) is not None
-            }
-            parameters = {n: (p.dtype, tuple(p.shape)) for n, p in given.items()}
-
-            def fill(views: Mapping[str, torch.Tensor]) -> None:
-                for name, view in views.items():
-                    view.copy_(given[name].detach())
-
-            def save(views: Mapping[str, torch.Tensor], folder: Path) -> None:
-                export_module(root, folder, engine)
-
-        else:
-            opened = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
-            root, anatomy = opened.model, dissect(opened.model, shares=False)
-            slots, defers = _rings(opened, rule, max_grad_norm, budgets.cpu_memory, tokens, accelerator)
-            parameters = {n: (s.dtype, s.shape) for n, s in opened.sources.items()}
-            if accelerator is not None:
-                accelerator = accelerator.sized(opened.spec, tokens)
-
-            def fill(views: Mapping[str, torch.Tensor]) -> None:
-                bring_into(views, opened.sources, engine)
-
-            def save(views: Mapping[str, torch.Tensor], folder: Path) -> None:
-                export_checkpoint(root, opened.sources, opened.checkpoint.entries, views, folder, engine)
-
-        def put_back(weights: Mapping[str, torch.Tensor]) -> None:
-            for name, parameter in given.items():
-                parameter.data.copy_(weights[name])
-
-        return assemble(
-            root, anatomy, parameters, rule, engine, kernels, fill=fill, save=save,
-            put_back=put_back if given else None, travels=not given,
-            learning_rate=learning_rate, max_grad_norm=max_grad_norm,
-            cpu_memory=budgets.cpu_memory, wishes=wishes, offload_dir=Path(offload_dir),
-            seed=seed, resume=resume, overwrite=overwrite, slots=slots, defers=defers,
-            accelerator=accelerator,
+        return assemble_full(
+            model, rule, engine, kernels, learning_rate=learning_rate, max_grad_norm=max_grad_norm, budgets=budgets,
+            wishes=wishes, tokens=tokens, offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
+            accelerator=accelerator, dtype=dtype, model_kwargs=model_kwargs,
         )  # fmt: skip
     except BaseException:
         engine.close()
         raise
-
-
-def _rings(
-    opened: Opened,
-    rule: Optimizer,
-    max_grad_norm: float | None,
-    budget: int,
-    tokens: int,
-    accelerator: Accelerator | None,
-) -> tuple[int, bool]:
-    """How deep the ring of optimizer state is best, and whether the state of weights that travel is best written in the
-    backward pass, by the prediction of a step."""
-    profile = load_profile() or preset("cpu-ddr5-nvme4")
-    batch = Batch(rows=1, tokens=tokens)
-    if accelerator is not None and not accelerator.is_known(profile):
-        return SLOTS, False
-    try:
-        found = forecast(
-            opened.spec,
-            rule,
-            profile,
-            batch=batch,
-            clips=max_grad_norm is not None,
-            budget=budget,
-            base=rss_bytes(),
-            accelerator=accelerator,
-        )
-    except BudgetError:  # what does not fit is said later, by what is measured
-        return SLOTS, False
-    return found.slots, found.defers

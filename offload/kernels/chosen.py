@@ -40,9 +40,9 @@ class Kernels:
             self._choices[op] = choose(op, device, exact=self.exact and op not in SAME_BITS)
         return self._choices[op]
 
-    def refuses(self, op: str, *args: Any) -> str | None:
+    def refuses(self, op: str, *args: Any, **kwargs: Any) -> str | None:
         """Why the chosen implementation would not take these; None when it does."""
-        return self._of(op)[1](*args)
+        return self._of(op)[1](*args, **kwargs)
 
     def run(self, op: str, *args: Any) -> Any:
         """The op, by the chosen implementation or, where it refuses, by the reference."""

@@ -13,7 +13,7 @@ from offload.units import MIB
 
 KERNELS_NBYTES = 124 * MIB  # of numba and its kernels, in a process that has not loaded them yet
 LIBRARIES_NBYTES = 480 * MIB  # of torch for the CPU and transformers, where no run was seen yet
-NEAR = 4 * MIB  # two runs differ by that much: a plan that is to be followed leaves it free
+NEAR = 8 * MIB  # two runs differ by that much, of two models: a plan that is to be followed leaves it free
 
 
 def process_nbytes(exact: bool) -> int:
@@ -30,7 +30,7 @@ def process_nbytes(exact: bool) -> int:
 def remember_process(nbytes: int, exact: bool) -> None:
     """Keeps what a run's process took before any weight, for plans."""
     known, key = _seen(), _key(exact)
-    if abs(known.get(key, 0) - nbytes) <= NEAR:
+    if abs(known.get(key, 0) - nbytes) <= NEAR // 2:
         return
     file = _file()
     part = file.with_suffix(f".{os.getpid()}")

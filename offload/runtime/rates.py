@@ -70,7 +70,7 @@ def resident_products(store: Store, kernels: Kernels) -> Products | None:
         return None
     weights, total = [], 0
     for name, source in wanted:
-        if source.dtype is dtype and total < MOST_NBYTES:
+        if source.dtype is dtype and total + source.nbytes <= MOST_NBYTES:
             weights.append(store.kept(name))
             total += source.nbytes
     if total < LEAST_NBYTES:

@@ -28,6 +28,8 @@ def compile_kernels(kernels: Kernels, sources: Iterable[Source], *, has_transpos
     for dtype in {s.dtype for s in found if s.form is None and s.dtype.is_floating_point and len(s.shape) == 2}:
         for op, rows in (("linear", 1), ("linear_many", MANY), *([("linear_transposed", 1)] * has_transposed)):
             _try(kernels, op, torch.zeros(_WIDTH, _WIDTH, dtype=dtype, device=kernels.device), dtype, rows)
+        if kernels.device == "cpu":
+            _try_token(kernels, dtype)
     for dtype in {s.dtype for s in found if s.form is None and len(s.shape) == 3}:
         x, stack = (torch.zeros(*shape, _WIDTH, dtype=dtype) for shape in ((MANY + 1,), (2, _WIDTH)))
         if kernels.device == "cpu" and kernels.choice("linear_groups").implementation != "torch":
@@ -48,6 +50,18 @@ def _try(kernels: Kernels, op: str, weight: Any, dtype: torch.dtype, rows: int =
     x = torch.zeros(rows, _WIDTH, dtype=dtype, device=kernels.device)
     if kernels.choice(op).implementation != "torch" and kernels.refuses(op, x, weight) is None:
         kernels.run(op, x, weight)
+
+
+def _try_token(kernels: Kernels, dtype: torch.dtype) -> None:
+    """What only a token behind others needs: it would wait for it after the prompt."""
+    cache = torch.zeros(1, 2, 16, 64, dtype=dtype)
+    x, matrix = torch.zeros(1, _WIDTH, dtype=dtype), torch.zeros(_WIDTH, _WIDTH, dtype=dtype)
+    for op, arguments, options in (
+        ("decode_attention", (torch.zeros(1, 4, 1, 64, dtype=dtype), cache, cache), {"scale": 1.0}),
+        ("linears", (x, [(matrix, None), (matrix, None)]), {}),
+    ):
+        if kernels.choice(op).implementation != "torch" and kernels.refuses(op, *arguments, **options) is None:
+            kernels.attempt(op, *arguments, **options)
 
 
 def warm_kernels(dtype: torch.dtype, device: torch.device) -> None:

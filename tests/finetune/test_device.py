@@ -203,6 +203,7 @@ def test_graphs_are_kept_where_weights_stay(activations: str, tmp_path: Path) ->
         check(mine, loop, 2)
         there = mine.training._there
         kept = [part.name for part in mine.training.backprop.parts.values() if part.keeps]
+        assert kept
         assert all(there.stays(unit) or unit == mine.training._tuples.order[-1] for unit in kept)
 
 

@@ -122,6 +122,8 @@ def test_sparse_mezo_leaves_the_largest_weights_alone(tmp_path: Path) -> None:
         offload.finetuning(tmp_path / "model", resume=True, **options | {"zo_sparsity": 0.5})
     with pytest.raises(offload.UsageError, match=r"zo_sparsity=1: give the share"):
         offload.finetuning(tmp_path / "model", resume=True, **options | {"zo_sparsity": 1})
+    with pytest.raises(offload.UsageError, match="no backward pass"):
+        offload.finetuning(tmp_path / "model", resume=True, activations="keep", **options)
 
 
 @pytest.mark.parametrize("method", ["zo", "lora"])

@@ -1,0 +1,151 @@
+"""Training of all parameters, of a checkpoint or of a module in memory: what `assemble` needs of either."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.checkpoint import Opened, find, open_checkpoint
+from offload.errors import BudgetError
+from offload.finetune.accelerator import Accelerator
+from offload.finetune.assemble import SLOTS, assemble
+from offload.finetune.export import export_checkpoint, export_module
+from offload.finetune.forecast import Batch, forecast
+from offload.finetune.memory import Wishes
+from offload.finetune.trainer import Trainer
+from offload.hardware import rss_bytes
+from offload.io.engine import Engine
+from offload.kernels.chosen import Kernels
+from offload.optim.base import Optimizer
+from offload.profile import load_profile, preset
+from offload.runtime.discovery import Anatomy, dissect
+from offload.specs import Budgets
+from offload.tiers.transit import bring_into
+
+_Weights = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is trained: see `assemble` for its parts."""
+
+    root: nn.Module
+    anatomy: Anatomy
+    parameters: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    fill: Callable[[_Weights], None]
+    save: Callable[[_Weights, Path], None]
+    put_back: Callable[[_Weights], None] | None = None
+
+
+def assemble_full(
+    model: str | os.PathLike[str] | nn.Module,
+    rule: Optimizer,
+    engine: Engine,
+    kernels: Kernels,
+    *,
+    dtype: str | torch.dtype,
+    model_kwargs: Mapping[str, Any],
+    budgets: Budgets,
+    wishes: Wishes,
+    max_grad_norm: float | None,
+    tokens: int,
+    accelerator: Accelerator | None,
+    **options: Any,
+) -> Trainer:
+    """A trainer of all parameters.
+
+    Args:
+        options: as for `assemble`, like the others.
+
+    Raises:
+        see `assemble`.
+    """
+    slots, defers = SLOTS, False
+    if isinstance(model, nn.Module):
+        subject = _module(model, engine)
+    else:
+        opened = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
+        subject = _checkpoint(opened, engine)
+        slots, defers = _rings(opened, rule, max_grad_norm, budgets.cpu_memory, tokens, accelerator)
+        if accelerator is not None:
+            accelerator = accelerator.sized(opened.spec, tokens)
+    return assemble(
+        subject.root, subject.anatomy, subject.parameters, rule, engine, kernels,
+        fill=subject.fill, save=subject.save, put_back=subject.put_back, travels=subject.put_back is None,
+        max_grad_norm=max_grad_norm, cpu_memory=budgets.cpu_memory, wishes=wishes, slots=slots, defers=defers,
+        accelerator=accelerator, **options,
+    )  # fmt: skip
+
+
+def _module(root: nn.Module, engine: Engine) -> Subject:
+    """A module that is in memory, and gets the last weights in the end."""
+    anatomy = dissect(root, shares=False)
+    given = {n: p for n, o in anatomy.owners.items() if (p := o[0].module._parameters[o[0].attribute]) is not None}
+
+    def fill(views: _Weights) -> None:
+        for name, view in views.items():
+            view.copy_(given[name].detach())
+
+    def put_back(weights: _Weights) -> None:
+        for name, parameter in given.items():
+            parameter.data.copy_(weights[name])
+
+    return Subject(
+        root=root,
+        anatomy=anatomy,
+        parameters={n: (p.dtype, tuple(p.shape)) for n, p in given.items()},
+        fill=fill,
+        save=lambda _, folder: export_module(root, folder, engine),
+        put_back=put_back,
+    )
+
+
+def _checkpoint(opened: Opened, engine: Engine) -> Subject:
+    """A checkpoint, which is read once and written elsewhere."""
+
+    def save(views: _Weights, folder: Path) -> None:
+        export_checkpoint(opened.model, opened.sources, opened.checkpoint.entries, views, folder, engine)
+
+    return Subject(
+        root=opened.model,
+        anatomy=dissect(opened.model, shares=False),
+        parameters={n: (s.dtype, s.shape) for n, s in opened.sources.items()},
+        fill=lambda views: bring_into(views, opened.sources, engine),
+        save=save,
+    )
+
+
+def _rings(
+    opened: Opened,
+    rule: Optimizer,
+    max_grad_norm: float | None,
+    budget: int,
+    tokens: int,
+    accelerator: Accelerator | None,
+) -> tuple[int, bool]:
+    """How deep the ring of optimizer state is best, and whether the state of weights that travel is best written in the
+    backward pass, by the prediction of a step."""
+    profile = load_profile() or preset("cpu-ddr5-nvme4")
+    batch = Batch(rows=1, tokens=tokens)
+    if accelerator is not None and not accelerator.is_known(profile):
+        return SLOTS, False
+    try:
+        found = forecast(
+            opened.spec,
+            rule,
+            profile,
+            batch=batch,
+            clips=max_grad_norm is not None,
+            budget=budget,
+            base=rss_bytes(),
+            accelerator=accelerator,
+        )
+    except BudgetError:  # what does not fit is said later, by what is measured
+        return SLOTS, False
+    return found.slots, found.defers
