@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Report:
             sequence ended early; 0: nothing.
         read_bytes, uploaded_bytes: from disk, and to an accelerator, while generating.
         compute_s: of generate_s in the model's units, without waiting.
+        fallbacks: what did not go the fast way, a sentence each.
         resident_bytes, pool_bytes: of weights, and of keys and values in the shared pool, by the first division.
     """
 
@@ -60,6 +61,7 @@ class Report:
     resident_bytes: int = 0
     pool_bytes: int = 0
     peak_rss_bytes: int = 0
+    fallbacks: list[str] = field(default_factory=list)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -120,6 +122,8 @@ class Job:
         self.console.print(text, style="dim", highlight=False)
 
     def conclude(self, handle: Offloaded) -> None:
+        """Says what did not go the fast way, and keeps it in the report."""
+        self.report.fallbacks += handle.fallbacks
         for fallback in handle.fallbacks:
             self.console.print(f"note: {fallback}", style="yellow", highlight=False)
 

@@ -347,6 +347,7 @@ def _report(
         "read_bytes": sum(x["read_bytes"] for x in steps),
         "write_bytes": sum(x["write_bytes"] for x in steps),
         "peak_rss_bytes": peak_rss_bytes(),
+        "fallbacks": list(trainer.fallbacks),
         "data": data_of(prepared),
         "versions": versions(),
     }

@@ -134,7 +134,9 @@ class Progress:
 
 
 def summarise(report: Mapping[str, Any], output: Path, console: Console) -> None:
-    """What came of it."""
+    """What came of it, and what did not go the fast way."""
+    for fallback in report["fallbacks"]:
+        note(console, fallback)
     if report["step_s"] is not None:
         forecast = report.get("plan", {}).get("predicted")
         predicted = f" (predicted {format_seconds(forecast['step_s'])})" if forecast else ""

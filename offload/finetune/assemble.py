@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -122,17 +123,20 @@ def assemble(
 
     travelling = 0 if all(c.unit in plan.kept for c in layouts) else sum(c.nbytes for c in layouts)
     left = _check_disk(room(shards), travelling, wishes.disk_limit)
-    state = open_state(offload_dir, engine, shards, identity, checksum, resume=resume, overwrite=overwrite)
-    spill = Spill(offload_dir, engine, {c.unit: c.nbytes for c in layouts}, checksum)
-    is_new = state.step == 0 and not state.has_commit
-    training: Training | None = None
     device: Device | None = None
-    try:
+    with ExitStack() as undone:  # the last opened is closed first; nothing is once the trainer owns it
+        undone.callback(engine.close)
+        state = open_state(offload_dir, engine, shards, identity, checksum, resume=resume, overwrite=overwrite)
+        undone.callback(state.close)
+        is_new = state.step == 0 and not state.has_commit
+        spill = Spill(offload_dir, engine, {c.unit: c.nbytes for c in layouts}, checksum)
+        undone.callback(spill.close)
         spill.take_room(c.unit for c in layouts if c.places and c.unit not in plan.kept)
         make = Training if streams is None else partial(Adapted, streams=streams)
         there_kernels = kernels
         if accelerator is not None:
             device, there = accelerator.open(layouts)
+            undone.callback(device.close)
             there_kernels = Kernels(device.torch_device.type, exact=kernels.exact)
             make = partial(make, device=device, there=there, overlaps=accelerator.overlaps)
         cells = Cells(layouts, plan.kept, Pins(device))
@@ -141,6 +145,7 @@ def assemble(
             slots=slots, cell_slots=(plan.slots, plan.slot_nbytes), max_grad_norm=max_grad_norm, kernels=there_kernels,
             seed=seed,
         )  # fmt: skip
+        undone.callback(training.close)
         training.defer(defers)
         if accelerator is not None and device is not None:
             press(training.backprop, Ashore(device), accelerator.inputs_nbytes())
@@ -150,22 +155,14 @@ def assemble(
             training.create(fill)
         else:
             training.restore()
-    except BaseException:
-        if training is not None:
-            training.close()
-        if device is not None:
-            device.close()
-        state.close()
-        engine.close()
-        raise
-    made = training
+        undone.pop_all()
 
     def finish(is_whole: bool) -> None:
         try:
             if put_back is not None and is_whole:
-                put_back(made.present)
+                put_back(training.present)
         finally:
-            made.close()
+            training.close()
             if device is not None:
                 device.close()
             state.close()
@@ -173,9 +170,9 @@ def assemble(
             cells.close()
 
     return Trainer(
-        root, made, optimizer, engine,
+        root, training, optimizer, engine,
         learning_rate=learning_rate, cpu_memory=cpu_memory, wishes=wishes, travels=travels,
-        save=lambda folder: save(made.weights, folder), finish=finish,
+        save=lambda folder: save(training.weights, folder), finish=finish,
     )  # fmt: skip
 
 

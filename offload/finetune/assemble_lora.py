@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -63,26 +64,27 @@ def assemble_lora(
     computing["weights as they are unpacked"] = 2 * unpack_nbytes(sources.values(), exact=True)
     beside = {"adapters and the ring of their state": sum(d.itemsize * prod(s) for d, s in shapes.values()) + state}
     device: Device | None = None
-    if accelerator is None:
-        placement = place_beside(spec, budgets, computing | beside)
-    else:
-        cells = [lay_out_cell(u.name, {n: shapes[n] for n in u.tensors if n in shapes}) for u in anatomy.units]
-        sizes = [page(cell.nbytes) for cell in cells]
-        computing["adapters and the gradients of a unit's"] = sum(sizes) + GRADIENTS * max(sizes)
-        placement = place_beside(spec, budgets, beside, computing)
-        room = accelerator.memory - sum(computing.values()) + sum(sizes)
-        device = create(accelerator.name, memory_nbytes=room, link_bytes_per_s=accelerator.link_bytes_per_s)
-        accelerator = replace(accelerator, device=device, activations=computing)
-    streams = Streams(anatomy, sources, placement, engine, there_kernels, device=device)
-    try:
+    with ExitStack() as undone:  # closed again if there will be no trainer to own it
+        if accelerator is None:
+            placement = place_beside(spec, budgets, computing | beside)
+        else:
+            cells = [lay_out_cell(u.name, {n: shapes[n] for n in u.tensors if n in shapes}) for u in anatomy.units]
+            sizes = [page(cell.nbytes) for cell in cells]
+            computing["adapters and the gradients of a unit's"] = sum(sizes) + GRADIENTS * max(sizes)
+            placement = place_beside(spec, budgets, beside, computing)
+            room = accelerator.memory - sum(computing.values()) + sum(sizes)
+            device = create(accelerator.name, memory_nbytes=room, link_bytes_per_s=accelerator.link_bytes_per_s)
+            undone.callback(device.close)
+            accelerator = replace(accelerator, device=device, activations=computing)
+        streams = Streams(anatomy, sources, placement, engine, there_kernels, device=device)
+        undone.callback(streams.close)
         streams.fill()
-        return assemble(
+        trainer = assemble(
             root, anatomy, shapes, rule, engine, kernels,
             fill=lambda views: begin(views, seed), streams=streams, travels=False,
             save=lambda views, folder: save_adapters(root, lora, targets, views, folder, engine),
             seed=seed, cpu_memory=budgets.cpu_memory, accelerator=accelerator, **options,
             belongs={"adapters": lora.adds, "checkpoint": fingerprint(opened.checkpoint)},
         )  # fmt: skip
-    except BaseException:
-        streams.close()
-        raise
+        undone.pop_all()
+    return trainer

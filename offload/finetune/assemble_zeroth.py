@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ def assemble_zeroth(
         "checkpoint": fingerprint(opened.checkpoint),
     }
     state = LogFile(offload_dir, identity, resume=resume, overwrite=overwrite)
-    try:
+    with ExitStack() as undone:  # closed again if there will be no trainer to own it
+        undone.callback(state.close)
         found = dict(sources)
         for base in state.bases:
             base.verify(state.folder, engine, lambda d: str(kernels.run("checksum", d)))
@@ -89,14 +91,14 @@ def assemble_zeroth(
             state.facts["limits"] = {n: limit.hex() for n, limit in found_limits.items()}
         limits = {n: float.fromhex(limit) for n, limit in state.facts.get("limits", {}).items()}
         placement = place_zeroth(root, anatomy, found, budgets, tokens)
+        where = device(sides_nbytes(uses(anatomy), found))
+        undone.callback(where.close)
         training = Zeroth(
             root, anatomy, found, placement, engine, kernels, state,
             eps=eps, seed=seed, limits=limits, write_every=write_every, disk_limit=disk_limit,
-            device=device(sides_nbytes(uses(anatomy), found)),
+            device=where,
         )  # fmt: skip
-    except BaseException:
-        state.close()
-        raise
+        undone.pop_all()
 
     def save(folder: Path) -> None:
         export_checkpoint(root, sources, opened.checkpoint.entries, training.weights, folder, engine)

@@ -61,6 +61,11 @@ class Trainer(Protocol):
     @property
     def step_number(self) -> int: ...
 
+    @property
+    def fallbacks(self) -> Sequence[str]:
+        """What did not go the fast way, a sentence each."""
+        ...
+
     def step(self, micro_batches: Sequence[MicroBatch], learning_rate: float | None = None) -> StepResult:
         """One update from all of `micro_batches`: every label token weighs the same, whichever micro-batch it is in."""
         ...

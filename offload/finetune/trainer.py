@@ -85,6 +85,7 @@ class Trainer:
         self._broken: str | None = None
         self._is_closed = False
         self._spare: Spare | None = None
+        self._notes: list[str] = []
 
     @property
     def step_number(self) -> int:
@@ -115,7 +116,7 @@ class Trainer:
     @property
     def fallbacks(self) -> tuple[str, ...]:
         """What did not go the fast way, a sentence each."""
-        return (*self._engine.fallbacks, *self.training.fallbacks)
+        return (*self._engine.fallbacks, *self.training.fallbacks, *self._notes)
 
     def whereabouts(self) -> Whereabouts | None:
         """Where weights that are not trained by gradients are; None where all are."""
@@ -236,6 +237,7 @@ class Trainer:
         parts = training.backprop.parts
         needs = rehearse(parts, training.parameters.values(), lambda b: self._loss(b)(), widest)
         if needs is None:
+            self._notes.append("nobody could foretell what activations take: the first step's room for them is a guess")
             return None
         parts[[*needs][-1]].keeps = True  # its backward follows its forward at once
         loose = sum(4 * training.parameters[n].numel() for n in training.loose)

@@ -36,6 +36,11 @@ class Adapted(Training):
         self._entered = 0.0
         streams.start(self.timeline)
 
+    @property
+    def fallbacks(self) -> Sequence[str]:
+        """See Training.fallbacks."""
+        return (*super().fallbacks, *self.streams.store.fallbacks)
+
     def run(self, losses: Sequence[Loss], scales: Sequence[float], numbers: Callable[[float], Any], step: int) -> Pass:
         """See Training.run."""
         self.streams.follow(there_and_back(self.backprop.order or self._units))

@@ -82,6 +82,10 @@ class PlainTrainer:
             loss = sum(self._sum(b).item() for b in micro_batches)
         return loss, sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro_batches)
 
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        return ()
+
     def whereabouts(self) -> None:
         return None
 
