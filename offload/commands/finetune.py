@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,36 +15,23 @@ import transformers
 from rich.console import Console
 
 from offload import api
-from offload.budgets import resolve
 from offload.checkpoint import find, read_config
-from offload.checkpoint.outline import Outline, outline
 from offload.commands.bar import bar
+from offload.commands.outlook import outlook_of, tokens_of
 from offload.commands.training import Progress, announce, note, place, say, summarise
-from offload.errors import BudgetError, UsageError
+from offload.errors import UsageError
 from offload.finetune import finish, reading
-from offload.finetune.accelerator import Accelerator
-from offload.finetune.assemble_zeroth import place_zeroth
 from offload.finetune.config import Config
-from offload.finetune.copies import Copies, copies
 from offload.finetune.disk import Finished, check_room, finish_state, forget_finished, read_finished
-from offload.finetune.forecast import Batch, Forecast, forecast
 from offload.finetune.journal import Journal, check_journal, read_journal
 from offload.finetune.loop import Run, Stop, finishing_steps, run
-from offload.finetune.outlook import Outlook, foresee
+from offload.finetune.outlook import Outlook
 from offload.finetune.prepare import Prepared, excerpt, prepare
 from offload.finetune.protocol import Trainer
 from offload.generate import tokenizer_of
 from offload.hardware import peak_rss_bytes, versions
-from offload.io.safetensors import read_checkpoint
-from offload.kernels.chosen import Kernels
-from offload.optim import make, options_of
-from offload.plan.machine import machine
-from offload.plan.process import process_nbytes
+from offload.optim import options_of
 from offload.planner.schedule import explain
-from offload.profile import Profile
-from offload.runtime.discovery import dissect
-from offload.specs import ModelSpec
-from offload.tiers.devices import full_name, parse_link
 from offload.units import parse_bytes
 
 STATE = "state"  # folder in output_dir, where budgets.offload_dir names none
@@ -122,7 +109,7 @@ def engine_arguments(config: Config, *, resume: bool) -> dict[str, Any]:
     if config.method == "zo":
         zo = config.zo
         arguments |= {"zo_eps": zo.eps, "zo_write_every": zo.write_every, "zo_sparsity": zo.sparsity}
-    arguments["tokens"] = _tokens(config)
+    arguments["tokens"] = tokens_of(config)
     optional = ("cpu_memory", "gpu_memory", "disk_limit", "device", "link")
     arguments |= {name: value for name in optional if (value := getattr(budgets, name)) is not None}
     known = inspect.signature(api.finetuning).parameters
@@ -161,71 +148,6 @@ def read_data(config: Config, directory: Path, console: Console, *, counts: bool
     with bar(console) as progress:
         prepared = prepare(config, tokenizer, read_config(directory), progress=progress)
         return tokenizer, prepared, prepared.feed.count(config.train, _records(progress)) if counts else 0
-
-
-def outlook_of(config: Config, directory: Path, steps: int, hardware: str | None = None) -> Outlook:
-    """The plan of a run, from the checkpoint's headers alone.
-
-    Args:
-        steps: of the run; 0 when nobody has counted.
-        hardware: a profile's file or a preset; None: this machine.
-    """
-    sketch = outline(directory, read_checkpoint(directory))
-    outlook = foresee(config, sketch.spec, steps)
-    if config.method == "full":
-        outlook = replace(outlook, forecast=_forecast(config, sketch.spec, machine(hardware, directory)))
-    if config.method == "zo":
-        outlook = replace(outlook, copies=_copies(config, sketch, steps))
-    return outlook
-
-
-def _forecast(config: Config, spec: ModelSpec, profile: Profile) -> Forecast | None:
-    """A step on a machine, by method full."""
-    train = config.train
-    batch = Batch(
-        rows=train.per_device_train_batch_size,
-        tokens=config.data.max_length,
-        micro_batches=train.gradient_accumulation_steps,
-    )
-    rule = make(train.optim, Kernels("cpu", exact=False), **train.optim_args)
-    asked = config.budgets
-    device = full_name(asked.device)
-    budgets = resolve(cpu_memory=asked.cpu_memory, gpu_memory=asked.gpu_memory, device=device)
-    accelerator: Accelerator | None = None
-    if budgets.gpu_memory is not None:
-        link = parse_link(asked.link, device)
-        accelerator = Accelerator(name=device, memory=budgets.gpu_memory, link_bytes_per_s=link)
-        if not accelerator.is_known(profile):
-            return None
-    try:
-        return forecast(
-            spec, rule, profile, batch=batch, clips=bool(train.max_grad_norm), budget=budgets.cpu_memory,
-            base=process_nbytes(exact=False), accelerator=accelerator,
-        )  # fmt: skip
-    except BudgetError:  # the trainer measures, and says what does not fit
-        return None
-
-
-def _copies(config: Config, sketch: Outline, steps: int) -> Copies:
-    """What method zo writes of weights."""
-    asked, anatomy = config.budgets, dissect(sketch.model, shares=False)
-    budgets = resolve(cpu_memory=asked.cpu_memory, gpu_memory=asked.gpu_memory, device=full_name(asked.device))
-    try:
-        placement = place_zeroth(
-            sketch.model, anatomy, sketch.sources, budgets, _tokens(config), process_nbytes(exact=False)
-        )
-    except BudgetError:  # the trainer says what does not fit
-        return Copies()
-    streamed = sum(sketch.sources[t.name].nbytes for ts in placement.bundles.values() for t in ts)
-    found = copies(streamed, sketch.spec.nbytes - streamed, steps=steps, every=config.zo.write_every)
-    limit = asked.disk_limit
-    return found if limit is None else replace(found, disk_nbytes=min(found.disk_nbytes, parse_bytes(limit, "limit")))
-
-
-def _tokens(config: Config) -> int:
-    """Of a micro-batch, at most."""
-    train = config.train
-    return max(train.per_device_train_batch_size, train.per_device_eval_batch_size or 0) * config.data.max_length
 
 
 def _records(progress: Any) -> Any:

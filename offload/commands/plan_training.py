@@ -9,7 +9,8 @@ import transformers
 from rich.console import Console
 
 from offload.checkpoint import find
-from offload.commands.finetune import data_of, outlook_of, read_data
+from offload.commands.finetune import data_of, read_data
+from offload.commands.outlook import outlook_of
 from offload.commands.plan import PlanRequest
 from offload.commands.plan_text import places
 from offload.commands.training import announce

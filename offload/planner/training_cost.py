@@ -109,6 +109,18 @@ def step_cost(
         assert isinstance(step, Write), step
         return profile.lane("write").seconds(step.nbytes)
 
+    return replay_step(schedule, profile, seconds, slots)
+
+
+def replay_step(
+    schedule: Schedule, profile: Profile, seconds: Callable[[Step], float], slots: Mapping[str, int]
+) -> StepCost:
+    """Replays a step that repeats.
+
+    Args:
+        seconds: what a part of it takes by itself.
+        slots: depth of its rings.
+    """
     computing = GEMM if GEMM in profile.interference else "cpu"
     names = {"read": "read", "write": "write", "compute": computing}
     keeps = {a: {b: min(1.0, profile.kept(names[a], names[b])) for b in names if b != a} for a in names}

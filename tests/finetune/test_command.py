@@ -417,7 +417,7 @@ def test_the_plan_has_what_zo_writes_back(
     if trainer is PlainTrainer:
         pytest.skip("it holds everything in memory")
     monkeypatch.setattr("offload.finetune.room.rss_bytes", lambda: BASE)
-    monkeypatch.setattr("offload.commands.finetune.process_nbytes", lambda exact: BASE)
+    monkeypatch.setattr("offload.commands.outlook.process_nbytes", lambda exact: BASE)
     options = [
         "method=zo", "zo.write_every=2", "train.max_steps=6", "train.save_steps=1",
         f"budgets.cpu_memory={small_budget(model, 2 * 64)}", "--json",
