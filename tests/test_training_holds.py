@@ -7,16 +7,9 @@ import random
 
 import pytest
 
-from offload.planner.schedule import Download, Release, Schedule, Step, Upload
-from offload.planner.training import (
-    Read,
-    ReadCell,
-    TrainedShard,
-    TrainedUnit,
-    Update,
-    WriteCell,
-    emit_training,
-)
+from offload.planner.schedule import Download, Read, Release, Schedule, Step, Upload
+from offload.planner.training import emit_training
+from offload.planner.training_steps import ReadCell, TrainedShard, TrainedUnit, Update, WriteCell
 from offload.runtime.progress import MODEL, Progress, lanes
 
 PASSES = 3

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from offload.errors import BudgetError
 from offload.planner.cells import FEWEST, plan_cells
 from offload.planner.schedule import Compute, Read, Release, Schedule, Write, explain
-from offload.planner.training import (
+from offload.planner.training import emit_training, has_copies, moved
+from offload.planner.training_cost import both, step_cost
+from offload.planner.training_steps import (
     Backward,
     Forward,
     ReadCell,
@@ -19,11 +21,7 @@ from offload.planner.training import (
     Update,
     WriteCell,
     WriteShard,
-    emit_training,
-    has_copies,
-    moved,
 )
-from offload.planner.training_cost import both, step_cost
 from offload.profile import preset
 
 COUNT = 4096  # parameters of a shard

@@ -16,8 +16,9 @@ from offload.optim.base import Optimizer
 from offload.planner.cells import CellPlan, plan_cells
 from offload.planner.ops import OpCosts, Phase
 from offload.planner.schedule import Schedule
-from offload.planner.training import TrainedShard, TrainedUnit, emit_training, has_copies
+from offload.planner.training import emit_training, has_copies
 from offload.planner.training_cost import StepCost, step_cost
+from offload.planner.training_steps import TrainedShard, TrainedUnit
 from offload.profile import Profile
 from offload.runtime.masters import STAGES
 from offload.specs import ModelSpec, TensorSpec, UnitSpec

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from offload.planner.schedule import Download, Read, Schedule, Step, Upload, Write
-from offload.planner.training import Backward, Forward, Update, moved
+from offload.planner.training import moved
+from offload.planner.training_steps import Backward, Forward, Update
 from offload.planner.virtual import Clock, Sharing
 from offload.profile import Profile
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from offload.io.buffers import Lease
 from offload.planner.schedule import Release, Schedule, Step, Upload
-from offload.planner.training import Backward, Forward
+from offload.planner.training_steps import Backward, Forward
 from offload.runtime.progress import MODEL, lanes
 from offload.runtime.timeline import now
 from offload.runtime.training_lanes import LOOSE, Lane

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from offload.io.buffers import Buffer, BufferPool, Interrupted, Lease
 from offload.planner.schedule import Read, Schedule, Step, Upload
-from offload.planner.training import ReadCell, ReadShard
+from offload.planner.training_steps import ReadCell, ReadShard
 from offload.runtime.masters import STAGES, Masters
 from offload.runtime.progress import MODEL, Progress, lanes
 from offload.runtime.timeline import Timeline, now

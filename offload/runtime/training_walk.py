@@ -12,7 +12,7 @@ import torch
 
 from offload.io.buffers import Lease
 from offload.planner.schedule import Release, Schedule, Step
-from offload.planner.training import Backward, Forward, Update, WriteCell, WriteShard
+from offload.planner.training_steps import Backward, Forward, Update, WriteCell, WriteShard
 from offload.runtime.parameters import Parameters
 from offload.runtime.timeline import Timeline, now
 from offload.runtime.training_lanes import TrainingLanes

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offload.planner.schedule import Schedule
-from offload.planner.training import TrainedShard, TrainedUnit, emit_training
+from offload.planner.training import emit_training
+from offload.planner.training_steps import TrainedShard, TrainedUnit
 from offload.runtime.training_lanes import LOOSE, TrainingLanes
 from offload.tiers.cells import Cells, page
 from offload.tiers.device_cells import DeviceCells

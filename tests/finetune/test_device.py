@@ -17,7 +17,7 @@ import offload
 from offload.finetune.trainer import Trainer
 from offload.io.buffers import Buffer
 from offload.planner.schedule import Download, Upload
-from offload.planner.training import Update
+from offload.planner.training_steps import Update
 from offload.tiers.emulated import EmulatedDevice
 
 CASES = [  # model, dtype, micro-batches, clip norm

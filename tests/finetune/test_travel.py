@@ -15,7 +15,8 @@ from test_full import NUMBERS, B, F, batches, check, plain, rate
 import offload
 from offload.finetune.trainer import Trainer
 from offload.io.engine import IOStatistics
-from offload.planner.training import Update, moved
+from offload.planner.training import moved
+from offload.planner.training_steps import Update
 
 CASES = [  # model, dtype, micro-batches, clip norm
     ("llama", B, 1, 0.5), ("llama", B, 2, None), ("llama", F, 1, None), ("llama-tied", B, 3, 0.5),

@@ -1,0 +1,104 @@
+"""What the schedule of training consists of: its steps, and the units and shards that they are about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from offload.planner.schedule import Compute, Read, Write
+
+What = Literal["gradient", "weights", "masters", "nothing"]
+Made = Literal["update", "trial", "rounding"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadShard(Read):
+    """Reads the optimizer's state of a shard; takes a slot of the state's ring."""
+
+    shard: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadCell(Read):
+    """Brings a unit's gradient or weights, or takes room for what will come; takes a slot of the cells' ring."""
+
+    what: What
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward(Compute):
+    """The forward of the unit, of all micro-batches. If it is the pass's last, its cell stays for the backward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backward(Compute):
+    """The backward of the unit, of all micro-batches: the gradient takes the place of the weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update(Compute):
+    """The optimizer's step of one shard: gradient and state become weights and state.
+
+    Attributes:
+        made: "trial": only the weights are wanted, and the slot with the state is dropped, since the update will be
+            made again; "rounding": the state is up to date, and the weights are made of it.
+    """
+
+    shard: str
+    made: Made = "update"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteShard(Write):
+    """Writes the state of a shard back."""
+
+    shard: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteCell(Write):
+    """Writes a unit's gradient, or its weights."""
+
+    what: What
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedShard:
+    """What the optimizer updates at a time.
+
+    Attributes:
+        nbytes: of its state.
+        masters_nbytes: of the part of it that holds the float32 weights.
+        stays: the state is kept in memory.
+    """
+
+    name: str
+    nbytes: int
+    masters_nbytes: int
+    stays: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedUnit:
+    """A unit, or what belongs to none.
+
+    Attributes:
+        nbytes: of its cell: of its weights, and of its gradient.
+        stays: the cell is kept in memory.
+        uploads: it computes on an accelerator with memory of its own.
+        stays_there: and has a place of its own there, from its forward to its backward.
+        defers: its state is written in the backward pass where updates wait for the forward pass, if it travels.
+    """
+
+    name: str
+    nbytes: int
+    shards: tuple[TrainedShard, ...] = ()
+    stays: bool = True
+    uploads: bool = False
+    stays_there: bool = False
+    defers: bool = False
+
+    @property
+    def masters_nbytes(self) -> int:
+        """What reading its masters moves."""
+        return sum(s.masters_nbytes for s in self.shards if not s.stays)
