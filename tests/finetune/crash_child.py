@@ -1,11 +1,12 @@
-"""Trains a tiny model in forked children that kill themselves at a chosen system call, over and over until one ends.
+"""Trains tiny models in forked children that kill themselves at a chosen system call, over and over until one ends.
 
-    crash_child.py FOLDER SEED KILLS
+Reads a JSON line for each model, [FOLDER, SEED, KILLS], and answers with one: a process that has imported what every
+child needs serves many.
 
 What FOLDER's name ends with says what is trained: clip, noclip, travel-clip, travel-noclip or zo.
 Every child goes on from the last commit. Each is killed (SIGKILL) at its k-th call of those that touch files, k drawn
-at random, until KILLS of them have been; the last runs to its end. Prints one JSON line: a digest of all weights and
-state, and the losses and norms that were seen of each step.
+at random, until KILLS of them have been; the last runs to its end. The answer has a digest of all weights and state,
+and the losses and norms that were seen of each step; it is null where a child failed, which says why on stderr.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import random
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +103,10 @@ def train(folder: Path, k: int | None) -> None:
     (folder / "digest").write_text(digest.hexdigest())
 
 
-def main() -> None:
-    folder, seed, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+def run(folder: Path, seed: int, kills: int) -> dict[str, Any] | None:
+    """Trains one model, see above."""
     rng = random.Random(seed)
     killed = 0
-    torch.set_num_threads(1)  # no thread may have been started when a process forks
-    load_libraries()
     while True:
         k = rng.randrange(1, 300) if killed < kills else None
         child = os.fork()
@@ -114,8 +114,6 @@ def main() -> None:
             try:
                 train(folder, k)
             except BaseException:
-                import traceback
-
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
@@ -124,7 +122,7 @@ def main() -> None:
             killed += 1
             continue
         if status:
-            sys.exit("a child failed")
+            return None
         if killed >= kills:
             break
         for path in (folder / "state").iterdir():  # it came to its end: start again
@@ -134,7 +132,15 @@ def main() -> None:
         step, *numbers = json.loads(line)
         if numbers not in seen.setdefault(step, []):
             seen[step].append(numbers)
-    print(json.dumps({"killed": killed, "digest": (folder / "digest").read_text(), "seen": seen}))
+    return {"killed": killed, "digest": (folder / "digest").read_text(), "seen": seen}
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # no thread may have been started when a process forks
+    load_libraries()
+    for line in sys.stdin:
+        folder, seed, kills = json.loads(line)
+        print(json.dumps(run(Path(folder), seed, kills)), flush=True)
 
 
 if __name__ == "__main__":
