@@ -219,8 +219,8 @@ def _rehearse(
     if request.explain:
         if outlook.forecast is None:
             raise UsageError(
-                "--explain: there is no schedule to show: method is not full, the memory is too small, or nobody has "
-                "measured the accelerator yet (offload probe does)"
+                "--explain: there is no schedule to show: the memory is too small, or nobody has measured the "
+                "accelerator yet (offload probe does)"
             )
         print(explain(outlook.forecast.schedule))
         return 0

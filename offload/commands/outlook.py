@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 from offload.budgets import resolve
@@ -11,17 +12,26 @@ from offload.errors import BudgetError
 from offload.finetune.accelerator import Accelerator
 from offload.finetune.assemble_zeroth import place_zeroth
 from offload.finetune.config import Config
-from offload.finetune.copies import Copies, copies
-from offload.finetune.forecast import Batch, Forecast, forecast
+from offload.finetune.copies import copies
+from offload.finetune.forecast import forecast
+from offload.finetune.forecast_lora import forecast_lora
+from offload.finetune.forecast_zeroth import forecast_zeroth, moved_by
+from offload.finetune.lora import Lora, adapt
 from offload.finetune.outlook import Outlook, foresee
+from offload.finetune.place_lora import place_lora
+from offload.finetune.pricing import Batch
+from offload.finetune.room import spec_of
 from offload.io.safetensors import read_checkpoint
 from offload.kernels.chosen import Kernels
 from offload.optim import make
+from offload.optim.base import Optimizer
 from offload.plan.machine import machine
 from offload.plan.process import process_nbytes
 from offload.profile import Profile
 from offload.runtime.discovery import dissect
-from offload.specs import ModelSpec
+from offload.runtime.sides import sides_nbytes
+from offload.runtime.zeroth import uses
+from offload.specs import Budgets
 from offload.tiers.devices import full_name, parse_link
 from offload.units import parse_bytes
 
@@ -35,54 +45,94 @@ def outlook_of(config: Config, directory: Path, steps: int, hardware: str | None
     """
     sketch = outline(directory, read_checkpoint(directory))
     outlook = foresee(config, sketch.spec, steps)
-    if config.method == "full":
-        outlook = replace(outlook, forecast=_forecast(config, sketch.spec, machine(hardware, directory)))
-    if config.method == "zo":
-        outlook = replace(outlook, copies=_copies(config, sketch, steps))
-    return outlook
-
-
-def _forecast(config: Config, spec: ModelSpec, profile: Profile) -> Forecast | None:
-    """A step on a machine, by method full."""
-    train = config.train
-    batch = Batch(
-        rows=train.per_device_train_batch_size,
-        tokens=config.data.max_length,
-        micro_batches=train.gradient_accumulation_steps,
-    )
-    rule = make(train.optim, Kernels("cpu", exact=False), **train.optim_args)
-    asked = config.budgets
+    profile, asked = machine(hardware, directory), config.budgets
     device = full_name(asked.device)
     budgets = resolve(cpu_memory=asked.cpu_memory, gpu_memory=asked.gpu_memory, device=device)
     accelerator: Accelerator | None = None
     if budgets.gpu_memory is not None:
         link = parse_link(asked.link, device)
         accelerator = Accelerator(name=device, memory=budgets.gpu_memory, link_bytes_per_s=link)
-        if not accelerator.is_known(profile):
-            return None
+    is_known = accelerator is None or accelerator.is_known(profile)
+    found = _Plan(config, sketch, budgets, accelerator, profile, steps, outlook)
     try:
-        return forecast(
-            spec, rule, profile, batch=batch, clips=bool(train.max_grad_norm), budget=budgets.cpu_memory,
-            base=process_nbytes(exact=False), accelerator=accelerator,
-        )  # fmt: skip
+        return {"full": found.full, "lora": found.lora, "zo": found.zeroth}[config.method](is_known)
     except BudgetError:  # the trainer measures, and says what does not fit
-        return None
+        return outlook
 
 
-def _copies(config: Config, sketch: Outline, steps: int) -> Copies:
-    """What method zo writes of weights."""
-    asked, anatomy = config.budgets, dissect(sketch.model, shares=False)
-    budgets = resolve(cpu_memory=asked.cpu_memory, gpu_memory=asked.gpu_memory, device=full_name(asked.device))
-    try:
-        placement = place_zeroth(
-            sketch.model, anatomy, sketch.sources, budgets, tokens_of(config), process_nbytes(exact=False)
+@dataclass(frozen=True)
+class _Plan:
+    """What the plan of any method follows from."""
+
+    config: Config
+    sketch: Outline
+    budgets: Budgets
+    accelerator: Accelerator | None
+    profile: Profile
+    steps: int
+    outlook: Outlook
+
+    @property
+    def batch(self) -> Batch:
+        train = self.config.train
+        return Batch(
+            rows=train.per_device_train_batch_size,
+            tokens=self.config.data.max_length,
+            micro_batches=train.gradient_accumulation_steps,
         )
-    except BudgetError:  # the trainer says what does not fit
-        return Copies()
-    streamed = sum(sketch.sources[t.name].nbytes for ts in placement.bundles.values() for t in ts)
-    found = copies(streamed, sketch.spec.nbytes - streamed, steps=steps, every=config.zo.write_every)
-    limit = asked.disk_limit
-    return found if limit is None else replace(found, disk_nbytes=min(found.disk_nbytes, parse_bytes(limit, "limit")))
+
+    @property
+    def rule(self) -> Optimizer:
+        train = self.config.train
+        return make(train.optim, Kernels("cpu", exact=False), **train.optim_args)
+
+    def full(self, is_known: bool) -> Outlook:
+        if not is_known:
+            return self.outlook
+        found = forecast(
+            self.sketch.spec, self.rule, self.profile, batch=self.batch, clips=bool(self.config.train.max_grad_norm),
+            budget=self.budgets.cpu_memory, base=process_nbytes(exact=False), accelerator=self.accelerator,
+        )  # fmt: skip
+        return replace(self.outlook, forecast=found)
+
+    def lora(self, is_known: bool) -> Outlook:
+        config, sketch, base = self.config, self.sketch, process_nbytes(exact=False)
+        lora = Lora(**{name: getattr(config.lora, name) for name in config.lora.__struct_fields__})
+        adapt(sketch.model, lora)
+        anatomy = dissect(sketch.model, shares=False)
+        place = place_lora(sketch.model, anatomy, sketch.sources, self.rule, self.budgets, tokens_of(config), base)
+        if not is_known:
+            return self.outlook
+        found = forecast_lora(
+            sketch.spec, place, self.rule, self.profile, rank=lora.r, batch=self.batch,
+            clips=bool(config.train.max_grad_norm), budget=self.budgets.cpu_memory, base=base,
+            accelerator=self.accelerator,
+        )  # fmt: skip
+        return replace(self.outlook, forecast=found)
+
+    def zeroth(self, is_known: bool) -> Outlook:
+        config, sketch, base = self.config, self.sketch, process_nbytes(exact=False)
+        anatomy, sources = dissect(sketch.model, shares=False), sketch.sources
+        placement = place_zeroth(sketch.model, anatomy, sources, self.budgets, tokens_of(config), base)
+        streamed = sum(sources[t.name].nbytes for ts in placement.bundles.values() for t in ts)
+        written = copies(streamed, sketch.spec.nbytes - streamed, steps=self.steps, every=config.zo.write_every)
+        limit = config.budgets.disk_limit
+        most = None if limit is None else parse_bytes(limit, "disk_limit")
+        if most is not None:
+            written = replace(written, disk_nbytes=min(written.disk_nbytes, most))
+        outlook = replace(self.outlook, copies=written)
+        if not is_known:
+            return outlook
+        used = uses(anatomy)
+        found = forecast_zeroth(
+            sketch.spec, spec_of(anatomy, sources, getattr(sketch.model, "config", None), by_rows=False), placement,
+            moved_by(used, placement, {n: prod(s.shape) for n, s in sources.items()},
+                     {n: s.nbytes for n, s in sources.items()}),
+            self.profile, batch=self.batch, steps=self.steps, every=config.zo.write_every,
+            writes=most is None or most >= streamed, sides_nbytes=sides_nbytes(used, sources),
+            budget=self.budgets.cpu_memory, base=base, accelerator=self.accelerator,
+        )  # fmt: skip
+        return replace(outlook, forecast=found)
 
 
 def tokens_of(config: Config) -> int:

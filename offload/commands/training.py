@@ -61,11 +61,12 @@ def place(where: Whereabouts) -> str:
 def _predicted(found: Forecast, drive_bytes: int) -> str:
     """A step on this machine."""
     cost = found.cost
+    kept = {"weights": found.weights_nbytes, "state": found.state_nbytes, "graphs": found.graphs_nbytes}
+    stays = [f"{format_bytes(nbytes)} of {what}" for what, nbytes in kept.items() if nbytes]
     text = (
         f"predicted: a step of full rows takes {format_seconds(cost.seconds)} (bound by the {cost.binding}: "
-        f"{format_seconds(cost.bound_s)}); {format_bytes(found.weights_nbytes)} of weights and "
-        f"{format_bytes(found.state_nbytes)} of state stay in memory; {format_bytes(cost.read_bytes)} read, "
-        f"{format_bytes(cost.write_bytes)} written"
+        f"{format_seconds(cost.bound_s)}); {', '.join(stays) or 'nothing of it'} stay in memory; "
+        f"{format_bytes(cost.read_bytes)} read, {format_bytes(cost.write_bytes)} written"
     )
     if cost.write_bytes:
         text += f", which the drive survives {drive_bytes // cost.write_bytes:,} times"
@@ -126,7 +127,10 @@ class Progress:
         facts = f"loss {line['loss']:.4f}, lr {line['learning_rate']:.2e}, {line['tokens_per_s']:,.0f} tokens/s"
         self._bar.update(self._task, completed=step, facts=facts)
         if not self._console.is_terminal and (step == self._total or step % max(1, self._total // 10) == 0):
-            say(self._console, f"step {step} of {self._total}: {facts}, {format_seconds(line['step_s'])} a step")
+            took = format_seconds(line["step_s"])
+            if "predicted_step_s" in line:
+                took += f" (predicted {format_seconds(line['predicted_step_s'])})"
+            say(self._console, f"step {step} of {self._total}: {facts}, {took} a step")
 
     def now(self, text: str) -> None:
         """What is being done that is no step."""

@@ -16,8 +16,9 @@ from offload.errors import BudgetError
 from offload.finetune.accelerator import Accelerator
 from offload.finetune.assemble import SLOTS, assemble
 from offload.finetune.export import export_checkpoint, export_module
-from offload.finetune.forecast import Batch, forecast
+from offload.finetune.forecast import forecast
 from offload.finetune.memory import Wishes
+from offload.finetune.pricing import Batch
 from offload.finetune.trainer import Trainer
 from offload.hardware import rss_bytes
 from offload.io.engine import Engine

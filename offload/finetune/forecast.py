@@ -3,8 +3,8 @@ step tuple that follows is priced on a machine's profile."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -12,13 +12,14 @@ from offload.errors import BudgetError
 from offload.finetune.accelerator import Accelerator, plan_there
 from offload.finetune.assemble import SLOTS
 from offload.finetune.memory import MARGIN, SLACK, first_cells
+from offload.finetune.pricing import Batch
 from offload.optim.base import Optimizer
 from offload.planner.cells import CellPlan, plan_cells
 from offload.planner.ops import OpCosts, Phase
 from offload.planner.schedule import Schedule
 from offload.planner.training import emit_training, has_copies
 from offload.planner.training_cost import StepCost, step_cost
-from offload.planner.training_steps import TrainedShard, TrainedUnit
+from offload.planner.training_steps import TrainedShard, TrainedUnit, Update
 from offload.profile import Profile
 from offload.runtime.masters import STAGES
 from offload.specs import ModelSpec, TensorSpec, UnitSpec
@@ -27,15 +28,6 @@ from offload.tiers.cells import SHARD_COUNT, page
 DEEPER = (16, 24, 32, 48)  # slots, that are tried
 WORTH = 0.97  # of the time, to be worth more memory
 LOSSES = 0.5  # of the logits in two and in four bytes: a loss leaves them as they are, with the gradient in their place
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """What a step works on: micro-batches of so many rows of so many tokens."""
-
-    rows: int
-    tokens: int
-    micro_batches: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +46,7 @@ class Forecast:
     activation_nbytes: beside graphs that are kept: inputs of units, one graph, the loss.
     ring_nbytes: of the rings of state and of cells.
     process_nbytes: of the process, with what is set aside for allocators.
+    there: bytes of the accelerator's memory by class.
     """
 
     schedule: Schedule
@@ -61,14 +54,15 @@ class Forecast:
     weights_nbytes: int
     graphs_nbytes: int
     state_nbytes: int
-    scratch_nbytes: int
-    slots: int
+    scratch_nbytes: int = 0
+    slots: int = 0
     gradient_nbytes: int = 0
     activation_nbytes: int = 0
     ring_nbytes: int = 0
     process_nbytes: int = 0
     room_nbytes: int = 0
     defers: bool = False
+    there: Mapping[str, int] = field(default_factory=dict)
 
     def memory(self) -> dict[str, int]:
         """Bytes of main memory by class."""
@@ -151,7 +145,7 @@ def _forecast(
     every = [*units, loose] if loose is not None else units
     shards = [s for unit in every for s in unit.shards]
     sizes = {unit.name: unit.nbytes for unit in units}
-    graphs = {unit.name: _graph(unit, batch) * batch.micro_batches for unit in spec.units}
+    graphs = {unit.name: graph_nbytes(unit, batch) * batch.micro_batches for unit in spec.units}
     sums = 2 * max(sizes.values())
     at_once = int(batch.rows * batch.tokens * LOSSES * spec.logits_nbytes)
     at_once += spec.hidden_nbytes * batch.rows * batch.tokens * batch.micro_batches * len(units)
@@ -170,14 +164,7 @@ def _forecast(
         if there is None and unit.name in plan.kept and graphs[unit.name] <= left:
             left -= graphs[unit.name]
             kept_graphs.add(unit.name)
-    total = sum(s.nbytes for s in shards)
-    staying: set[str] = set()
-    share, taken, wanted = min(1.0, max(0, left) / total), 0, 0.0
-    for shard in shards:
-        wanted += shard.nbytes * share
-        if taken + shard.nbytes / 2 <= wanted and taken + shard.nbytes <= left:
-            staying.add(shard.name)
-            taken += shard.nbytes
+    staying, taken = evenly(shards, left)
     order = [replace(_placed(unit, unit.name in plan.kept, staying, there), defers=defers) for unit in units]
     itemsize = 4 if spec.dtype == "float32" else 2
     copies = has_copies(clips, itemsize)
@@ -187,12 +174,11 @@ def _forecast(
     )  # fmt: skip
     forward_s = _forwards(spec, profile, batch, accelerator.processor if accelerator is not None else "cpu")
     recomputed = {u: 0.0 if u in kept_graphs or u == units[-1].name else s for u, s in forward_s.items()}
-    per_byte = rule.cost.seconds(SHARD_COUNT, profile) / max(1.0, rule.cost.state_bytes * SHARD_COUNT)
     cost = step_cost(
         schedule, profile,
         slots={"state": min(slots, len(shards)), "cells": plan.slots, "device": there.slots if there else 0},
         forward_s=forward_s, backward_s={u: 2 * s + recomputed[u] for u, s in forward_s.items()},
-        update_s=lambda step: per_byte * step.nbytes,
+        update_s=update_s(rule, profile),
         crossing_s=lambda nbytes: accelerator.crossing_s(nbytes, profile) if accelerator else 0.0,
     )  # fmt: skip
     return Forecast(
@@ -230,9 +216,25 @@ def _room(
     return sum(sizes.values()) + rest if first.travels_nbytes else 0
 
 
+def evenly(shards: Sequence[TrainedShard], nbytes: int) -> tuple[set[str], int]:
+    """Shards that stay in memory, as many as fit, spread evenly, and the bytes that they take."""
+    total = sum(s.nbytes for s in shards)
+    staying: set[str] = set()
+    share, taken, wanted = min(1.0, max(0, nbytes) / max(1, total)), 0, 0.0
+    for shard in shards:
+        wanted += shard.nbytes * share
+        if taken + shard.nbytes / 2 <= wanted and taken + shard.nbytes <= nbytes:
+            staying.add(shard.name)
+            taken += shard.nbytes
+    return staying, taken
+
+
 def _unit(name: str, tensors: tuple[TensorSpec, ...], rule: Optimizer) -> TrainedUnit:
-    """A unit as the trainer would cut it, but for padding."""
-    count = sum(t.elements for t in tensors)
+    return cut(name, sum(t.elements for t in tensors), sum(t.nbytes for t in tensors), rule)
+
+
+def cut(name: str, count: int, nbytes: int, rule: Optimizer) -> TrainedUnit:
+    """A unit of so many parameters as the trainer would cut it, but for padding."""
     shards = []
     for first in range(0, count, SHARD_COUNT):
         part = min(SHARD_COUNT, count - first)
@@ -240,7 +242,7 @@ def _unit(name: str, tensors: tuple[TensorSpec, ...], rule: Optimizer) -> Traine
         shards.append(
             TrainedShard(name=f"{name}[{len(shards)}]", nbytes=state, masters_nbytes=min(state, page(4 * part)))
         )
-    return TrainedUnit(name=name, nbytes=page(sum(t.nbytes for t in tensors)), shards=tuple(shards))
+    return TrainedUnit(name=name, nbytes=page(nbytes), shards=tuple(shards))
 
 
 def _placed(unit: TrainedUnit, stays: bool, staying: set[str], there: CellPlan | None) -> TrainedUnit:
@@ -249,7 +251,13 @@ def _placed(unit: TrainedUnit, stays: bool, staying: set[str], there: CellPlan |
     return replace(unit, stays=stays, shards=shards, uploads=there is not None, stays_there=stays_there)
 
 
-def _graph(unit: UnitSpec, batch: Batch) -> int:
+def update_s(rule: Optimizer, profile: Profile) -> Callable[[Update], float]:
+    """Seconds of a shard's update, on the CPU."""
+    per_byte = rule.cost.seconds(SHARD_COUNT, profile) / max(1.0, rule.cost.state_bytes * SHARD_COUNT)
+    return lambda step: per_byte * step.nbytes
+
+
+def graph_nbytes(unit: UnitSpec, batch: Batch) -> int:
     """What a unit's graph keeps of one micro-batch, about: inputs and outputs of its matrices, in two bytes."""
     matrices = [t for t in unit.tensors if t.width and not t.is_table]
     widths = sum(t.width + t.elements // t.width // max(1, t.experts) * max(1, t.chosen) for t in matrices)

@@ -104,8 +104,9 @@ class Outlook:
             "optimizer": SLOTS * self.state_nbytes,
             "activations": self.activation_nbytes,
         }
-        for kind, nbytes in disk.items():
-            kinds.setdefault(kind, {})["disk"] = nbytes
+        for tier, row in (("disk", disk), ("device", self.forecast.there if self.forecast else {})):
+            for kind, nbytes in row.items():
+                kinds.setdefault(kind, {})[tier] = nbytes
         return {kind: row for kind, row in kinds.items() if any(row.values())}
 
     def as_dict(self) -> dict[str, Any]:

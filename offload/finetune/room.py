@@ -10,7 +10,7 @@ from offload.budgets import DEVICE_SLACK, TRANSIT
 from offload.checkpoint.describe import describe
 from offload.errors import BudgetError
 from offload.hardware import rss_bytes
-from offload.planner.placement import Placement, TooSmall, place
+from offload.planner.placement import Placement, Tier, TooSmall, place
 from offload.planner.workspace import LIBRARIES, MARGIN, workspace
 from offload.runtime.discovery import Anatomy
 from offload.specs import Budgets, ModelSpec, Workload
@@ -73,8 +73,7 @@ def place_beside(
         BudgetError: not even the ring fits; says which budget would do.
     """
     base = rss_bytes() if base_nbytes is None else base_nbytes
-    reserve = LIBRARIES + SLACK + int(MARGIN * budgets.cpu_memory)
-    parts = {"the process itself": base, "libraries and margin": reserve} | dict(beside)
+    parts = {"the process itself": base, "libraries and margin": reserve_nbytes(budgets.cpu_memory)} | dict(beside)
     device: int | None = None
     if there is not None:
         assert budgets.gpu_memory is not None
@@ -95,6 +94,17 @@ def place_beside(
             ) from None
         needed = (budgets.cpu_memory * (1 - MARGIN) + error.missing) / (1 - MARGIN) + 8 * MIB
         raise _too_small("cpu_memory", budgets.cpu_memory, parts, int(needed), error) from None
+
+
+def reserve_nbytes(budget: int) -> int:
+    """What is set aside for libraries, threads and allocators."""
+    return LIBRARIES + SLACK + int(MARGIN * budget)
+
+
+def at(spec: ModelSpec, placement: Placement, tier: Tier) -> int:
+    """Bytes of weights that live on a tier."""
+    every = (*spec.loose, *(t for unit in spec.units for t in unit.tensors))
+    return sum(t.nbytes for t in every if placement.home[t.name] is tier)
 
 
 def check_there(gpu_memory: int, there: Mapping[str, int]) -> None:

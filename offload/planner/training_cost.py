@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from offload.planner.schedule import Download, Read, Schedule, Step, Upload, Write
@@ -137,6 +137,13 @@ def replay_step(
         write_bytes=written,
         **{f"{lane}_s": clock.work_s(lane) for lane in BESIDE},
     )
+
+
+def mean_cost(costs: Sequence[tuple[StepCost, int]]) -> StepCost:
+    """Of steps that alternate: costs, and how often each occurs."""
+    count = sum(n for _, n in costs)
+    means = {f.name: sum(getattr(cost, f.name) * n for cost, n in costs) / count for f in fields(StepCost)}
+    return StepCost(**means | {name: round(means[name]) for name in ("read_bytes", "write_bytes")})
 
 
 def both(read_s: float, write_s: float, reading: float, writing: float) -> float:

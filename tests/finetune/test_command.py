@@ -391,6 +391,7 @@ def test_it_says_where_weights_that_no_gradient_trains_live(
     )
     plan = json.loads(capfd.readouterr().out.splitlines()[-1])["plan"]
     assert plan["streamed_nbytes"] == plan["step_nbytes"] == 0
+    assert plan["predicted"]["step_s"] > 0
     assert plan["resident_nbytes"] == plan["weight_bytes"]
 
 
@@ -428,6 +429,8 @@ def test_the_plan_has_what_zo_writes_back(
     assert run(config, *options) == 0
     report = json.loads(capsys.readouterr().out)
     plan, streamed = report["plan"], report["plan"]["streamed_nbytes"]
+    assert plan["predicted"]["read_bytes"] == plan["step_nbytes"]
+    assert plan["predicted"]["write_bytes"] == streamed // 2, "every second step writes back"
     assert 0 < streamed < plan["weight_bytes"]
     assert plan["written_back_bytes_at_most"] == 2 * streamed
     pages = 4096 * 64

@@ -50,6 +50,7 @@ def test_other_methods_too(method: str, config: Path, tmp_path: Path, capfd: pyt
         assert run(config, f"method={method}", f"train.output_dir={tmp_path / name}", *words) == 0
         lines = [line for line in read_journal(tmp_path / name / "log.jsonl") if "loss" in line]
         found.append([(line["loss"], line["grad_norm"]) for line in lines])
+        assert all(line["predicted_step_s"] > 0 for line in lines)
     assert found[0] == found[1]
     assert len(found[0]) == 4
     assert ("on the accelerator" in " ".join(capfd.readouterr().err.split())) == (method == "lora")
@@ -63,6 +64,11 @@ def test_the_plan_shows_what_crosses(config: Path, capsys: pytest.CaptureFixture
     assert "beside" in shown
     assert run(config, "--explain", "budgets.device=cpu") == 0
     assert "Upload" not in capsys.readouterr().out
+    for method, word in (("lora", "Update"), ("zo", "Move")):
+        assert run(config, f"method={method}", "--explain", *DEVICE) == 0
+        shown = capsys.readouterr().out
+        assert word in shown
+        assert "Upload" in shown
 
 
 def test_a_device_that_is_too_small(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,9 +16,10 @@ import offload
 from offload.checkpoint.outline import outline
 from offload.finetune.assemble import SLOTS
 from offload.finetune.disk import Finished, check_room, finish_state, forget_finished, read_finished
-from offload.finetune.forecast import Batch, forecast
+from offload.finetune.forecast import forecast
 from offload.finetune.memory import Wishes, plan_first
 from offload.finetune.outlook import Outlook, foresee
+from offload.finetune.pricing import Batch
 from offload.finetune.reading import make_config
 from offload.io.safetensors import read_checkpoint
 from offload.kernels.chosen import Kernels
