@@ -14,6 +14,7 @@ from offload.specs import ModelSpec
 from offload.tiers.cells import Cell, page
 from offload.tiers.device import Device
 from offload.tiers.device_cells import DeviceCells
+from offload.tiers.device_state import SLOTS
 from offload.tiers.devices import create
 from offload.units import format_bytes
 
@@ -31,6 +32,7 @@ class Accelerator:
         link_bytes_per_s: pace of an emulated one's link; None: as fast as memory copies go.
         overlaps: moving, computing and updating overlap.
         activations: purpose -> bytes of a micro-batch, beside weights and gradients; None: unknown.
+        state_nbytes: of slots for optimizer state that is updated there.
         device: it, where it is open already and has room for every cell; None: `open` makes it.
     """
 
@@ -39,6 +41,7 @@ class Accelerator:
     link_bytes_per_s: float | None = None
     overlaps: bool = True
     activations: Mapping[str, int] | None = field(default=None)
+    state_nbytes: int = 0
     device: Device | None = None
 
     @property
@@ -66,6 +69,10 @@ class Accelerator:
         parts = step_nbytes(spec, tokens) | backward_nbytes(spec, tokens)
         parts["inputs of units"] *= micro_batches
         return replace(self, activations=parts)
+
+    def updating(self, shard_nbytes: int) -> Accelerator:
+        """The same that updates a part of the shards itself, whose state takes so many bytes at most."""
+        return replace(self, state_nbytes=SLOTS * shard_nbytes)
 
     def inputs_nbytes(self) -> int:
         """What inputs of units may take there between forward and backward; those of more micro-batches go ashore."""
@@ -96,7 +103,8 @@ class Accelerator:
             return self.device, DeviceCells({cell.unit: cell for cell in layouts}, self.device, all_there(sizes))
         sizes = {cell.unit: page(cell.nbytes) for cell in layouts}
         plan = plan_there(sizes, self)
-        device = create(self.name, memory_nbytes=plan.nbytes, link_bytes_per_s=self.link_bytes_per_s)
+        memory = plan.nbytes + self.state_nbytes
+        device = create(self.name, memory_nbytes=memory, link_bytes_per_s=self.link_bytes_per_s)
         try:
             there = DeviceCells({cell.unit: cell for cell in layouts}, device, plan)
             there.spare_nbytes = self.memory - plan.nbytes - sum(beside_there(sizes, self).values())
@@ -119,6 +127,7 @@ def beside_there(cells: Mapping[str, int], asked: Accelerator) -> dict[str, int]
     found = {
         "gradients of the largest part of the model": GRADIENTS * max(sizes.values(), default=0),
         "parameters that several parts use, with their gradient": (1 + GRADIENTS) * loose,
+        "optimizer state that is updated there": asked.state_nbytes,
     } | dict(parts)
     return {name: nbytes for name, nbytes in found.items() if nbytes}
 

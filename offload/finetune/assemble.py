@@ -21,14 +21,19 @@ from offload.hardware import rss_bytes
 from offload.io.engine import Engine
 from offload.kernels.chosen import Kernels
 from offload.optim.base import Optimizer
+from offload.optim.there import on_device
+from offload.planner.update_share import spread
 from offload.runtime.adapted import Adapted
 from offload.runtime.discovery import Anatomy
 from offload.runtime.streams import Streams
 from offload.runtime.training import Training
 from offload.runtime.training_lanes import LOOSE
+from offload.runtime.updates_there import ShareThere
 from offload.tiers.ashore import Ashore
 from offload.tiers.cells import SHARD_COUNT, Cells, Shapes, lay_out_cell, page
 from offload.tiers.device import Device
+from offload.tiers.device_state import SLOTS as STATE_SLOTS
+from offload.tiers.device_state import DeviceState
 from offload.tiers.pins import Pins
 from offload.tiers.spill import Spill
 from offload.tiers.statefile import open_state, room
@@ -65,6 +70,7 @@ def assemble(
     defers: bool = False,
     belongs: Mapping[str, Any] | None = None,
     accelerator: Accelerator | None = None,
+    update_share: float = 0.0,
 ) -> Trainer:
     """A trainer whose state is new, or that of the last commit.
 
@@ -79,6 +85,7 @@ def assemble(
         travels: weights may travel where they do not fit in memory.
         belongs: what else the state belongs to, beside parameters and optimizer.
         accelerator: what computes; None: the CPU.
+        update_share: of the updates that it makes itself.
         slots: of the ring of state.
         defers: see `Training.defer`.
 
@@ -113,8 +120,12 @@ def assemble(
     } | dict(belongs or {})
     share_heap()
     _warm(optimizer, kernels)
+    going_up: frozenset[str] = frozenset()
     if accelerator is not None:
         cpu_memory += accelerator.host_nbytes
+        going_up = spread(((s.name, s.count) for cell in layouts for s in cell.shards), update_share)
+        if going_up:
+            accelerator = accelerator.updating(max(shards[name] for name in going_up))
     ring = min(slots, len(shards)) * max(shards.values())
     plan = plan_first(layouts, ring, cpu_memory, wishes, travels=travels)
 
@@ -138,7 +149,11 @@ def assemble(
             device, there = accelerator.open(layouts)
             undone.callback(device.close)
             there_kernels = Kernels(device.torch_device.type, exact=kernels.exact)
-            make = partial(make, device=device, there=there, overlaps=accelerator.overlaps)
+            share: ShareThere | None = None
+            if going_up:
+                state_there = DeviceState(device, accelerator.state_nbytes // STATE_SLOTS)
+                share = ShareThere(going_up, on_device(optimizer, there_kernels), state_there)
+            make = partial(make, device=device, there=there, share=share, overlaps=accelerator.overlaps)
         cells = Cells(layouts, plan.kept, Pins(device))
         training = make(
             root, anatomy, cells, state, spill, optimizer,

@@ -57,11 +57,13 @@ def assemble_full(
     max_grad_norm: float | None,
     tokens: int,
     accelerator: Accelerator | None,
+    update_share: float | None,
     **options: Any,
 ) -> Trainer:
     """A trainer of all parameters.
 
     Args:
+        update_share: of the updates that the accelerator makes; None: what makes a step shortest.
         options: as for `assemble`, like the others.
 
     Raises:
@@ -80,7 +82,7 @@ def assemble_full(
         subject.root, subject.anatomy, subject.parameters, rule, engine, kernels,
         fill=subject.fill, save=subject.save, put_back=subject.put_back, travels=subject.put_back is None,
         max_grad_norm=max_grad_norm, cpu_memory=budgets.cpu_memory, wishes=wishes, slots=slots, defers=defers,
-        accelerator=accelerator, **options,
+        accelerator=accelerator, update_share=update_share or 0.0, **options,
     )  # fmt: skip
 
 

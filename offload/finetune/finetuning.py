@@ -20,6 +20,7 @@ from offload.finetune.assemble_lora import assemble_lora
 from offload.finetune.assemble_zeroth import assemble_zeroth
 from offload.finetune.lora import Lora
 from offload.finetune.memory import Wishes
+from offload.finetune.sharing import parse_share
 from offload.finetune.trainer import Trainer
 from offload.io.engine import Engine
 from offload.kernels.chosen import Kernels
@@ -51,6 +52,7 @@ def finetuning(
     device: str | None = None,
     link: str | float | None = None,
     overlap: bool = True,
+    update_share: float | str = "auto",
     dtype: str | torch.dtype = "auto",
     seed: int = 0,
     resident: Size = None,
@@ -87,9 +89,11 @@ def finetuning(
         gpu_memory: the same for the GPU; default: what it has free.
         offload_dir: a folder on a fast disk for the optimizer's state, which a later run can go on from.
         device: what computes the model: cpu, cuda, cuda:N or emulated; default: cuda when there is one. Updates run on
-            the CPU beside it.
+            the CPU beside it, or a share of them there.
         link: pace of the emulated device's link, as in "8GB/s".
         overlap: an accelerator computes while others move and update; False, one after the other, is for comparing.
+        update_share: of the updates that an accelerator makes itself, from 0 to 1, while the CPU makes the others;
+            "auto": what is predicted to make a step shortest. With AdamW and method="full" only.
         dtype: of the model's weights: "auto" is the checkpoint's.
         seed: of dropout.
         resident: how much of the optimizer's state stays in memory: "auto", a fraction such as 0.25, or bytes.
@@ -136,6 +140,7 @@ def finetuning(
         accelerator = Accelerator(
             name=device, memory=budgets.gpu_memory, link_bytes_per_s=pace, overlaps=overlap
         )  # fmt: skip
+    share = parse_share(update_share, method=method, has_device=accelerator is not None, rule=rule)
     engine = Engine(io, strict=strict)
     try:
         if method == "lora":
@@ -165,7 +170,7 @@ def finetuning(
         return assemble_full(
             model, rule, engine, kernels, learning_rate=learning_rate, max_grad_norm=max_grad_norm, budgets=budgets,
             wishes=wishes, tokens=tokens, offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
-            accelerator=accelerator, dtype=dtype, model_kwargs=model_kwargs,
+            accelerator=accelerator, update_share=share, dtype=dtype, model_kwargs=model_kwargs,
         )  # fmt: skip
     except BaseException:
         engine.close()

@@ -21,7 +21,7 @@ from typing import Literal
 
 from offload.planner.placement import Placement, Tier
 
-RingName = Literal["host", "device", "state", "cells"]
+RingName = Literal["host", "device", "state", "cells", "device state"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +80,11 @@ class Compute(Step):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Aside(Compute):
+    """What the accelerator does beside the model's own work there, in a stream of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Write(Step):
     """Writes a slot, or a part of one, to disk. The slot goes back when the write has ended, not when it has begun."""
 
@@ -99,6 +104,7 @@ LANES: Mapping[type[Step], str] = {
     Upload: "upload",
     Download: "download",
     Write: "write",
+    Aside: "aside",
     Compute: "compute",
 }
 

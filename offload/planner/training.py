@@ -13,6 +13,13 @@ On an accelerator, the weights of a unit go up for each visit, its gradient come
     clip          update; upload; forward            upload; backward; download
     no clip       upload; forward                    upload; backward; download; update
 
+The accelerator may make a part of the updates itself (`TrainedShard.goes_up`), while the CPU makes the others. Their
+state goes up, is updated, and comes back beside state that goes up. Of a cell with a place both there and in main
+memory this part does not cross at all; of others gradients go up or weights come down, as many bytes as otherwise:
+
+    clip          state up; update; state down; forward
+    no clip                                          backward; state up; update; state down
+
 With a clip norm all state moves in the forward pass, which is short, and the disk rests in the backward pass. So the
 state of a cell that travels may be written there (`defers`), at the price of a second update:
 
@@ -25,7 +32,7 @@ begins with, rounded on the way: whichever moves fewer bytes (see `has_copies`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from offload.planner.schedule import Read, Schedule, Step, Write
 from offload.planner.training_emitter import Emitter
@@ -52,6 +59,7 @@ def emit_training(
     writes_copies: bool = False,
     forward: bool = True,
     backward: bool = True,
+    holds_there: bool = False,
 ) -> Schedule:
     """The steps of one step of training, or of a part of it.
 
@@ -63,13 +71,16 @@ def emit_training(
         reads: where the weights of cells that travel are, while no update is due.
         writes_copies: weights are written after an update in the backward pass.
         forward, backward: what is run; neither: only the updates that are due.
+        holds_there: what the accelerator updates of cells that rest there has not come down since the last pass.
     """
     made = Emitter()
     deferred = [u for u in order[:-1] if is_due and forward and backward and u.defers and not (u.stays or u.uploads)]
+    every = [*order, loose] if loose is not None else order
+    has_there = {u.name: holds_there and u.rests_there for u in every}  # what is updated there has not come down
     if is_due and loose is not None:
-        made.update(loose)
+        _update(made, loose, has_there)
     if forward and loose is not None:
-        made.upload(loose)
+        made.upload(loose, "here" if is_due or has_there[loose.name] else "all")
     for unit in order:
         is_last = unit is order[-1] and backward  # its backward follows at once
         if is_due:
@@ -77,18 +88,23 @@ def emit_training(
             if unit in deferred:
                 made.try_update(unit)
             else:
-                made.update(unit)
+                _update(made, unit, has_there)
         elif forward:
             made.bring(unit, reads)
         if forward:
-            made.upload(unit)
+            made.upload(unit, "here" if is_due or has_there[unit.name] else "all")
             if unit.uploads and not is_last:
                 made.release(unit)
             made.visit(Forward(index=0, unit=unit.name, nbytes=unit.nbytes), unit, loose)
-            if not is_last:
+            if is_due and unit.going_up and unit.stays and not unit.rests_there and not is_last:
+                made.download(unit, "there")
+            elif not is_last:
                 made.leave(unit)
+        elif is_due and not unit.rests_there:
+            made.download(unit, "there")
         if not (forward and (unit.uploads or is_last)):
             made.release(unit)
+    behind: TrainedUnit | None = None  # the unit whose updates there have not been made
     for unit in reversed(order) if backward else ():
         if unit in deferred:
             made.bring(unit, "gradient")
@@ -99,23 +115,53 @@ def emit_training(
             else:
                 made.bring(unit, "masters" if is_due else reads)
                 made.upload(unit)
+        if behind is not None:  # what the next backward needs has gone up first
+            _update_behind(made, behind, writes_copies)
+            behind = None
         made.visit(Backward(index=0, unit=unit.name, nbytes=unit.nbytes), unit, loose)
-        made.download(unit)
         if clips:
+            made.download(unit, "here" if unit.rests_there else "all")
             made.write(unit, "gradient")
             continue
+        made.download(unit, "here", is_last=not unit.going_up)
         made.update(unit)
-        if writes_copies:
-            made.write(unit, "weights")
+        if unit.going_up:
+            behind = unit
         else:
-            made.release(unit)
+            _let_go(made, unit, writes_copies)
+    if behind is not None:
+        _update_behind(made, behind, writes_copies)
     if backward and loose is not None:
         if loose.uploads:
             made.visit(Backward(index=0, unit=loose.name, nbytes=loose.nbytes), loose, None)
-            made.download(loose)
+            made.download(loose, "here")
         if not clips:
             made.update(loose)
+            made.update_there(loose)
     return made.finish()
+
+
+def _update(made: Emitter, unit: TrainedUnit, has_there: Mapping[str, bool]) -> None:
+    """Updates that wait for the norm. Gradients that go up are first, since they need not wait for the CPU."""
+    if not has_there[unit.name]:
+        made.upload(unit, "there")
+    made.update_there(unit)
+    made.update(unit)
+
+
+def _update_behind(made: Emitter, unit: TrainedUnit, writes_copies: bool) -> None:
+    """Updates by the accelerator behind a backward, and what then becomes of the cell."""
+    made.update_there(unit)
+    if not unit.rests_there:
+        made.download(unit, "there")
+    _let_go(made, unit, writes_copies)
+
+
+def _let_go(made: Emitter, unit: TrainedUnit, writes_copies: bool) -> None:
+    if writes_copies:
+        made.write(unit, "weights")
+    else:
+        made.release(unit)
 
 
 def moved(schedule: Iterable[Step]) -> tuple[int, int]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from offload.planner.schedule import Compute, Read, Write
+from offload.planner.schedule import Aside, Compute, Download, Read, Upload, Write
 
 What = Literal["gradient", "weights", "masters", "nothing"]
 Made = Literal["update", "trial", "rounding"]
+Part = Literal["all", "here", "there"]  # of a cell: shards that the CPU updates, or the accelerator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,49 @@ class WriteCell(Write):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UploadCell(Upload):
+    """Copies a unit's cell to the accelerator.
+
+    Attributes:
+        shards: of it that go; none: all.
+    """
+
+    shards: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownloadCell(Download):
+    """Brings a unit's cell down: gradients, and weights that were updated there.
+
+    Attributes:
+        shards: of it that come; none: all.
+    """
+
+    shards: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadShard(Upload):
+    """Brings the optimizer's state of a shard to the accelerator; takes a slot of the state's ring there."""
+
+    shard: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateThere(Aside):
+    """The optimizer's step of one shard, by the accelerator, on the gradient and the state that it has."""
+
+    shard: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownloadShard(Download):
+    """Brings the state back to where it came from."""
+
+    shard: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedShard:
     """What the optimizer updates at a time.
 
@@ -70,12 +114,16 @@ class TrainedShard:
         nbytes: of its state.
         masters_nbytes: of the part of it that holds the float32 weights.
         stays: the state is kept in memory.
+        goes_up: the accelerator updates it; otherwise, the CPU.
+        cell_nbytes: of its weights, and of its gradient, in the model's dtype; of those that go up.
     """
 
     name: str
     nbytes: int
     masters_nbytes: int
     stays: bool = False
+    goes_up: bool = False
+    cell_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +145,18 @@ class TrainedUnit:
     uploads: bool = False
     stays_there: bool = False
     defers: bool = False
+
+    @property
+    def rests_there(self) -> bool:
+        """What the accelerator updates of its cell need not cross the link: main memory has a place for the rest."""
+        return self.stays and self.stays_there
+
+    @property
+    def going_up(self) -> tuple[TrainedShard, ...]:
+        """Shards that the accelerator updates. A second update in the backward pass is for the CPU only."""
+        if not self.uploads or (self.defers and not self.stays):
+            return ()
+        return tuple(s for s in self.shards if s.goes_up)
 
     @property
     def masters_nbytes(self) -> int:

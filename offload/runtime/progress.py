@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from offload.io.buffers import Interrupted
 from offload.planner.schedule import Release, Schedule, Step, Write, lane_of
+from offload.planner.training_steps import WriteShard
 
 MODEL = "compute"  # the model's own thread
 
@@ -101,6 +102,10 @@ class Progress:
                 assert self.failure is not None
                 raise self.failure
 
+    def wait_done(self, indices: Sequence[int]) -> None:
+        """Waits, in the model's thread, until steps of this pass are done."""
+        self.wait_model(lambda: all(self._is_done(self.number, k) for k in indices))
+
     def finish(self, size: int) -> None:
         """The model has done its part of a pass of so many steps: waits until all lanes have done theirs."""
 
@@ -124,8 +129,10 @@ def lanes(schedule: Schedule) -> list[str]:
     for step in schedule:
         if isinstance(step, Release):
             found.append(found[step.after[0]])
+        elif isinstance(step, WriteShard):
+            found.append(found[step.after[0]])  # the lane that has changed it, or brought it down
         elif isinstance(step, Write):
-            found.append("update")  # what is written was updated, or came down for that
+            found.append("update")
         else:
             found.append(lane_of(step))
     return found

@@ -29,6 +29,7 @@ from offload.runtime.timeline import Timeline
 from offload.runtime.training_lanes import LOOSE, TrainingLanes
 from offload.runtime.training_walk import LazyWeights, Rule, Walk
 from offload.runtime.tuples import Tuples
+from offload.runtime.updates_there import ShareThere, UpdatesThere
 from offload.tiers.cells import Cells, Shard
 from offload.tiers.device import Device
 from offload.tiers.device_cells import DeviceCells
@@ -74,6 +75,7 @@ class Training:
         frozen: parameters that are used as they are; all others are in the cells.
         device: where the model computes; None: on the CPU, with the cells as they are.
         there: the cells on it.
+        share: what it updates itself.
         overlaps: moving, computing and updating overlap there.
     """
 
@@ -94,6 +96,7 @@ class Training:
         frozen: Mapping[str, torch.Tensor] | None = None,
         device: Device | None = None,
         there: DeviceCells | None = None,
+        share: ShareThere | None = None,
         overlaps: bool = True,
     ) -> None:
         self.root, self.cells, self.state = root, cells, state
@@ -113,7 +116,11 @@ class Training:
         self._lanes = TrainingLanes(state, spill, cells, slots, self.timeline)
         self._lanes.use_cell_ring(*cell_slots)
         parts = (cells, self._lanes, self._parameters, rule, self.timeline)
-        beside = {"device": self.device, "overlaps": overlaps}
+        self._updates: UpdatesThere | None = None
+        if share is not None:
+            self._lanes.pin(share.shards)
+            self._updates = UpdatesThere(self.device, share, self._lanes, cells, self.timeline)
+        beside = {"device": self.device, "overlaps": overlaps, "updates": self._updates}
         self._walk = Walk(*parts) if there is None else WalkBeside(*parts, there=there, **beside)
         clips = max_grad_norm is not None
         copies = has_copies(clips, max(d.itemsize for d, _ in shapes.values()))
@@ -121,7 +128,10 @@ class Training:
         self._is_seen = False
         self._is_due = False  # every cell holds a gradient
         self._has_copies = False  # the weights of every cell that does not stay are stored
-        self._tuples = Tuples(cells, self._lanes, order, clips=clips, writes_copies=copies, there=there)
+        going_up = share.shards if share is not None else ()
+        self._tuples = Tuples(
+            cells, self._lanes, order, clips=clips, writes_copies=copies, there=there, going_up=going_up
+        )
         self._holdings = Holdings(
             self.backprop, cells, self._lanes, self._walk, self._parameters, spill, self._tuples
         )  # fmt: skip
@@ -169,6 +179,8 @@ class Training:
         self._sums.close()
         if self._there is not None:
             self._there.close()
+        if self._updates is not None:
+            self._updates.close()
 
     # Passes.
 
@@ -220,7 +232,7 @@ class Training:
             self._walk.finish()
             self._is_due = False
         if self._there is not None:
-            self._lanes.rest()
+            self._come_down()
             self._parameters.show(self.cells.views)
 
     def commit(self, extra: Mapping[str, Any]) -> None:
@@ -256,6 +268,7 @@ class Training:
 
     def keep_cells(self, kept: Collection[str], cell_slots: tuple[int, int]) -> None:
         """See Holdings.keep_cells."""
+        self._come_down()
         self._holdings.keep_cells(kept, cell_slots, is_due=self._is_due, has_copies=self._has_copies)
 
     def defer(self, defers: bool) -> None:
@@ -333,6 +346,7 @@ class Training:
         self._has_backward = backward
         schedule = self._tuples.emit(self._is_due, self._has_copies, forward=forward, backward=backward)
         self._walk.begin(schedule, repeats=schedule is self.schedule())
+        self._tuples.holds_there = bool(self._tuples.resting)
 
     def _meet(self, unit: str, *, is_backward: bool) -> None:
         """The model enters a unit: it must be the one that comes next, except in the first pass, which shows the order.
@@ -352,7 +366,9 @@ class Training:
         tuples = self._tuples
         tuples.order = [*seen, unit, *(u for u in tuples.order if u not in (*seen, unit))]
         tuples.forget()
-        schedule = tuples.emit(False, self._has_copies, forward=True, backward=self._has_backward)
+        schedule = tuples.emit(
+            False, self._has_copies, forward=True, backward=self._has_backward, holds_there=False
+        )  # fmt: skip
         self._walk.begin(schedule, repeats=False, at=next(s.index for s in schedule if s.unit == unit))
         assert self._walk.is_before(unit, is_backward=False)
 
@@ -377,10 +393,18 @@ class Training:
 
     # Weights outside passes.
 
+    def _come_down(self) -> None:
+        """What rests on the accelerator is in main memory too, and lanes hold nothing."""
+        self._lanes.rest()
+        if self._tuples.holds_there and isinstance(self._walk, WalkBeside):
+            for unit, shards in self._tuples.resting.items():
+                self._walk.come_down(unit, shards)
+            self._tuples.holds_there = False
+
     def _bring(self, unit: str) -> None:
         """Puts the weights of a cell that travels into a slot, in place of the one before."""
         if self._there is not None:
-            self._lanes.rest()  # what lanes have brought ahead they would take back
+            self._come_down()  # what lanes have brought ahead they would take back
         if self.cells.has(unit):
             return
         self._lanes.rest()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -65,6 +65,8 @@ class TrainingLanes:
         self.ring.buffer.touch()  # what the first step takes is measured, and it need not use every slot
         self.cell_ring: BufferPool | None = None
         self.kept: dict[str, memoryview] = {}  # shards that stay in memory
+        self._crossing: frozenset[str] = frozenset()
+        self._pinned: list[Buffer] = []  # of what crosses
         self._masters: Masters | None = None
         self.progress = Progress()
         self._lanes = [Lane("read", self._read, is_ahead=True)]
@@ -75,16 +77,24 @@ class TrainingLanes:
         self._repeats = False
         self._threads: list[threading.Thread] = []
 
-    def split(self, beside: Sequence[Lane], pool: BufferPool, drop: Callable[[], None]) -> None:
+    def split(self, beside: Sequence[Lane], pools: Sequence[BufferPool], drop: Callable[[], None]) -> None:
         """Lanes do from now on what the model's thread did.
 
         Args:
-            pool: another ring in whose slots they work.
+            pools: other rings in whose slots they work.
             drop: gives back what they have prepared and nobody will take.
         """
         self._lanes += beside
-        self._pools.append(pool)
+        self._pools += pools
         self._drop = drop
+
+    def pin(self, names: Collection[str]) -> None:
+        """The state of these shards crosses a link from now on. None is kept yet."""
+        assert not self.kept
+        self._crossing = frozenset(names)
+        if names:
+            self._pinned.append(self.ring.buffer)
+            self._cells.pins.add(self.ring.buffer)
 
     def use_cell_ring(self, slots: int, nbytes: int) -> None:
         """Makes the ring of cells. No pass is under way."""
@@ -176,6 +186,9 @@ class TrainingLanes:
             self._masters.close()
         self._state.drain()
         self._spill.close()
+        for buffer in self._pinned:
+            self._cells.pins.remove(buffer)
+        self._pinned.clear()
         self.ring.close()
         self._end_cell_ring()
 
@@ -251,6 +264,9 @@ class TrainingLanes:
         self._state.read(name, buffer.view).result()
         self._state.verify(name, buffer.view)
         self.kept[name] = buffer.view
+        if name in self._crossing:
+            self._pinned.append(buffer)
+            self._cells.pins.add(buffer)
 
     # Lanes.
 

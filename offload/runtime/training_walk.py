@@ -144,9 +144,9 @@ class Walk:
         elif isinstance(step, Release) and step.ring == "cells" and step.unit in self._held_cells:
             self.let_go(step.unit).release()  # behind a write, its end does it
         elif isinstance(step, Release) and step.ring == "state":
-            for lease in self._held_shards.values():  # of a trial; nobody writes it
-                lease.release()
-            self._held_shards.clear()
+            source = self._schedule[step.after[0]]
+            if isinstance(source, Update):  # a trial; nobody writes it
+                self._held_shards.pop(source.shard).release()
 
     def _next(self) -> None:
         self._at += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class CudaDevice:
         self.torch_device = torch.device(self.name)
         self._stream = torch.cuda.Stream(self.torch_device)
         self._down_stream = torch.cuda.Stream(self.torch_device)
+        self._aside_stream = torch.cuda.Stream(self.torch_device)
         self._registered: list[int] = []
         self._uploaded = self._downloaded = 0
         self._lock = threading.Lock()
@@ -109,6 +111,15 @@ class CudaDevice:
     def mark_compute(self) -> Event:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.torch_device))
+        return CudaEvent(event)
+
+    def compute_aside(self, work: Callable[[], None], after: Event) -> Event:
+        with torch.cuda.stream(self._aside_stream):
+            if isinstance(after, CudaEvent):
+                self._aside_stream.wait_event(after.event)
+            work()
+            event = torch.cuda.Event()
+            event.record(self._aside_stream)
         return CudaEvent(event)
 
     def synchronize(self) -> None:

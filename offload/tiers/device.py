@@ -9,7 +9,7 @@ on every device, so that the executor is written once:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,6 +93,10 @@ class Device(Protocol):
 
     def mark_compute(self) -> Event:
         """An event behind all work that the model has enqueued so far."""
+
+    def compute_aside(self, work: Callable[[], None], after: Event) -> Event:
+        """Has the device do work beside the model's own, not before `after`; the event is behind it. Called from one
+        lane only."""
 
     def synchronize(self) -> None:
         """Blocks until everything enqueued is done."""

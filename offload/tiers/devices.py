@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 
@@ -50,6 +51,9 @@ class CpuDevice:
 
     def mark_compute(self) -> Event:
         return Happened()
+
+    def compute_aside(self, work: Callable[[], None], after: Event) -> Event:
+        raise AssertionError("the plain CPU has nobody beside it")
 
     def synchronize(self) -> None:
         return

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -117,6 +118,11 @@ class EmulatedDevice:
         event.wait()
 
     def mark_compute(self) -> Event:
+        return Happened()
+
+    def compute_aside(self, work: Callable[[], None], after: Event) -> Event:
+        after.wait()
+        work()
         return Happened()
 
     def synchronize(self) -> None:
