@@ -16,7 +16,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 import offload
 from offload.kernels.chosen import Kernels
-from offload.runtime import faster, norms, rotaries
+from offload.runtime import faster, gates, norms, rotaries
 
 KERNELS = Kernels("cpu", exact=False)
 
@@ -52,6 +52,35 @@ def test_norms_are_known_by_what_they_compute(make: Callable[[], nn.Module], is_
     remove()
     assert "forward" not in module.__dict__
     assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize(("activation", "is_taken"), [("silu", True), ("gelu", False)])
+def test_gates_are_known_by_what_they_compute(activation: str, is_taken: bool) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(hidden_size=64, intermediate_size=96, hidden_act=activation)
+    module = modeling_llama.LlamaMLP(config).bfloat16().requires_grad_(False)
+    many, few = torch.randn(1, 9, 64).bfloat16(), torch.randn(1, 2, 64).bfloat16()
+    expected, of_few = module(many), module(few)
+    remove = gates.install(module, KERNELS)
+    assert ("forward" in module.__dict__) == is_taken
+    assert not any("forward" in child.__dict__ for child in module.children())
+    torch.testing.assert_close(module(many), expected, rtol=2.0**-5, atol=2.0**-7)
+    assert torch.equal(module(few), of_few)
+    given = many.clone().requires_grad_()
+    module(given).sum().backward()
+    assert given.grad is not None
+    remove()
+    assert torch.equal(module(many), expected)
+
+
+def test_a_layer_that_gates_otherwise_is_left_alone() -> None:
+    class Sum(modeling_llama.LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+
+    module = Sum(transformers.LlamaConfig(hidden_size=64, intermediate_size=96))
+    gates.install(module, KERNELS)
+    assert "forward" not in module.__dict__
 
 
 def test_gradients_go_through_the_models_own_ops() -> None:

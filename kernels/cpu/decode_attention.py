@@ -86,6 +86,14 @@ def _make(name: str, load: Any, load2: Any, itemsize: int, in_pairs: bool) -> Te
             put_i32(state, STATE + lane, begin)
             put_i32(state, STATE + 16 + lane, max(int64(0), end - begin))
 
+    @helper
+    def last_seen(four: int, rows: int, queries: int, stop: int) -> int:
+        """Where the tokens end that any of four rows sees: behind them, work would be for nothing."""
+        first_row, last_row = 4 * four, min(4 * four + 3, rows - 1)
+        if first_row // queries != last_row // queries:
+            return stop  # one head's last query is among them
+        return stop - queries + 1 + last_row % queries
+
     @team_function(f"decode_attention_{name}")
     def attend(block: int) -> None:
         runs, parts_in_run, count = get_i64(block, 1), get_i64(block, 2), get_i64(block, 3)
@@ -135,11 +143,14 @@ def _make(name: str, load: Any, load2: Any, itemsize: int, in_pairs: bool) -> Te
                     after = keys + BLOCK * k_token
                     for four in range(fours):
                         state, of_four = scratch + four * state_size, of_queries + four * 16 * dim
+                        seen = min(end, last_seen(four, rows, queries, stop) - token) if queries > 1 else end
+                        if begin >= seen:
+                            continue
                         scores(
-                            state, of_four, keys, k_token, begin, end, dim, scale, cap, masks, token,
+                            state, of_four, keys, k_token, begin, seen, dim, scale, cap, masks, token,
                             load_u32(state, STATE), load_u32(state, STATE + 16), vs, v_token, narrow,
                         )  # fmt: skip
-                        values(state, vs, v_token, begin, end, dim, sums + four * 16 * dim, after, k_token)
+                        values(state, vs, v_token, begin, seen, dim, sums + four * 16 * dim, after, k_token)
                 for four in range(fours):
                     state = scratch + four * state_size
                     store_f32(state, 16, total_of_4(load_f32(state, 16)))

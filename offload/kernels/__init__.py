@@ -44,6 +44,7 @@ OPS: Mapping[str, tuple[str, ...]] = {  # op -> what there is beside the referen
     "square_sum": ("cpu",),
     "rms_norm": ("cpu",),
     "rotary": ("cpu",),
+    "silu_mul": ("cpu",),
     "move_along": ("cpu",),
     "gather_pages": ("gpu",),
 }

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from offload.kernels.chosen import Kernels
-from offload.runtime import attention, conv1d, experts, linears, norms, rotaries
+from offload.runtime import attention, conv1d, experts, gates, linears, norms, rotaries
 
 
 def install(root: nn.Module, kernels: Kernels, *, has_faces: bool, planned_tokens: int) -> Callable[[], None]:
@@ -21,7 +21,7 @@ def install(root: nn.Module, kernels: Kernels, *, has_faces: bool, planned_token
     """
     removers = [linears.install(root, kernels, has_faces=has_faces)]
     if not kernels.exact and kernels.device == "cpu":
-        parts = norms, rotaries, attention, experts, conv1d
+        parts = norms, rotaries, attention, experts, conv1d, gates
         removers += [part.install(root, kernels) for part in parts]
         if "transformers" in sys.modules:
             from offload.runtime.cache import adopter

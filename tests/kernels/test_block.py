@@ -1,4 +1,4 @@
-"""Norm and rotary embedding against transformers' own."""
+"""Norm, rotary embedding and gate against transformers' own."""
 
 import pytest
 import torch
@@ -51,7 +51,29 @@ def test_rotary_is_transformers_bit_by_bit(
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 16), (3, 37), (9, 2, 8192)], ids=str)
+def test_silu_mul_is_silu_times_up(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    gate, up = (4 * torch.randn(*shape)).to(dtype), torch.randn(*shape).to(dtype)
+    choice = choose("silu_mul", "cpu", forced="cpu")
+    assert choice.refuses()(gate, up) is None
+    got, want = choice.function()(gate, up), torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(got, want, rtol=2.0**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-30)
+    assert float((got != want).float().mean()) < (0.001 if dtype == torch.bfloat16 else 0.9)
+
+
+def test_silu_mul_at_the_ends_of_its_range() -> None:
+    ends = [0.0, -0.0, 88.0, -88.0, 1e30, -1e30, float("inf"), float("nan")] * 2
+    gate, up = torch.tensor(ends), torch.full((16,), 2.0)
+    got = choose("silu_mul", "cpu", forced="cpu").function()(gate, up)
+    want = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-30, equal_nan=True)
+
+
 def test_they_say_what_they_do_not_take() -> None:
+    gate = choose("silu_mul", "cpu", forced="cpu").refuses()
+    assert "shapes" in str(gate(torch.ones(2, 16), torch.ones(2, 32)))
+    assert "not contiguous" in str(gate(torch.ones(32, 16).T, torch.ones(16, 32)))
     norm = choose("rms_norm", "cpu", forced="cpu").refuses()
     assert "fewer than 16" in str(norm(torch.ones(2, 8), torch.ones(8), 1e-5))
     assert "float32" in str(norm(torch.ones(2, 32).bfloat16(), torch.ones(32), 1e-5))

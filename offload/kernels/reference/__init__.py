@@ -5,7 +5,7 @@ from offload.kernels.formats.int8 import dequantize_int8, quantize_int8
 from offload.kernels.formats.lossless import pack_lossless, unpack_lossless
 from offload.kernels.reference.adamw import AdamW, adamw_step, adamw_step_8bit
 from offload.kernels.reference.attention import decode_attention, merge_attention
-from offload.kernels.reference.block import rms_norm, rotary
+from offload.kernels.reference.block import rms_norm, rotary, silu_mul
 from offload.kernels.reference.checksum import checksum
 from offload.kernels.reference.directions import Along, Sides, direction, move_along
 from offload.kernels.reference.gate_up_silu import gate_up_silu
@@ -50,6 +50,7 @@ __all__ = [
     "quantize_int8",
     "rms_norm",
     "rotary",
+    "silu_mul",
     "square_sum",
     "unpack_lossless",
 ]

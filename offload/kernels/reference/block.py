@@ -1,8 +1,9 @@
-"""The small ops of a transformer's block between its products: norm and rotary embedding."""
+"""The small ops of a transformer's block between its products: norm, rotary embedding and gate."""
 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -30,3 +31,8 @@ def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
         return x * cos.unsqueeze(1) + torch.cat([-high, low], -1) * sin.unsqueeze(1)
 
     return turned(q), turned(k)
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, of one shape and dtype; silu is rounded to the dtype, then the product."""
+    return functional.silu(gate) * up
