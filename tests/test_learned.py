@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from offload.errors import UsageError
 from offload.hardware import fingerprint, versions
 from offload.profile import Learned, Profile, forget, learn, load_profile, preset, save_profile
-from offload.profile.learned import BOUND, parse_learned
+from offload.profile.learned import BOUND, FAR, parse_learned
 
 RESIDUALS = st.lists(st.floats(-2.9, 2.9), min_size=1, max_size=60)
 
@@ -42,6 +42,14 @@ def test_more_runs_count_for_more_and_noisy_ones_for_less() -> None:
     assert after([0.1, 0.1, 0.1]).factor("read") > after([0.5, -0.3, 0.1]).factor("read") > 1
     assert Learned().factor("read") == 1
     assert after([0.1]).factor("upload") == 1, "one family teaches nothing of another"
+
+
+def test_a_run_in_a_slow_spell_teaches_little() -> None:
+    """One run that was far off, alone or after others that were not; many that agree are believed all the same."""
+    assert after([1.0]).factor("read") == after([FAR]).factor("read") < 1.25
+    assert after([0.0] * 5 + [1.0]).factor("read") < 1.07
+    assert after([0.6] * 40).factor("read") > 1.75
+    assert after([1.0], "decode").families["decode"].mean == 1.0, "what an interval rests on is told as it was"
 
 
 def test_an_interval_narrows_with_good_predictions_and_widens_with_bad_ones() -> None:

@@ -13,6 +13,7 @@ from test_outline import without_weights
 
 from offload.cli import main
 from offload.plan import load_plan, with_disk_rate
+from offload.plan.machine import BELIEVED
 from offload.planner.whatif import Change, parse_change
 from offload.profile import preset
 from offload.units import GIB
@@ -188,6 +189,8 @@ def test_a_disk_that_moved_widens_the_interval() -> None:
     profile = replace(preset("cpu-ddr5-nvme4"), source="measured")
     rate = profile.lane("read").bytes_per_s
     now = with_disk_rate(profile, rate * 0.8).lane("read")
-    assert now.bytes_per_s == pytest.approx(rate * 0.8)
+    assert now.bytes_per_s == pytest.approx(rate * 0.8**BELIEVED)
     assert now.spread(1 << 30) == pytest.approx(0.1)
+    guess = with_disk_rate(preset("cpu-ddr5-nvme4"), rate * 0.8).lane("read")
+    assert guess.bytes_per_s == pytest.approx(rate * 0.8), "nothing was measured before"
     assert with_disk_rate(profile, None) is profile

@@ -16,6 +16,9 @@ from offload.specs import Budgets, Products
 from offload.units import GIB
 
 MOST_CHANGE = 2.5  # of memory's rate from one process to another: more is a measurement gone wrong
+BELIEVED = 2 / 3
+"""Of how far a rate is from the profile's, in logarithms: a tenth of a second shows so much of the minute that follows.
+What runs took moved by 0.4 to 0.7 of it, minutes after probing; a profile may be older."""
 
 
 def machine(name: str | os.PathLike[str] | None, model: Path | None = None) -> Profile:
@@ -59,11 +62,12 @@ def budgets_of(profile: Profile, cpu_memory: int | None, gpu_memory: int | None)
 def with_product_rate(profile: Profile, products: Products, exact: bool = False) -> Profile:
     """The same machine with the memory that a process has just now: what products of one row take of it.
 
-    Products of more rows read as much; what they compute on top takes as long as before.
+    Products of more rows read as much; what they compute on top takes as long as before. Most of a difference is
+    believed, not all of it: see `BELIEVED`.
     """
     ops = OpCosts(profile, "cpu", exact)
     expected = sum(ops.linear(products.dtype, products.dtype, *shape, 1).seconds for shape in products.shapes)
-    factor = min(MOST_CHANGE, max(1 / MOST_CHANGE, products.seconds / expected))
+    factor = min(MOST_CHANGE, max(1 / MOST_CHANGE, products.seconds / expected)) ** BELIEVED
 
     def moved(table: OpTable) -> OpTable:
         if table.processor != "cpu" or table.op not in ("linear", "decode_attention"):
@@ -84,13 +88,17 @@ def with_product_rate(profile: Profile, products: Products, exact: bool = False)
 def with_disk_rate(profile: Profile, bytes_per_s: float | None) -> Profile:
     """The same machine with the rate that its disk has just now: a disk's mood changes more than anything else.
 
-    How far that is from what it was says how far it may change until the run.
+    Most of a difference to a measured rate is believed, not all of it (see `BELIEVED`), and all of one to an estimate.
+    How far the rate is from what it was says how far it may change until the run.
     """
     if not bytes_per_s or "read" not in profile.lanes:
         return profile
     lane = profile.lanes["read"]
+    is_measured = profile.source == "measured"
     factor = bytes_per_s / lane.bytes_per_s
-    moved = min(1.0, abs(factor - 1) / 2) if profile.source == "measured" else 0.0
+    moved = min(1.0, abs(factor - 1) / 2) if is_measured else 0.0
+    factor **= BELIEVED if is_measured else 1.0
     rates = tuple(CopyRate(r.nbytes, r.threads, r.bytes_per_s * factor, max(r.spread, moved)) for r in lane.rates)
-    now = Lane(rates=rates, sustained_bytes_per_s=bytes_per_s, latency_s=lane.latency_s, shares=lane.shares)
+    long = lane.bytes_per_s * factor
+    now = Lane(rates=rates, sustained_bytes_per_s=long, latency_s=lane.latency_s, shares=lane.shares)
     return replace(profile, lanes={**profile.lanes, "read": now})

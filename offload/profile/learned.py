@@ -2,7 +2,8 @@
 
 A residual is the logarithm of measured over predicted. Of each family a run counts once. The factor is the posterior
 mean of a normal prior around 0 (Efron and Morris, 1975: what few noisy runs say is moved toward what is known without
-them): with n runs of mean m and variance v, exp(m * n t^2 / (n t^2 + v)), t being how far models are usually off.
+them): with n runs of mean m and variance v, exp(m * n t^2 / (n t^2 + v)), t being how far models are usually off. A run
+that is far from what is believed counts as one that is less far (Huber, 1964): shared machines have slow seconds.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import exp, isfinite, sqrt
+from math import exp, inf, isfinite, log, sqrt
 
 from offload.errors import UsageError
 from offload.profile.fields import Fields, number
 
 PRIOR = 0.15  # usual deviation of an uncalibrated price, and so of what there is to learn
-NOISE = 0.06  # usual deviation between two runs of the same
-NOISE_RUNS = 2.0  # runs that this guess is worth
+NOISE = 0.15  # usual deviation between two runs of the same, minutes apart
+NOISE_RUNS = 4.0  # runs that this guess is worth
+FAR = 0.35  # from what is believed: what is farther counts as this far
 MOST_RUNS = 40.0  # older ones are forgotten beyond
 BOUND = 2.0  # no factor is larger, nor smaller than its inverse
 WHOLE: Mapping[str, float] = {"prefill": 0.13, "decode": 0.10}  # of whole phases: deviations before any run was seen
@@ -32,8 +34,14 @@ class Residual:
     mean: float = 0.0
     square: float = 0.0
 
-    def with_run(self, value: float) -> Residual:
-        """After one more; what was before counts less once there is much of it."""
+    def with_run(self, value: float, far: float = inf) -> Residual:
+        """After one more; what was before counts less once there is much of it.
+
+        Args:
+            far: from what was believed before, at most: what is farther counts as that.
+        """
+        believed = log(self.factor)
+        value = min(believed + far, max(believed - far, value))
         kept = min(self.runs, MOST_RUNS - 1)
         runs = kept + 1
         return Residual(runs, (self.mean * kept + value) / runs, (self.square * kept + value * value) / runs)
@@ -86,7 +94,8 @@ class Learned:
         families = dict(self.families)
         for family, value in sorted(residuals.items()):
             if isfinite(value) and abs(value) < 3:
-                families[family] = families.get(family, Residual()).with_run(value)
+                far = inf if family in WHOLE else FAR
+                families[family] = families.get(family, Residual()).with_run(value, far)
         return Learned(families)
 
     def dump(self) -> str:
