@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from offload.bench.scores import NOISE
+
 
 def page(found: dict[str, Any]) -> str:
     """Tables of what `scores` found."""
@@ -15,8 +17,14 @@ def page(found: dict[str, Any]) -> str:
         "that was measured of those, nor of a model that is held out as a whole, has taught what they are judged by. "
         "Every prediction was on the disk before its cell was measured.",
     ]
+    lines += [
+        "Every cell ran in several processes, minutes apart, with all other cells between them: what it took is the "
+        "median of all rounds, and what a run predicted at its start is held to the rounds of that process.",
+        f'"{NOISE}" takes one process\'s figures for a prediction of the next: no prediction of a process can be much '
+        "better, whatever it knows of the model and the machine.",
+    ]
     if found["noise"] is not None:
-        lines.append(f"Two rounds of one process lie {found['noise']:.1%} apart in the median.")
+        lines.append(f"The rounds of one process lie {found['noise']:.1%} apart in the median.")
     header = ["", "cells", "tokens/s: mean", "p95", "worst", "bias", "first token: mean", "p95", "bias"]
     header += ["memory, predicted/measured", "bottleneck right", "in its interval", "first token in its"]
     lines += ["", *_table(header, [_row(kind, e) for kind, e in found["errors"].items()])]
@@ -27,6 +35,11 @@ def page(found: dict[str, Any]) -> str:
             f"By the chosen plans tokens took {regret['mean']:.1%} longer than by the best of the alternatives "
             f"that were measured, at worst {regret['max']:.1%} ({len(regret['cells'])} cells).",
         ]
+        if regret["control"] is not None:
+            lines.append(
+                f"The chosen plans, measured twice in the same turns, differ from themselves by "
+                f"{regret['control']:.1%}: a regret that is no larger is none that was seen."
+            )
     if found["failed"]:
         lines += ["", "Not measured:", "", *(f"- {cell}: {why}" for cell, why in found["failed"].items())]
     if found["drift"]:
@@ -41,7 +54,7 @@ def page(found: dict[str, Any]) -> str:
         header += ["error: profile", "before", "mean", "the disk explains"]
         lines += ["", *_table(header, [_drift(one) for one in found["drift"]])]
     header = ["cell", "held out", "first token: predicted, s", "calibrated", "at start", "measured"]
-    header += ["a token: predicted, s", "calibrated", "at start", "measured"]
+    header += ["a token: predicted, s", "calibrated", "at start", "measured", "processes apart"]
     lines += ["", *_table(header, [_cell(one) for one in found["each"]])]
     return "\n".join(lines) + "\n"
 
@@ -64,7 +77,7 @@ def _cell(one: dict[str, Any]) -> list[str]:
     for name in ("prefill_s", "decode_s_per_token"):
         for kind in ("predicted", "calibrated", "at_start", "measured"):
             row.append(f"{one[kind][name]:.4f}" if one[kind] else "")
-    return row
+    return [*row, "" if one["apart"] is None else f"{one['apart']:.1%}"]
 
 
 def _drift(one: dict[str, Any]) -> list[str]:

@@ -2,7 +2,8 @@
 
 Fitted cells come first. Their residuals calibrate the machine's profile, which lives in a folder of the benchmark's
 own; what the held-out cells will take is then predicted once more, before any of them is measured. Neighbours in the
-grid are measured far apart, so that a slow spell of the machine hits all kinds of cells.
+grid are measured far apart, so that a slow spell of the machine hits all kinds of cells, and when all are done, every
+cell is measured again in another process: see bench/visits.py.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from typing import Any
 from offload.bench.cells import Cell
 from offload.bench.checkpoints import make as make_checkpoint
 from offload.bench.ledger import Ledger, Line
+from offload.bench.regret import CHOSEN, CONTROL, OTHER, turns
 from offload.budgets import DEVICE_SLACK, TRANSIT, resolve
 from offload.checkpoint.numbers import Numbers, numbers
 from offload.errors import OffloadError, UsageError
 from offload.hardware import fingerprint, versions
 from offload.plan import NEAR, Ask, Plan, SavedPlan, digest, machine, make, save
+from offload.planner.search import Candidate
 from offload.planner.workspace import LIBRARIES, MARGIN, passing_nbytes, workspace
 from offload.profile import learn, own_profile
 from offload.specs import Workload
@@ -31,8 +34,8 @@ from offload.units import MIB
 
 Progress = Callable[[str, int, int], None]
 Trial = Callable[[Mapping[str, Any]], Line]
-ROUNDS = 2  # of generating in one process: what they differ by is the noise under which no prediction can be judged
-ALTERNATIVES = 3  # rejected placements that are measured beside a chosen one
+ROUNDS = 3, 2  # of generating, in each process that visits a cell
+ALTERNATIVES = 2  # rejected placements that are measured beside a chosen one
 NOT_WORSE_THAN = 1.6  # times the chosen one, by prediction: no measurement is needed to reject what is worse
 TIMEOUT_S = 300.0
 HOST_BESIDE = 256 * MIB  # main memory beside the weights where a device computes
@@ -83,10 +86,13 @@ class PlanBench:
         fitted = [cell for cell in self.cells if not cell.is_held_out]
         held_out = [cell for cell in self.cells if cell.is_held_out]
         for cell in scattered(fitted):
-            self._measure(cell, teaches=True)
+            self._measure(cell, 0)
         self._predict_all("calibrated", held_out)
         for cell in scattered(held_out):
-            self._measure(cell, teaches=False)
+            self._measure(cell, 0)
+        for visit in range(1, len(ROUNDS)):
+            for cell in scattered(self.cells):
+                self._measure(cell, visit)
         streaming = [c for c in scattered(self.cells) if self.ledger.of("predicted")[c.name].get("streams")]
         for cell in streaming[: self.regrets]:
             self._measure_alternatives(cell)
@@ -156,30 +162,34 @@ class PlanBench:
             return {"failed": str(error)}
         return predicted(plan)
 
-    def _measure(self, cell: Cell, *, teaches: bool) -> None:
-        done = self.ledger.of("measured")
-        if cell.name in done or "failed" in self.ledger.of("predicted")[cell.name]:
+    def _measure(self, cell: Cell, visit: int) -> None:
+        """One process of a cell. The first teaches, where the cell is not held out."""
+        lines = self.ledger.all_of("measured")
+        done = {(line["cell"], line["visit"]) for line in lines}
+        failed = {line["cell"] for line in (*lines, *self.ledger.all_of("predicted")) if "failed" in line}
+        if (cell.name, visit) in done or cell.name in failed:
             return
-        self.progress(cell.name, len(done), len(self.cells))
+        self.progress(cell.name, len(done) // len(ROUNDS), len(self.cells))
         plan = make(self.ask(cell), explores=False)
-        found = self._tried(cell, plan, "measured", ROUNDS)
-        if teaches and "residuals" in found:
+        found = self._tried(cell, plan, plan.found.best, "measured", visit)
+        if not (visit or cell.is_held_out) and "residuals" in found:
             learn(self.folder / cell.model, found["residuals"])
 
     def _measure_alternatives(self, cell: Cell) -> None:
         plan = make(self.ask(cell), explores=False)
         best = plan.found.best
         others = [c for c in plan.found.rejected if c.decode.seconds < NOT_WORSE_THAN * best.decode.seconds]
-        done = {(line["cell"], line["plan"]) for line in self.ledger.all_of("alternative")}
-        for candidate in (best, *others[:ALTERNATIVES]):
-            if (cell.name, candidate.label) not in done:
+        tried = [(CHOSEN, best), (CONTROL, best), *((OTHER, c) for c in others[:ALTERNATIVES])]
+        lines = self.ledger.all_of("alternative")
+        done = {(line["cell"], line["plan"], line["role"], line["visit"]) for line in lines}
+        for turn, (role, candidate) in turns(tried):
+            if (cell.name, candidate.label, role, turn) not in done:
                 self.progress(f"{cell.name}: {candidate.label}", len(self.cells), len(self.cells))
-                self._tried(cell, plan, "alternative", 1, candidate)
+                self._tried(cell, plan, candidate, "alternative", turn, role=role)
 
-    def _tried(self, cell: Cell, plan: Plan, kind: str, rounds: int, candidate: Any = None) -> Line:
-        """Runs a cell by its plan, or by another placement of its search, and writes down what came of it."""
-        chosen = candidate or plan.found.best
-        file = self.folder / "cell.plan"
+    def _tried(self, cell: Cell, plan: Plan, chosen: Candidate, kind: str, visit: int, **more: str) -> Line:
+        """Runs a cell by a placement of its search, and writes down what came of it."""
+        file, measures = self.folder / "cell.plan", kind == "measured"
         saved = SavedPlan(
             version=1, digest=digest(plan.ask.spec), options={}, placement=chosen.placement, work=plan.ask.work
         )
@@ -194,13 +204,16 @@ class PlanBench:
                 "batch": cell.batch,
                 "context": cell.context,
                 "new_tokens": cell.new_tokens,
-                "rounds": rounds,
+                "rounds": ROUNDS[visit if measures else -1],
                 "plan": str(file),
-                "ledger": str(self.ledger.path) if kind == "measured" else None,
+                "ledger": str(self.ledger.path) if measures else None,
+                "visit": visit,
+                "looks_back": measures and not visit,
             }
         )
         self.ledger.reload()
-        line = {"kind": kind, "cell": cell.name, "plan": chosen.label, "predicted_s": chosen.decode.seconds, **found}
+        told = {"plan": chosen.label, "predicted_s": chosen.decode.seconds}
+        line = {"kind": kind, "cell": cell.name, "visit": visit, **more, **told, **found}
         self.ledger.add(line)
         return line
 

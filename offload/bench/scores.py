@@ -9,15 +9,18 @@ from typing import Any
 
 from offload.bench.cells import Cell
 from offload.bench.ledger import Ledger, Line
+from offload.bench.regret import regret
+from offload.bench.visits import Pair, apart, by_cell, one_by_another, rounds_apart, together
 
-Pair = tuple[Line, Line]
-"""What was predicted of a cell, and what was measured."""
+NOISE = "the same cell in another process"
 
 
 def scores(ledger: Ledger, cells: Sequence[Cell]) -> dict[str, Any]:
     """Everything that the page shows, from a ledger's lines."""
-    measured = {name: line for name, line in ledger.of("measured").items() if "failed" not in line}
-    before, after, at_start = ledger.of("predicted"), ledger.of("calibrated"), ledger.of("at start")
+    visits = by_cell(ledger.all_of("measured"))
+    measured = {name: together(lines) for name, lines in visits.items()}
+    before, after, at_start = ledger.of("predicted"), ledger.of("calibrated"), ledger.all_of("at start")
+    first_start = {line["cell"]: line for line in reversed(at_start)}
 
     def pairs(lines: Mapping[str, Line], wanted: Callable[[Cell], bool]) -> list[Pair]:
         return [
@@ -25,6 +28,13 @@ def scores(ledger: Ledger, cells: Sequence[Cell]) -> dict[str, Any]:
             for c in cells
             if wanted(c) and c.name in measured and c.name in lines and "failed" not in lines[c.name]
         ]
+
+    def starts(wanted: Callable[[Cell], bool]) -> list[Pair]:
+        """What each process predicted for itself, with what it measured."""
+        names = {c.name for c in cells if wanted(c)}
+        own = {(m["cell"], m.get("visit", 0)): m for lines in visits.values() for m in lines}
+        keys = [(line, (line["cell"], line.get("visit", 0))) for line in at_start if line["cell"] in names]
+        return [(line, own[key]) for line, key in keys if key in own]
 
     def held(cell: Cell) -> bool:
         return cell.is_held_out
@@ -37,9 +47,10 @@ def scores(ledger: Ledger, cells: Sequence[Cell]) -> dict[str, Any]:
         "fitted cells, not calibrated": pairs(before, fitted),
         "held-out cells, not calibrated": pairs(before, held),
         "held-out cells, calibrated by the fitted ones": pairs(after, held),
-        "all cells, at the start of each run": pairs(at_start, lambda _: True),
-        "fitted cells, at the start of each run": pairs(at_start, fitted),
-        "held-out cells, at the start of each run": pairs(at_start, held),
+        "all cells, at the start of each run": starts(lambda _: True),
+        "fitted cells, at the start of each run": starts(fitted),
+        "held-out cells, at the start of each run": starts(held),
+        NOISE: one_by_another({c.name: visits[c.name] for c in cells if c.name in visits}),
         "held-out cells, sum of times": [(_as(p, "sum"), m) for p, m in pairs(before, held)],
         "held-out cells, slowest resource": [(_as(p, "max"), m) for p, m in pairs(before, held)],
         "all cells, sum of times": [(_as(p, "sum"), m) for p, m in pairs(before, lambda _: True)],
@@ -52,10 +63,18 @@ def scores(ledger: Ledger, cells: Sequence[Cell]) -> dict[str, Any]:
         "failed": {n: line["failed"] for n, line in ledger.of("measured").items() if "failed" in line}
         | {n: line["failed"] for n, line in before.items() if "failed" in line},
         "errors": {kind: errors(found) for kind, found in kinds.items() if found},
-        "noise": noise(list(measured.values())),
+        "noise": rounds_apart(line for lines in visits.values() for line in lines),
         "regret": regret(ledger.all_of("alternative")),
-        "drift": [drift(before[n], at_start[n], m) for n, m in measured.items() if _reads(m) and n in at_start],
-        "each": [_each(c, before, after, at_start, measured[c.name]) for c in cells if c.name in measured],
+        "drift": [
+            drift(before[n], first_start[n], lines[0])
+            for n, lines in visits.items()
+            if _reads(lines[0]) and n in first_start
+        ],
+        "each": [
+            _each(c, before, after, first_start, measured[c.name]) | {"apart": apart(visits[c.name])}
+            for c in cells
+            if c.name in measured
+        ],
     }
 
 
@@ -70,7 +89,7 @@ def errors(pairs: Sequence[Pair]) -> dict[str, Any]:
         "first_token": spread(first),
         "first_token_bias": mean(p["prefill_s"] / m["prefill_s"] - 1 for p, m in pairs),
     }
-    if all("binding" in p for p, _ in pairs):
+    if all("interval" in p for p, _ in pairs):
         memory = [p["peak_rss_bytes"] / m["peak_rss_bytes"] for p, m in pairs]
         found |= {
             "binding_right": mean(p["binding"] == m["binding"] for p, m in pairs),
@@ -89,31 +108,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         "p95": ordered[ceil(0.95 * len(ordered)) - 1],
         "max": ordered[-1],
     }
-
-
-def noise(measured: Sequence[Line]) -> float | None:
-    """How far two rounds of one process lie apart, relative, in the median: no prediction can be judged below."""
-    apart = [
-        abs(each[0] - each[1]) / mean(each) for m in measured if len(each := m.get("decodes_s_per_token", ())) == 2
-    ]
-    return median(apart) if apart else None
-
-
-def regret(lines: Sequence[Line]) -> dict[str, Any] | None:
-    """How much longer a token took by the plan that was chosen than by the best that was measured."""
-    cells: dict[str, list[Line]] = {}
-    for line in lines:
-        if "failed" not in line:
-            cells.setdefault(line["cell"], []).append(line)
-    found = {}
-    for cell, tried in cells.items():
-        if len(tried) > 1:
-            chosen = min(tried, key=lambda line: line["predicted_s"])
-            best = min(tried, key=lambda line: line["decode_s_per_token"])
-            found[cell] = chosen["decode_s_per_token"] / best["decode_s_per_token"] - 1
-    if not found:
-        return None
-    return {"cells": found, "mean": mean(found.values()), "max": max(found.values())}
 
 
 def drift(before: Line, at_start: Line, measured: Line) -> dict[str, Any]:

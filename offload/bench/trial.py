@@ -1,8 +1,9 @@
 """One cell, measured in a process of its own: `python -m offload.bench.trial '{...}'` prints a JSON object.
 
 What the run predicts for itself, with the disk's rate of that moment, is appended to the ledger before anything is
-generated. The disk is measured again afterwards; what the same prices make of the mean of both rates is no prediction,
-but shows how much of an error was the disk's.
+generated. Then it generates several times; a token takes the median of these rounds. Where that is asked, the disk is
+measured again afterwards; what the same prices make of the mean of both rates is no prediction, but shows how much of
+an error was the disk's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ def trial(asked: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         asked: cell, model, cpu_memory, gpu_memory, link (bytes per second or None), batch, context, new_tokens, rounds,
-            plan (a file), ledger (a file, or None).
+            plan (a file), ledger (a file, or None), visit (which process of the cell it is), looks_back.
     """
     model, batch, context, steps = Path(asked["model"]), asked["batch"], asked["context"], asked["new_tokens"]
     handle = load(
@@ -53,20 +55,18 @@ def trial(asked: dict[str, Any]) -> dict[str, Any]:
         handle.measure_products()
         prediction, profile = expect(handle, model, handle.work)
         if asked["ledger"] is not None:
-            line = {"kind": "at start", "cell": asked["cell"], **prediction.as_dict(), "disk_bytes_per_s": before}
-            Ledger(Path(asked["ledger"])).add(line)
+            line = {"kind": "at start", "cell": asked["cell"], "visit": asked["visit"], "disk_bytes_per_s": before}
+            Ledger(Path(asked["ledger"])).add(line | prediction.as_dict())
         runs: list[Generated] = []
-        left: dict[str, float] = {}
+        left: dict[str, list[float]] = {}
         for number in range(asked["rounds"]):
             run, found = observe(handle, prediction, profile, handle.work, is_first=not number)
             runs.append(run.bounded(disk_bytes_per_s=handle.disk_bytes_per_s, link_bytes_per_s=handle.link_bytes_per_s))
-            left |= found if not number else {k: v for k, v in found.items() if k != "prefill"}
+            for family, value in found.items():
+                left.setdefault(family, []).append(value)
         each = [run.decode_s_per_token or 0.0 for run in runs]
-        seconds, peak = sum(each) / len(each), peak_rss_bytes()
-        after = handle.measure_disk()
-        if before is not None and after is not None:
-            handle.disk_bytes_per_s = 2 / (1 / before + 1 / after)  # as many bytes at one as at the other
-        hindsight, _ = expect(handle, model, handle.work, remembers=False)
+        seconds, peak = median(each), peak_rss_bytes()
+        back = _look_back(handle, model, before) if asked["looks_back"] else {}
         return {
             "prefill_s": runs[0].prefill_s,
             "prefills_s": [run.prefill_s for run in runs],
@@ -79,12 +79,20 @@ def trial(asked: dict[str, Any]) -> dict[str, Any]:
             "read_bytes_per_token": round(runs[0].read_bytes_per_token),
             "upload_bytes_per_token": round(runs[0].upload_bytes_per_token),
             "disk_bytes_per_s": before,
-            "disk_after_bytes_per_s": after,
-            "hindsight_s_per_token": hindsight.decode_s_per_token,
+            **back,
             "ready_s": handle.ready_s,
-            "residuals": left,
+            "residuals": {family: median(values) for family, values in left.items()},
             "fallbacks": list(handle.fallbacks),
         }
+
+
+def _look_back(handle: Offloaded, model: Path, before: float | None) -> dict[str, Any]:
+    """The disk's rate after a run, and what the run should have taken at the mean of both."""
+    after = handle.measure_disk()
+    if before is not None and after is not None:
+        handle.disk_bytes_per_s = 2 / (1 / before + 1 / after)  # as many bytes at one as at the other
+    hindsight, _ = expect(handle, model, handle.work, remembers=False)
+    return {"disk_after_bytes_per_s": after, "hindsight_s_per_token": hindsight.decode_s_per_token}
 
 
 def expect(handle: Offloaded, model: Path, work: Workload, *, remembers: bool = True) -> tuple[Prediction, Profile]:
