@@ -15,7 +15,7 @@ import transformers
 import offload
 from offload.hardware import peak_rss_bytes, reset_peak_rss
 
-WORDS, TOKENS, STEPS = 12_000, 256, 3
+WORDS, TOKENS, STEPS = 12_000, 256, 2
 
 
 def save(folder: Path) -> None:
