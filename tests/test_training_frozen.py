@@ -9,6 +9,7 @@ from offload.planner.schedule import Download, Read, Release, Schedule, Step, Up
 from offload.planner.training import emit_training, moved
 from offload.planner.training_cost import StepCost, mean_cost, replay_step
 from offload.planner.training_frozen import with_frozen
+from offload.planner.training_stash import ReadInputs, WriteInputs, with_inputs
 from offload.planner.training_steps import Backward, Forward, ReadShard, TrainedShard, TrainedUnit, Update, WriteShard
 from offload.planner.zeroth import Both, Move, WriteBack, emit_zeroth, rhythm
 from offload.profile import preset
@@ -144,6 +145,27 @@ def test_the_mean_of_steps() -> None:
 
     found = mean_cost([(cost(1.0, 0), 3), (cost(5.0, 100), 1)])
     assert (found.seconds, found.compute_s, found.read_bytes, found.write_bytes) == (2.0, 1.0, 8, 25)
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_inputs_on_disk_are_written_and_read_once(clips: bool) -> None:
+    plain = trained(clips=clips, uploads=False)
+    schedule = with_inputs(plain, {"a": 10, "b": 20, "c": 30, "d": 40})
+    assert [s.index for s in schedule] == list(range(len(schedule)))
+    assert [(s.unit, s.nbytes) for s in schedule if isinstance(s, WriteInputs)] == [("a", 10), ("b", 20), ("c", 30)]
+    reads = [s for s in schedule if isinstance(s, ReadInputs)]
+    assert [s.unit for s in reads] == ["c", "b", "a"], "the last unit's backward follows its forward"
+    for read in reads:
+        assert isinstance(schedule[read.after[0]], WriteInputs)
+        backward = next(s for s in schedule if isinstance(s, Backward) and s.unit == read.unit)
+        assert read.index in backward.after
+    assert moved(schedule) == tuple(n + 60 for n in moved(plain))
+
+    def seconds(step: Step) -> float:
+        return 1.0 if isinstance(step, WriteInputs | ReadInputs) else 0.5 if isinstance(step, Forward) else 0.0
+
+    found = replay_step(schedule, preset("cpu-ddr5-nvme4"), seconds, {"stash": 2, "state": 4})
+    assert 4.0 <= found.seconds <= 8.0, "the last write is read first, and all else beside"
 
 
 def test_downloads_and_updates_are_those_of_training() -> None:

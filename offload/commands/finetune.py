@@ -105,6 +105,7 @@ def engine_arguments(config: Config, *, resume: bool) -> dict[str, Any]:
     if train.optim_args:
         arguments["optimizer_args"] = train.optim_args
     if config.method == "lora":
+        arguments["micro_batches"] = train.gradient_accumulation_steps
         arguments["lora"] = {name: getattr(config.lora, name) for name in config.lora.__struct_fields__}
     if config.method == "zo":
         zo = config.zo

@@ -92,6 +92,7 @@ class _Plan:
         found = forecast(
             self.sketch.spec, self.rule, self.profile, batch=self.batch, clips=bool(self.config.train.max_grad_norm),
             budget=self.budgets.cpu_memory, base=process_nbytes(exact=False), accelerator=self.accelerator,
+            activations=self.config.budgets.activations,
         )  # fmt: skip
         return replace(self.outlook, forecast=found)
 
@@ -99,14 +100,17 @@ class _Plan:
         config, sketch, base = self.config, self.sketch, process_nbytes(exact=False)
         lora = Lora(**{name: getattr(config.lora, name) for name in config.lora.__struct_fields__})
         adapt(sketch.model, lora)
+        waiting = 0 if config.budgets.activations == "disk" else self.batch.micro_batches
         anatomy = dissect(sketch.model, shares=False)
-        place = place_lora(sketch.model, anatomy, sketch.sources, self.rule, self.budgets, tokens_of(config), base)
+        place = place_lora(
+            sketch.model, anatomy, sketch.sources, self.rule, self.budgets, tokens_of(config), waiting, base
+        )
         if not is_known:
             return self.outlook
         found = forecast_lora(
             sketch.spec, place, self.rule, self.profile, rank=lora.r, batch=self.batch,
             clips=bool(config.train.max_grad_norm), budget=self.budgets.cpu_memory, base=base,
-            accelerator=self.accelerator,
+            accelerator=self.accelerator, activations=config.budgets.activations,
         )  # fmt: skip
         return replace(self.outlook, forecast=found)
 

@@ -59,16 +59,13 @@ class Accelerator:
         """What profiles call what computes."""
         return "cpu" if self.name == "emulated" else "device"
 
-    def sized(self, spec: ModelSpec, tokens: int, micro_batches: int = 1) -> Accelerator:
-        """With what activations take there.
+    def sized(self, spec: ModelSpec, tokens: int) -> Accelerator:
+        """With what activations take there: inputs of units as far as those of one micro-batch.
 
         Args:
             tokens: of a micro-batch.
-            micro_batches: of a step; each leaves its inputs of units.
         """
-        parts = step_nbytes(spec, tokens) | backward_nbytes(spec, tokens)
-        parts["inputs of units"] *= micro_batches
-        return replace(self, activations=parts)
+        return replace(self, activations=step_nbytes(spec, tokens) | backward_nbytes(spec, tokens))
 
     def updating(self, shard_nbytes: int) -> Accelerator:
         """The same that updates a part of the shards itself, whose state takes so many bytes at most."""

@@ -19,6 +19,7 @@ from offload.hardware import rss_bytes
 from offload.io.engine import Engine, IOStatistics
 from offload.runtime.backprop import Backprop
 from offload.tiers.ashore import Ashore
+from offload.tiers.device import Device
 from offload.tiers.stash import BLOCK, BLOCKS, Stash
 
 RING = BLOCKS * BLOCK
@@ -104,10 +105,27 @@ def prepare(backprop: Backprop, wish: str, budget: int, folder: Path, engine: En
         backprop.is_pressed = lambda: rss_bytes() > NEAR * budget
 
 
-def press(backprop: Backprop, stash: Ashore, most: int) -> None:
-    """On an accelerator: inputs of units stay there as long as they are no more bytes than these; others go ashore."""
-    backprop.stash = stash
+def press(
+    backprop: Backprop, device: Device, most: int, wish: str, folder: Path, engine: Engine, limit: int | None = None
+) -> None:
+    """On an accelerator: inputs of units stay there as long as they are no more bytes than `most`; others go ashore.
+
+    Args:
+        wish: "disk": all of them go on to disk.
+        limit: bytes on disk; None: as many as there are.
+    """
+    if wish == "disk":
+        backprop.stash = Ashore(device, Stash(folder, engine, limit))
+        for part in backprop.parts.values():
+            part.swaps = True
+        return
+    backprop.stash = Ashore(device)
     backprop.is_pressed = lambda: backprop.held_nbytes >= most
+
+
+def slots_of(nbytes: int) -> int:
+    """Units whose inputs, of so many bytes, the stash's ring holds: one that is read and one that is used, at least."""
+    return max(2, RING // max(1, nbytes))
 
 
 def plan_swaps(

@@ -29,7 +29,6 @@ from offload.runtime.streams import Streams
 from offload.runtime.training import Training
 from offload.runtime.training_lanes import LOOSE
 from offload.runtime.updates_there import ShareThere
-from offload.tiers.ashore import Ashore
 from offload.tiers.cells import SHARD_COUNT, Cells, Shapes, lay_out_cell, page
 from offload.tiers.device import Device
 from offload.tiers.device_state import SLOTS as STATE_SLOTS
@@ -101,8 +100,6 @@ def assemble(
         raise UsageError(f"max_grad_norm={max_grad_norm}: give a positive number, or None for no clipping")
     if wishes.activations not in ACTIVATIONS:
         raise UsageError(f"activations={wishes.activations!r} is not known; there are {', '.join(ACTIVATIONS)}")
-    if accelerator is not None and wishes.activations == "disk":
-        raise UsageError('activations="disk": on an accelerator inputs of units stay in its memory; say auto')
     loose = [n for n in anatomy.loose if n in parameters]
     groups = {u.name: u.tensors for u in anatomy.units} | ({LOOSE: tuple(loose)} if loose else {})
     layouts = [
@@ -163,7 +160,8 @@ def assemble(
         undone.callback(training.close)
         training.defer(defers)
         if accelerator is not None and device is not None:
-            press(training.backprop, Ashore(device), accelerator.inputs_nbytes())
+            inputs = accelerator.inputs_nbytes()
+            press(training.backprop, device, inputs, wishes.activations, offload_dir, engine, left)
         else:
             prepare(training.backprop, wishes.activations, cpu_memory, offload_dir, engine, left)
         if is_new:

@@ -33,6 +33,7 @@ def assemble_lora(
     *,
     budgets: Budgets,
     tokens: int,
+    micro_batches: int,
     seed: int,
     accelerator: Accelerator | None = None,
     **options: Any,
@@ -42,6 +43,7 @@ def assemble_lora(
     Args:
         budgets: for the process, and for the frozen weights.
         tokens: of a micro-batch.
+        micro_batches: of a step.
         accelerator: what computes; None: the CPU.
         options: as for `assemble.assemble`.
 
@@ -53,7 +55,8 @@ def assemble_lora(
     anatomy = dissect(root, shares=False)
     there_kernels = kernels if accelerator is None else Kernels(accelerator.kind, exact=kernels.exact)
     compile_kernels(there_kernels, sources.values())
-    place = place_lora(root, anatomy, sources, rule, budgets, tokens)
+    waiting = 0 if options["wishes"].activations == "disk" else micro_batches
+    place = place_lora(root, anatomy, sources, rule, budgets, tokens, waiting)
     device: Device | None = None
     with ExitStack() as undone:  # closed again if there will be no trainer to own it
         if accelerator is not None:

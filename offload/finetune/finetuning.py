@@ -28,7 +28,7 @@ from offload.optim import make as make_optimizer
 from offload.tiers.devices import create, full_name, parse_link, warm_up
 from offload.units import parse_bytes
 
-THERE = {"full": ("auto", "keep", "recompute"), "lora": ("auto", "recompute")}  # activations, on an accelerator
+THERE = {"lora": ("auto", "recompute", "disk")}  # activations, on an accelerator: graphs would have views of a ring
 
 
 def finetuning(
@@ -58,6 +58,7 @@ def finetuning(
     resident: Size = None,
     resident_weights: Size = None,
     tokens: int = 1024,
+    micro_batches: int = 1,
     activations: str = "auto",
     disk_limit: Size = None,
     resume: bool = False,
@@ -99,9 +100,10 @@ def finetuning(
         resident: how much of the optimizer's state stays in memory: "auto", a fraction such as 0.25, or bytes.
         resident_weights: how much of the weights stays in memory, in the same words; the rest streams.
         tokens: of a micro-batch, padding included: what memory is set aside for before the rest is given to weights.
+        micro_batches: of a step, for the same purpose, where weights are not trained themselves.
         activations: "auto" keeps those that fit in memory, the others are computed again in the backward pass, from
             inputs of units that wait in memory or, where that is short or the disk has time, on disk; "keep",
-            "recompute", "disk". On an accelerator there is no "disk", and for adapters no "keep".
+            "recompute", "disk". For adapters on an accelerator there is no "keep".
         disk_limit: bytes that state, and what does not fit in memory, may take in offload_dir; default: what is free.
             zo writes no weights back for which there is no room, and applies a longer log.
         resume: go on from the last commit in offload_dir, if there is one.
@@ -155,6 +157,7 @@ def finetuning(
             return assemble_lora(
                 opened, wanted, rule, engine, kernels, learning_rate=learning_rate, max_grad_norm=max_grad_norm,
                 budgets=replace(budgets, resident=wishes.weights), wishes=replace(wishes, weights=None), tokens=tokens,
+                micro_batches=micro_batches,
                 offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite, accelerator=accelerator,
             )  # fmt: skip
         if method == "zo":

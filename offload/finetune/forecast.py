@@ -10,8 +10,9 @@ from typing import Any
 
 from offload.errors import BudgetError
 from offload.finetune.accelerator import Accelerator, plan_there
+from offload.finetune.activations import RING, slots_of
 from offload.finetune.assemble import SLOTS
-from offload.finetune.memory import MARGIN, SLACK, first_cells
+from offload.finetune.memory import HOLES, MARGIN, SLACK, first_cells
 from offload.finetune.pricing import Batch
 from offload.optim.base import Optimizer
 from offload.planner.cells import CellPlan, plan_cells
@@ -19,6 +20,7 @@ from offload.planner.ops import OpCosts, Phase
 from offload.planner.schedule import Schedule
 from offload.planner.training import emit_training, has_copies
 from offload.planner.training_cost import StepCost, step_cost
+from offload.planner.training_stash import with_inputs
 from offload.planner.training_steps import TrainedShard, TrainedUnit, Update
 from offload.profile import Profile
 from offload.runtime.masters import STAGES
@@ -97,6 +99,7 @@ def forecast(
     budget: int,
     base: int,
     accelerator: Accelerator | None = None,
+    activations: str = "auto",
 ) -> Forecast:
     """The step that repeats, with the ring of state that makes it shortest.
 
@@ -109,18 +112,19 @@ def forecast(
         budget: bytes for the whole process.
         base: what it takes before anything of the model.
         accelerator: what computes; None: the CPU.
+        activations: see `finetuning.finetuning`.
 
     Raises:
         BudgetError: it cannot be.
     """
     if accelerator is not None:
-        accelerator = accelerator.sized(spec, batch.rows * batch.tokens, batch.micro_batches)
-    best = _forecast(spec, rule, profile, batch, clips, budget, base, SLOTS, accelerator)
+        accelerator = accelerator.sized(spec, batch.count)
+    best = _forecast(spec, rule, profile, batch, clips, budget, base, SLOTS, accelerator, activations)
     if not best.cost.read_bytes:
         return best
     for slots, defers in product(DEEPER, (False, True) if clips and accelerator is None else (False,)):
         try:
-            found = _forecast(spec, rule, profile, batch, clips, budget, base, slots, accelerator, defers)
+            found = _forecast(spec, rule, profile, batch, clips, budget, base, slots, accelerator, activations, defers)
         except BudgetError:
             break
         if found.cost.seconds < WORTH * best.cost.seconds:
@@ -138,6 +142,7 @@ def _forecast(
     base: int,
     slots: int,
     accelerator: Accelerator | None = None,
+    activations: str = "auto",
     defers: bool = False,
 ) -> Forecast:
     units = [_unit(unit.name, unit.tensors, rule) for unit in spec.units]
@@ -148,12 +153,14 @@ def _forecast(
     graphs = {unit.name: graph_nbytes(unit, batch) * batch.micro_batches for unit in spec.units}
     sums = 2 * max(sizes.values())
     at_once = int(batch.rows * batch.tokens * LOSSES * spec.logits_nbytes)
-    at_once += spec.hidden_nbytes * batch.rows * batch.tokens * batch.micro_batches * len(units)
+    inputs = spec.hidden_nbytes * batch.count  # of a unit, one micro-batch's
+    at_once += RING if activations == "disk" else inputs * batch.micro_batches * len(units)
     at_once += max(graphs.values()) // batch.micro_batches
     there: CellPlan | None = None
     if accelerator is not None:  # which has activations and gradients in its own memory
         there = plan_there({unit.name: unit.nbytes for unit in every}, accelerator)
-        sums = at_once = 0
+        sums = 0  # inputs of more than one micro-batch come down
+        at_once = RING if activations == "disk" else inputs * (batch.micro_batches - 1) * len(units)
         graphs = dict.fromkeys(graphs, 0)
     rings = (min(slots, len(shards)) + (STAGES / 3)) * max(s.nbytes for s in shards)
     free = int(budget * (1 - MARGIN)) - SLACK - base - int(rings) - sums - at_once - (loose.nbytes if loose else 0)
@@ -161,8 +168,10 @@ def _forecast(
     left = free - plan.nbytes
     kept_graphs: set[str] = set()
     for unit in reversed(spec.units):
-        if there is None and unit.name in plan.kept and graphs[unit.name] <= left:
-            left -= graphs[unit.name]
+        need = int((1 + HOLES) * graphs[unit.name])
+        fits = activations == "keep" or (activations == "auto" and need <= left)
+        if there is None and unit.name in plan.kept and fits:
+            left -= need
             kept_graphs.add(unit.name)
     staying, taken = evenly(shards, left)
     order = [replace(_placed(unit, unit.name in plan.kept, staying, there), defers=defers) for unit in units]
@@ -172,11 +181,14 @@ def _forecast(
         order, _placed(loose, True, staying, there) if loose else None, clips=clips, is_due=clips,
         reads="weights" if copies else "masters", writes_copies=copies,
     )  # fmt: skip
+    if activations == "disk":
+        schedule = with_inputs(schedule, dict.fromkeys(sizes, inputs * batch.micro_batches))
     forward_s = _forwards(spec, profile, batch, accelerator.processor if accelerator is not None else "cpu")
     recomputed = {u: 0.0 if u in kept_graphs or u == units[-1].name else s for u, s in forward_s.items()}
     cost = step_cost(
         schedule, profile,
-        slots={"state": min(slots, len(shards)), "cells": plan.slots, "device": there.slots if there else 0},
+        slots={"state": min(slots, len(shards)), "cells": plan.slots, "device": there.slots if there else 0,
+               "stash": slots_of(inputs * batch.micro_batches)},
         forward_s=forward_s, backward_s={u: 2 * s + recomputed[u] for u, s in forward_s.items()},
         update_s=update_s(rule, profile),
         crossing_s=lambda nbytes: accelerator.crossing_s(nbytes, profile) if accelerator else 0.0,

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from offload.budgets import TRANSIT
 from offload.finetune.accelerator import Accelerator
+from offload.finetune.activations import slots_of
 from offload.finetune.assemble import SLOTS
 from offload.finetune.forecast import Forecast, cut, evenly, graph_nbytes, update_s
-from offload.finetune.memory import MARGIN, SLACK
+from offload.finetune.memory import HOLES, MARGIN, SLACK
 from offload.finetune.place_lora import LoraPlace
 from offload.finetune.pricing import Batch, adapters, visits
 from offload.finetune.room import at
@@ -18,6 +19,7 @@ from offload.planner.placement import Tier
 from offload.planner.training import emit_training
 from offload.planner.training_cost import step_cost
 from offload.planner.training_frozen import with_frozen
+from offload.planner.training_stash import with_inputs
 from offload.profile import Profile
 from offload.specs import ModelSpec
 
@@ -34,6 +36,7 @@ def forecast_lora(
     budget: int,
     base: int,
     accelerator: Accelerator | None = None,
+    activations: str = "auto",
 ) -> Forecast:
     """The step that repeats.
 
@@ -47,6 +50,7 @@ def forecast_lora(
         budget: bytes for the whole process.
         base: what it takes before anything of the model.
         accelerator: what computes; None: the CPU.
+        activations: see `finetuning.finetuning`.
     """
     placement, names = place.placement, list(place.cells)
     units = [cut(n, place.params[n], place.cells[n], rule) for n in names]
@@ -58,8 +62,10 @@ def forecast_lora(
     graphs = {u.name: graph_nbytes(u, batch) * batch.micro_batches for u in spec.units}
     kept: set[str] = set()
     for name in reversed(names[:-1]):  # the last unit's backward follows at once
-        if accelerator is None and name not in placement.bundles and graphs.get(name, 0) <= left:
-            left -= graphs.get(name, 0)
+        need = int((1 + HOLES) * graphs.get(name, 0))
+        fits = activations == "keep" or (activations == "auto" and need <= left)
+        if accelerator is None and name not in placement.bundles and fits:
+            left -= need
             kept.add(name)
     staying, state = evenly(shards, left)
     order = [
@@ -70,11 +76,15 @@ def forecast_lora(
         for unit in units
     ]  # fmt: skip
     schedule = with_frozen(emit_training(order, None, clips=clips, is_due=clips), placement)
+    inputs = spec.hidden_nbytes * batch.count * batch.micro_batches
+    if activations == "disk":
+        schedule = with_inputs(schedule, dict.fromkeys(names, inputs))
     forward_s, backward_s = _seconds(spec, place, profile, rank, batch, kept, accelerator)
     ring, there = placement.host_ring, placement.device_ring
     cost = step_cost(
         schedule, profile,
-        slots={"state": min(SLOTS, len(shards)), "host": ring.slots, "device": there.slots},
+        slots={"state": min(SLOTS, len(shards)), "host": ring.slots, "device": there.slots,
+               "stash": slots_of(inputs)},
         forward_s=forward_s, backward_s=backward_s, update_s=update_s(rule, profile),
         crossing_s=lambda nbytes: accelerator.crossing_s(nbytes, profile) if accelerator else 0.0,
     )  # fmt: skip

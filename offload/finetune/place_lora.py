@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from offload.errors import BudgetError
 from offload.finetune.accelerator import GRADIENTS
+from offload.finetune.activations import RING
 from offload.finetune.assemble import SLOTS
 from offload.finetune.lora import A, B
 from offload.finetune.room import backward_nbytes, place_beside, spec_of, step_nbytes
@@ -50,6 +52,7 @@ def place_lora(
     rule: Optimizer,
     budgets: Budgets,
     tokens: int,
+    waiting: int,
     base_nbytes: int | None = None,
 ) -> LoraPlace:
     """Plans memory.
@@ -60,6 +63,7 @@ def place_lora(
         sources: of the frozen weights.
         rule: the optimizer.
         tokens: of a micro-batch.
+        waiting: micro-batches whose inputs of units wait in memory from forward to backward; 0: they wait on disk.
         base_nbytes: see `place_beside`.
 
     Raises:
@@ -74,9 +78,16 @@ def place_lora(
     beside = {"adapters and the ring of their state": sum(d.itemsize * prod(s) for d, s in shapes.values()) + state}
     laid = [lay_out_cell(u.name, {n: shapes[n] for n in u.tensors if n in shapes}) for u in anatomy.units]
     cells = {cell.unit: page(cell.nbytes) for cell in laid}
+    inputs = step["inputs of units"]
     if budgets.gpu_memory is None:
-        placement = place_beside(spec, budgets, step | beside, base_nbytes=base_nbytes)
+        step["inputs of units"] = inputs * waiting or RING
+        try:
+            placement = place_beside(spec, budgets, step | beside, base_nbytes=base_nbytes)
+        except BudgetError:  # some go to disk, as memory runs short
+            step["inputs of units"] = inputs
+            placement = place_beside(spec, budgets, step | beside, base_nbytes=base_nbytes)
     else:
+        beside["inputs of units that the accelerator has no room for"] = inputs * (waiting - 1) if waiting else RING
         step["adapters and the gradients of a unit's"] = sum(cells.values()) + GRADIENTS * max(cells.values())
         placement = place_beside(spec, budgets, beside, step, base_nbytes=base_nbytes)
     of = {n.removesuffix(A): shape[1] for n, (_, shape) in shapes.items() if n.endswith(A)}

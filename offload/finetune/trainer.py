@@ -86,6 +86,7 @@ class Trainer:
         self._is_closed = False
         self._spare: Spare | None = None
         self._notes: list[str] = []
+        self._shapes: list[tuple[int, ...]] = []  # of the last step's rows
 
     @property
     def step_number(self) -> int:
@@ -166,7 +167,10 @@ class Trainer:
             )  # fmt: skip
             spare = plan_memory(self.training, self._cpu_memory, peak, self._wishes, travels=self._travels)
             self._spare = replace(spare, predicted_nbytes=predicted)
-        give_back(self._cpu_memory)
+        shapes = [tuple(b["input_ids"].shape) for b in batches if "input_ids" in b]
+        if is_first or shapes != self._shapes:  # the same step fits into the memory that it has left
+            give_back(self._cpu_memory)
+        self._shapes = shapes
         after = self._engine.statistics()
         return StepResult(
             loss=sum(loss * n for loss, (_, n) in zip(found.losses, learnt, strict=True)) / total,

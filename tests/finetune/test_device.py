@@ -234,6 +234,16 @@ def test_inputs_that_the_device_has_no_room_for_wait_in_memory(activations: str,
         assert mine.training.device.statistics().downloaded_bytes == before
 
 
+def test_inputs_go_on_to_disk(tmp_path: Path) -> None:
+    with accelerated(tmp_path, "llama-tied", B, share=0.3, activations="disk") as mine:
+        loop = ReferenceLoop(plain(tmp_path / "model", B), max_grad_norm=1.0, **NUMBERS)
+        for micro_batches in (1, 3):
+            check(mine, loop, micro_batches)
+        ashore = mine.training.backprop.stash
+        assert ashore._stash.peak_nbytes > 0
+        assert (ashore._held, len(ashore._passing)) == (0, 0)
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     MODELS["llama"].save(tmp_path / "model", B)
     with pytest.raises(offload.UsageError, match="needs gpu_memory"):
@@ -245,8 +255,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(offload.UsageError, match="link="):
         offload.finetuning(tmp_path / "model", device="cpu", link="1GB/s", offload_dir=tmp_path / "state")
     given = {"device": "emulated", "gpu_memory": "1MiB", "offload_dir": tmp_path / "state"}
-    for method, words in (("full", "auto, keep, recompute"), ("lora", "auto, recompute")):
-        with pytest.raises(offload.UsageError, match=f"activations='disk'.* there are {words}$"):
-            offload.finetuning(tmp_path / "model", method=method, activations="disk", **given)
+    with pytest.raises(offload.UsageError, match=r"activations='keep'.* there are auto, recompute, disk$"):
+        offload.finetuning(tmp_path / "model", method="lora", activations="keep", **given)
     with pytest.raises(offload.UsageError, match="device='gpu' is not known; there are cpu, emulated, cuda"):
         offload.finetuning(tmp_path / "model", device="gpu", offload_dir=tmp_path / "state")
