@@ -19,7 +19,7 @@ from offload.runtime.ragged import Ragged, Refused, Span, refuses
 
 IDS = [[5 + (7 * i + j) % 300 for j in range(n)] for i, n in enumerate((3, 9, 1, 5, 17))]
 REFUSED = {
-    "gemma2": "eager",  # capped scores
+    "gemma2": "caps scores",
     "bloom": "cannot be exchanged",
     "falcon": "cannot be exchanged",
 }

@@ -66,6 +66,8 @@ def refuses(model: nn.Module) -> str | None:
         return "it is more than a language model"
     if not getattr(model, "_supports_attention_backend", False) or getattr(model, "_is_stateful", False):
         return "its attention cannot be exchanged, or it keeps another state than keys and values"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "its attention caps scores"  # which some versions of transformers would leave out with sdpa
     if config._attn_implementation != "sdpa" or has_its_own_attention(model):
         return f"its attention is not torch's own but {config._attn_implementation} or of its own making"
     kinds = set(getattr(config, "layer_types", None) or ()) - _KINDS
