@@ -11,7 +11,9 @@ from torch import nn
 
 from offload.budgets import Division
 from offload.errors import StrictError
+from offload.io.heap import Reserve
 from offload.planner.placement import Tier
+from offload.planner.workspace import PASSAGE, heap_nbytes
 from offload.runtime.probe import disk_rate
 from offload.runtime.rates import resident_products
 from offload.runtime.session import Session
@@ -56,6 +58,7 @@ class Offloaded:
         self._restore: Callable[[], None] | None = None
         self._another: Callable[[Workload], tuple[Division, Session]] | None = None
         self._is_strict = False
+        self._heap = Reserve(0)
 
     def __enter__(self) -> Any:
         return self.model
@@ -95,14 +98,15 @@ class Offloaded:
     @property
     def fallbacks(self) -> tuple[str, ...]:
         """What did not go the fast way, a sentence each."""
-        return self.session.fallbacks
+        return (*self.session.fallbacks, *([self._heap.reason] if self._heap.reason else []))
 
     def measure_disk(self) -> float | None:
         """Measures the disk's read rate (0.4 s), for bounds; None when nothing lives on disk.
 
         Call it while the model is not running: the lanes have filled their rings by then, and the disk is idle.
         """
-        self.disk_bytes_per_s = disk_rate(self.session.store)
+        with self._heap.lent(PASSAGE):  # which measuring takes: both at once were not planned for
+            self.disk_bytes_per_s = disk_rate(self.session.store)
         return self.disk_bytes_per_s
 
     @property
@@ -140,7 +144,10 @@ class Offloaded:
         if self._restore is not None:
             self._restore()  # may be called again if it was interrupted: the swap file is there until it is through
             self._restore = None
-        self.session.close()
+        try:
+            self.session.close()
+        finally:
+            self._heap.close()
 
 
 def start(handle: Offloaded, progress: Progress | None, strict: bool) -> None:
@@ -160,6 +167,8 @@ def start(handle: Offloaded, progress: Progress | None, strict: bool) -> None:
         dtype = dtypes.most_common(1)[0][0]
         session.store.fill(count, lambda: warm_kernels(dtype, session.device.torch_device))
         session.start()
+        if session.device.torch_device.type == "cpu" and not handle._heap.nbytes:
+            handle._heap = Reserve(heap_nbytes(handle.division.workspace, handle.work))
         if strict and session.fallbacks:
             raise StrictError("strict mode: " + "; ".join(session.fallbacks))
     except BaseException:

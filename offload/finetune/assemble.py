@@ -15,10 +15,11 @@ from torch import nn
 from offload.errors import BudgetError, ModelError, UsageError
 from offload.finetune.accelerator import Accelerator
 from offload.finetune.activations import prepare, press
-from offload.finetune.memory import ACTIVATIONS, Wishes, plan_first, share_heap
+from offload.finetune.memory import ACTIVATIONS, Wishes, plan_first
 from offload.finetune.trainer import Trainer
 from offload.hardware import rss_bytes
 from offload.io.engine import Engine
+from offload.io.heap import share_heap
 from offload.kernels.chosen import Kernels
 from offload.optim.base import Optimizer
 from offload.optim.there import on_device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from offload.errors import BudgetError
 from offload.finetune.rehearsal import Working
 from offload.hardware import rss_bytes
+from offload.io.heap import trim
 from offload.planner.cells import FEWEST, CellPlan, plan_cells
 from offload.runtime.masters import STAGES
 from offload.runtime.training import Training
@@ -24,7 +24,6 @@ NEAR = 0.75  # of the budget
 RESERVE = 0.25  # of the budget: for activations, before they are measured
 HOLES = 0.35  # of graphs: memory between their tensors that nothing fits into; 0.31 as measured with glibc 2.36
 UNLIMITED = 1 << 62
-ARENA_MAX = -8  # M_ARENA_MAX of malloc.h
 ACTIVATIONS = ("auto", "keep", "recompute", "disk")
 
 
@@ -65,17 +64,6 @@ class Wishes:
     disk_limit: int | None = None
 
 
-def share_heap() -> None:
-    """Makes every thread allocate from one heap, as far as it has none of its own yet.
-
-    glibc gives each thread a heap, and each keeps tens of MiB that its thread freed. Micro-batches have a thread each,
-    of which one runs at once: eight of them would hold eight times what one needs.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
-    if mallopt is not None:
-        mallopt(ARENA_MAX, 1)
-
-
 def give_back(budget: int) -> None:
     """Gives freed memory back to the system once the process comes near its budget: for a step of other rows than the
     one before.
@@ -84,9 +72,7 @@ def give_back(budget: int) -> None:
     to 130 tokens, 1.6 GiB more after five steps. Far from the budget nothing is done, since to touch memory anew costs.
     """
     if rss_bytes() > NEAR * budget:
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-        if trim is not None:
-            trim(0)
+        trim()
 
 
 def plan_first(layouts: Sequence[Cell], ring: int, budget: int, wishes: Wishes, *, travels: bool = True) -> CellPlan:

@@ -13,10 +13,8 @@ from offload.planner.placement import Placement, Tier
 from offload.planner.prediction import PassCost, Prediction, interval_of
 from offload.planner.schedule import Compute, Read, Schedule, Step, Upload, emit
 from offload.planner.virtual import Clock, Run, Sharing
-from offload.planner.workspace import workspace
 from offload.profile import MemoryRate, Profile
 from offload.specs import ModelSpec, UnitSpec, Workload
-from offload.units import MIB
 
 STEADY = 12  # passes within which a schedule settles, or nearly
 IN_FLIGHT = 32 << 20  # bytes of blocks that the I/O engine keeps at the disk
@@ -148,11 +146,10 @@ class Pricer:
         return seconds
 
     def once_s(self, phase: Phase) -> float:
-        """What computing takes in the first pass only: libraries make kernels for its rows, and memory is new."""
+        """What computing takes in the first pass only: libraries make kernels for its rows."""
         if self.computer.processor != "cpu":
             return 0.0
-        touch_s = workspace(self.spec, self.work).nbytes / MIB * self.computer.profile.cost("touch")
-        return first_s(self.spec, phase, self.ops) + touch_s
+        return first_s(self.spec, phase, self.ops)
 
     def _sources(self, placement: Placement) -> list[tuple[float, tuple[str, ...]]]:
         """What streams to main memory, as (part of it, lanes on its way): from the tiers below, each filled in turn.

@@ -10,7 +10,7 @@ from offload.units import MIB, format_bytes
 
 LIBRARIES = 80 * MIB  # set aside for kernels, thread stacks and allocator slack that appear with the first passes
 LOADED = 20 * MIB  # what is there of them, as measured, once weights are loaded
-RUNNING = 28 * MIB  # and once it has generated
+RUNNING = 36 * MIB  # and once it has generated
 HOLES = 0.5  # of the workspace: freed memory that an allocator cannot give out again in one piece
 MOST_HOLES = 48 * MIB  # large blocks come from the system and go back to it
 PROBES = 4  # reads in flight while a disk's rate is measured, none larger than the file
@@ -77,10 +77,22 @@ def expected_peak(base: int, weights: int, rings: int, need: int, *, passing: in
         passing: bytes that go through buffers while memory fills: to a device, or to be packed.
         on_disk: bytes that live on disk, whose rate is measured by reading them.
     """
-    holes = min(int(HOLES * need), MOST_HOLES)
     filling = LOADED + min(PASSAGE, passing)
     measuring = LOADED + rings + min(PASSAGE, PROBES * on_disk)
-    return base + weights + max(filling, measuring, RUNNING + rings + need + holes)
+    return base + weights + max(filling, measuring, RUNNING + rings + need + _holes(need))
+
+
+def heap_nbytes(need: Workspace, work: Workload) -> int:
+    """Of that, what libraries allocate while they run, and the holes between: what is reserved before the first pass.
+
+    Keys and values of a pool have memory of their own.
+    """
+    allocated = need.nbytes - (need.kv if work.pool_tokens else 0)
+    return allocated + _holes(allocated)
+
+
+def _holes(allocated: int) -> int:
+    return min(int(HOLES * allocated), MOST_HOLES)
 
 
 def mixed_nbytes(spec: ModelSpec) -> int:

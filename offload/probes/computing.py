@@ -45,7 +45,6 @@ class Computing:
             "first_torch": software.first_s(self._meter, exact=True),
             "sleep": software.sleep_s(self._meter),
             "apart": software.apart_s(self._meter),
-            "touch": software.touch_s(self._meter),
         }
 
     def blocks(self, area: Area) -> None:

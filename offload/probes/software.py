@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import mmap
 import os
 import threading
 import time
@@ -29,7 +28,6 @@ from offload.units import MIB
 UNITS = 64
 TURNS = 200
 UNUSUAL = (67, 83, 101, 139, 173)  # rows that nothing else is measured with
-TOUCHED = 32  # MiB
 ALONE, ALONE_NBYTES = 13, 48 * MIB  # reads, and bytes of each: a slot of what streams without prefetching
 
 
@@ -52,22 +50,6 @@ def first_s(meter: Meter, *, exact: bool) -> float:
             first = meter.now() - began
             beyond.append(first - meter.time(run).seconds)
     return max(1e-9, median(beyond))
-
-
-def touch_s(meter: Meter) -> float:
-    """What a MiB of memory costs when it is used for the first time: the kernel finds pages and clears them."""
-    seconds = []
-    for _ in range(3):
-        mapping = mmap.mmap(-1, TOUCHED * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory = torch.frombuffer(mapping, dtype=torch.uint8)
-        began = meter.now()
-        memory.fill_(1)
-        middle = meter.now()
-        memory.fill_(2)
-        seconds.append((middle - began) - (meter.now() - middle))
-        del memory
-        mapping.close()
-    return max(1e-9, median(seconds) / TOUCHED)
 
 
 def sleep_s(meter: Meter) -> float:

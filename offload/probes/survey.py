@@ -14,6 +14,7 @@ import torch
 
 from offload.errors import StorageError
 from offload.hardware import disk_of, fingerprint, gpus, host_memory, versions
+from offload.io.heap import Reserve
 from offload.kernels.chosen import Kernels
 from offload.probes import disk, linears, links, memory, others, quiet
 from offload.probes.area import Area
@@ -29,6 +30,7 @@ from offload.units import MIB, format_rate
 Progress = Callable[[str, int, int], None]
 PARTS = 9
 FORMATS = ("lossless", "int8", "int4-32")
+WORKING = 128 * MIB  # of activations: as in a run, they lie in memory that stays
 STREAM = (4 * MIB, 8)  # bytes of a block and blocks in flight of what runs beside something else
 
 
@@ -84,6 +86,7 @@ class Survey:
         with ExitStack() as stack, torch.no_grad():
             self._next("memory")
             area = stack.enter_context(Area(self._effort.area_nbytes))
+            stack.enter_context(Reserve(WORKING))
             self._memory(area)
             self._next("disk")
             files = stack.enter_context(self._files())

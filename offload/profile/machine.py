@@ -203,7 +203,6 @@ class Profile:
         start         once: the generation loop before its first pass
         first         the first product with a number of rows, beyond what later ones take
         first_torch   the same of torch's own product, which exact results, odd layouts and 5 to 7 rows take
-        touch         using a MiB of memory for the first time
         step          once a token: the generation loop around the model
         sleep         the shortest sleep: what pacing an emulated link takes each time
         apart         a product in two places, beyond both its products
