@@ -56,7 +56,7 @@ class Offloaded:
         self.checkpoint_nbytes = 0
         self.weights = "none"
         self._restore: Callable[[], None] | None = None
-        self._another: Callable[[Workload], tuple[Division, Session]] | None = None
+        self._another: Callable[[Workload, Session], tuple[Division, Session]] | None = None
         self._is_strict = False
         self._heap = Reserve(0)
 
@@ -117,8 +117,8 @@ class Offloaded:
     def divide_again(self, work: Workload) -> None:
         """Divides memory anew, for this work, and gives the model a session in which weights lie as that says.
 
-        Call it between passes; counters of the session begin anew. Memory that `work` does not need any more must be
-        free already.
+        Weights that stay as before are not read again. Call it between passes; counters of the session begin anew.
+        Memory that `work` does not need any more must be free already.
 
         Raises:
             BudgetError: it does not fit; the model can run on as it was.
@@ -126,7 +126,7 @@ class Offloaded:
         """
         assert self._another is not None
         before = self.session
-        self.division, self.session = self._another(work)
+        self.division, self.session = self._another(work, before)
         self.work = work
         before.close()
         start(self, None, self._is_strict)
@@ -136,7 +136,7 @@ class Offloaded:
         where too little stays. Call it as `measure_disk`.
         """
         if self.session.device.torch_device.type == "cpu":
-            self.products = resident_products(self.session.store, self.session.kernels)
+            self.products = resident_products(self.session.store, self.session.kernels, self.session.anatomy.linears)
         return self.products
 
     def close(self) -> None:

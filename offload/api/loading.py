@@ -158,14 +158,15 @@ def load(
         if spec.kv_bytes_per_token and named and not wanted.pool_tokens:  # a pool cannot hold more than was planned
             one.before_pass(token_check(opened.model, wanted.kept_tokens, spec.kv_bytes_per_token))
 
-    def another(wanted: Workload) -> tuple[Division, Session]:
+    def another(wanted: Workload, before: Session) -> tuple[Division, Session]:
         """A session for other work, with memory divided as before the first one was there."""
         base = division.base_nbytes
         divided = divide(spec, budgets, wanted, slots=slots, extra_nbytes=extra, base_nbytes=base)
         files = Engine(io, strict=strict)
         try:
             here = create(device)
-            new = Session(*parts, divided.placement, files, here, kernels=kernels, planned_tokens=wanted.total_tokens)
+            tokens = wanted.total_tokens
+            new = Session(*parts, divided.placement, files, here, before=before, kernels=kernels, planned_tokens=tokens)
         except BaseException:
             files.close()
             raise

@@ -44,7 +44,7 @@ class Buffer:
         length = -(-max(nbytes, 1) // (slack or ALIGNMENT)) * (slack or ALIGNMENT) + slack
         self._memory: mmap.mmap | None = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         whole = memoryview(self._memory)
-        skip = -address_of(whole) % (slack or 1)
+        self._skip = skip = -address_of(whole) % (slack or 1)
         self._view: memoryview | None = whole[skip : skip + nbytes]
         self.address = address_of(whole) + skip
         whole.release()
@@ -67,6 +67,15 @@ class Buffer:
         view = self.view
         for at in range(0, self.nbytes, ALIGNMENT):
             view[at] = view[at]
+
+    def discard(self, begin: int, end: int) -> None:
+        """Give back the whole pages of 4096 bytes between two bytes of it; they are zeros from now on."""
+        view, memory = self.view, self._memory
+        assert memory is not None
+        assert 0 <= begin <= end <= view.nbytes, (begin, end, view.nbytes)
+        first, last = -(-begin // ALIGNMENT) * ALIGNMENT, end // ALIGNMENT * ALIGNMENT
+        if first < last:
+            memory.madvise(mmap.MADV_DONTNEED, self._skip + first, last - first)
 
     def close(self) -> None:
         """Give the memory back, at once when nobody else holds a view of it, else with the last such view."""

@@ -12,12 +12,12 @@ from offload.plan.planning import Ask
 from offload.planner.batching import PASS_TOKENS, Again, Batching, PassSeconds, best, between
 from offload.planner.ops import Phase
 from offload.planner.placement import Tier
-from offload.planner.predict import Pricer, resident
+from offload.planner.predict import Pricer
 from offload.planner.schedule import Read, Upload
 from offload.specs import Workload
 
 ANCHORS = (8, 64, 128, 192, 256, 384, 512, 1024, 2048)  # tokens of a pass that are priced; between them, lines
-AGAIN_S = 0.5  # that dividing memory again takes beside reading: hooks, trials of kernels, copies within the pool
+AGAIN_S = 0.4  # that dividing memory again takes beside reading: hooks, trials of kernels, copies within the pool
 
 
 def work_of(prompts: Sequence[int], new_tokens: int | Sequence[int], batching: Batching) -> Workload:
@@ -89,7 +89,7 @@ class _Prices:
         self._ask, self._prompts, self._new_tokens = ask, prompts, new_tokens
         self._mean = max(1, sum(prompts) // len(prompts))
         self._known: dict[tuple[int, ...], PassSeconds] = {}  # by bytes that travel: neighbours often place alike
-        self._divided: dict[tuple[int, int, int], tuple[PassSeconds, int] | None] = {}
+        self._divided: dict[tuple[int, int, int], tuple[PassSeconds, frozenset[str]] | None] = {}
 
     def pass_s_of(self, pool_tokens: int, pass_tokens: int, most: int) -> PassSeconds | None:
         """What a pass of so many tokens takes; None where there is no room for the pool."""
@@ -97,22 +97,29 @@ class _Prices:
         return None if found is None else found[0]
 
     def again_of(self, pool_tokens: int, pass_tokens: int, most: int) -> Again:
-        """The same where memory is divided again, and what that takes: weights that stay are read anew."""
+        """The same where memory is divided again and again, and what that takes: weights are read that did not stay."""
         lane = self._ask.profile.lane(self._ask.computer.read)
+        spec, first = self._ask.spec, self._division(pool_tokens, pass_tokens, most)
+        nbytes = {t.name: t.read_nbytes for t in (*spec.loose, *(t for u in spec.units for t in u.tensors))}
+        there: frozenset[str] = frozenset() if first is None else first[1]
 
         def again(smaller: int) -> tuple[PassSeconds, float] | None:
+            nonlocal there
             found = self._division(smaller, pass_tokens, most)
-            return None if found is None else (found[0], AGAIN_S + found[1] / lane.bytes_per_s)
+            if found is None:
+                return None
+            new, there = found[1] - there, found[1]
+            return found[0], AGAIN_S + sum(nbytes[name] for name in new) / lane.bytes_per_s
 
         return again
 
-    def _division(self, pool_tokens: int, pass_tokens: int, most: int) -> tuple[PassSeconds, int] | None:
+    def _division(self, pool_tokens: int, pass_tokens: int, most: int) -> tuple[PassSeconds, frozenset[str]] | None:
         key = pool_tokens, pass_tokens, most
         if key not in self._divided:
             self._divided[key] = self._divide(*key)
         return self._divided[key]
 
-    def _divide(self, pool_tokens: int, pass_tokens: int, most: int) -> tuple[PassSeconds, int] | None:
+    def _divide(self, pool_tokens: int, pass_tokens: int, most: int) -> tuple[PassSeconds, frozenset[str]] | None:
         ask = self._ask
         guess = Batching(
             pool_tokens=pool_tokens, pass_tokens=pass_tokens, sequences=most, seconds=0, passes=0, tokens=0
@@ -143,5 +150,4 @@ class _Prices:
                 phase = Phase(sequences=rows // tokens, tokens=tokens, past=self._mean if tokens == 1 else 0)
                 points.append((phase.rows, pricer.pass_cost(division.placement, phase).seconds))
             self._known[travels] = between(sorted(dict(points).items()))
-        stays = resident(ask.spec, division.placement)[Tier.HOST]
-        return self._known[travels], stays
+        return self._known[travels], division.placement.names(Tier.HOST)

@@ -6,7 +6,7 @@ many tokens of prompts join a pass is a choice too: too many at once, and the di
 for decoding later. So both are tried, by playing the whole work through.
 
 When no prompt waits any more, ever fewer sequences share a pass, and the disk is what it waits for. The room that those
-leave that ended goes to weights then: memory is divided again whenever a quarter of the pool is free (`divides_again`).
+leave that ended goes to weights then: memory is divided again whenever a fifth of the pool is free (`divides_again`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from functools import partial
 PASS_TOKENS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
 SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128, 160, 192, 256, 384, 512)
 PLAYED = 2000  # prompts, at most, that stand for all
-KEPT = 3 / 4  # of the pool: with no more in use, and no prompt waiting, memory is divided again
-WORTH = 6  # passes at least for which that is worth reading weights that stay from then on
+KEPT = 4 / 5  # of the pool: with no more in use, and no prompt waiting, memory is divided again
+WORTH = 10  # passes at least for which that is worth its trouble
 NEAR = 1.1  # of the best time: plans up to there are played again with such divisions
 
 PassSeconds = Callable[[int], float]

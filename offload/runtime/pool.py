@@ -107,7 +107,7 @@ class KeyValuePool:
     def shrink(self, runs: Sequence[tuple[int, int]]) -> list[int]:
         """Keeps these runs, (start, tokens) of each, side by side in as much memory as they take; gives back the rest.
 
-        Layer by layer, so that no more than one is there twice.
+        They move to the front of the memory they are in, one head of one layer at a time.
 
         Returns:
             Where each begins from now on.
@@ -121,13 +121,13 @@ class KeyValuePool:
             start = self.runs.take(length)
             assert start is not None, "they take exactly this much"
             starts.append(start)
-        for number in range(self.layers):
-            old, before = self._layers[number], self._buffers.pop(0)
-            new = self._layers[number] = self._allocate(self._shape)
-            for (at, length), start in zip(runs, starts, strict=True):
-                new[:, :, start : start + length] = old[:, :, at : at + length]
-            del old
-            before.close()
+        for number, buffer in enumerate(self._buffers):
+            old, numbers = self._layers[number], as_tensor(buffer.view).view(self._dtype)
+            new = self._layers[number] = numbers[: torch.Size(self._shape).numel()].view(self._shape)
+            # a head's new place ends before the next one's old place begins: nothing is overwritten that has not moved
+            for source, target in zip(old.flatten(0, 1), new.flatten(0, 1), strict=True):
+                target[:tokens] = torch.cat([source[at : at + length] for at, length in runs])
+            buffer.discard(new.numel() * new.itemsize, buffer.nbytes)
         return starts
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from statistics import median
 
 import torch
@@ -54,7 +54,7 @@ def cpu_rate(kernels: Kernels, matrices: Iterable[Source], rows: int) -> float:
     return len(weights) * nbytes / median(seconds)
 
 
-def resident_products(store: Store, kernels: Kernels) -> Products | None:
+def resident_products(store: Store, kernels: Kernels, linears: Collection[str]) -> Products | None:
     """Multiplies by what lies in memory, where it lies; None where that is packed, or too little to leave the caches.
 
     The same memory is read at 20 to 40 GB/s, depending on which pages a process was given and on who else is there: it
@@ -63,7 +63,10 @@ def resident_products(store: Store, kernels: Kernels) -> Products | None:
     wanted = [
         (name, source)
         for name, source in store.sources.items()
-        if store.placement.home[name] is not Tier.DISK and source.form is None and len(source.shape) == 2
+        if name in linears
+        and store.placement.home[name] is not Tier.DISK
+        and source.form is None
+        and len(source.shape) == 2
     ]
     dtypes = Counter(source.dtype for _, source in wanted)
     if not dtypes or not (dtype := dtypes.most_common(1)[0][0]).is_floating_point:

@@ -70,6 +70,7 @@ class Session:
         device: where the model computes; the session closes it.
         given: tensors that are in main memory already.
         files: files that are open already, by path.
+        before: the session of the same model that this one replaces (see Store).
         kernels: what computes, packs and unpacks.
         host_kernels: the CPU's, for what it multiplies beside an accelerator.
         planned_tokens: of a sequence, for its keys and values; 0 when unknown.
@@ -85,6 +86,7 @@ class Session:
         device: Device,
         given: Mapping[str, torch.Tensor] | None = None,
         files: Mapping[str, File] | None = None,
+        before: Session | None = None,
         *,
         kernels: Kernels,
         host_kernels: Kernels | None = None,
@@ -97,7 +99,9 @@ class Session:
         names = {u.name: u.tensors for u in anatomy.units} | {LOOSE: anatomy.loose}
         parts, names = cut_sources(sources, names, placement)
         self._sizes = {u: sum(parts[n].nbytes for n in ns) for u, ns in names.items()}
-        self.store = Store(engine, parts, names, placement, device, kernels, cut_given(given or {}, placement), files)
+        given = cut_given(given or {}, placement)
+        replaced = None if before is None else before.store
+        self.store = Store(engine, parts, names, placement, device, kernels, given, files, replaced)
         like = {n: torch.empty(sources[n].shape, dtype=sources[n].dtype, device="meta") for n in anatomy.owners}
         faces = {n: partial(self._matrix, n) for n, s in self.store.sources.items() if s.form is not None}
         self._crossing = Crossing(device, host_kernels or kernels)

@@ -7,6 +7,7 @@ matrix-vector kernels read them faster.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from math import prod
 
 import torch
@@ -30,6 +31,7 @@ class HostArena:
     def __init__(self, nbytes: int) -> None:
         self.buffer = Buffer(nbytes)
         self._used = 0
+        self._is_closed = False
 
     def take(self, nbytes: int) -> memoryview:
         """The next `nbytes`, starting at a page boundary."""
@@ -42,7 +44,20 @@ class HostArena:
     def used_nbytes(self) -> int:
         return self._used
 
+    def keep(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Gives back all memory that none of these tensors lies in; returns whether any lies here at all."""
+        if self._is_closed:
+            return False
+        starts = [(t.data_ptr() - self.buffer.address, t.numel() * t.itemsize) for t in tensors]
+        spans = sorted((at, at + nbytes) for at, nbytes in starts if 0 <= at < self.buffer.nbytes)
+        end = 0
+        for begin, after in [*spans, (self.buffer.nbytes, 0)]:
+            self.buffer.discard(end, max(end, begin))
+            end = max(end, after)
+        return bool(spans)
+
     def close(self) -> None:
+        self._is_closed = True
         self.buffer.close()
 
 

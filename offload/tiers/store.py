@@ -47,6 +47,9 @@ class Store:
         kernels: what packs and unpacks.
         given: tensors that are in main memory already; those that stay there are used as they are.
         files: files that are open already, by path.
+        before: the store of the same tensors that this one replaces, on a device without memory of its own. What stays
+            in main memory under both is not read again; its memory is this store's once `before` is closed, which must
+            be before `fill`.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Store:
         kernels: Kernels,
         given: Mapping[str, torch.Tensor] | None = None,
         files: Mapping[str, File] | None = None,
+        before: Store | None = None,
     ) -> None:
         home = placement.home
         self.engine, self.placement, self.device, self._kernels = engine, placement, device, kernels
@@ -67,6 +71,12 @@ class Store:
         self.weight_errors: dict[str, float] = {}
         self._files: dict[str, File] = dict(files or {})
         self._given = dict(given or {})
+        self._left: Tensors | None = None  # to the store that replaces this one
+        self._older: list[HostArena] = []
+        if before is not None:
+            self._given |= before._leave({n for n, tier in home.items() if tier is Tier.HOST} - set(self._given))
+            self.sources |= {n: before.sources[n] for n in before._left or ()}
+            self._older = [*before._older, before.arena]
         sources = self.sources
         self._resident: Tensors = {n: t for n, t in self._given.items() if home[n] is Tier.HOST}
         read = [(u, [n for n in ns if home[n] is Tier.HOST and n not in self._given]) for u, ns in units.items()]
@@ -289,8 +299,14 @@ class Store:
         self.host_ring.check_integrity()
         self.device_ring.check_integrity()
 
+    def _leave(self, names: Iterable[str]) -> Tensors:
+        """The tensors of these names that are here, which closing does not take from whoever asked."""
+        assert not self.device.has_memory, "what a device needs pinned cannot change hands"
+        self._left = {n: self._resident[n] for n in names if n in self._resident}
+        return self._left
+
     def close(self) -> None:
-        """Gives all memory back. Nothing may be in flight."""
+        """Gives all memory back but that of tensors which another store has taken over. Nothing may be in flight."""
         self.device.synchronize()
         self._resident.clear()
         self._bound.clear()
@@ -298,7 +314,10 @@ class Store:
         self._device_slots.clear()
         self._device_arena = torch.empty(0, dtype=torch.uint8)
         self.device.close()  # unpins before the memory goes
-        self.arena.close()
+        for arena in (*self._older, self.arena):
+            if not arena.keep((self._left or {}).values()):
+                arena.close()
+        self._older, self._left = [], None
         self.host_ring.close()
         self.device_ring.close()
 
