@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,16 @@ PLACES: dict[str, dict[str, Any]] = {
     "device, host and disk": {"device": "emulated", "resident": 0.9},
     "everything fits": {},
 }
+WITH_TWO_THREADS = ("llama", "gemma3", "bloom", "mixtral")
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A checkpoint of many files, made once for all places."""
-    return MODELS[request.param].save(tmp_path_factory.mktemp(request.param))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2 if request.param in WITH_TWO_THREADS else 1)
+    yield MODELS[request.param].save(tmp_path_factory.mktemp(request.param))
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,7 @@ class FakeMover:
         raise AssertionError("nothing is uploaded here")
 
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 UNITS = tuple("abcdef")
 STREAMED = ("a", "c", "d", "f")
 

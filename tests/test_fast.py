@@ -13,6 +13,7 @@ from models import MODELS
 
 import offload
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 PROMPT = torch.tensor([[44, 45, 46, 47, 48, 49, 300, 51], [5, 9, 200, 31, 7, 44, 3, 8]])
 PLACES: list[dict[str, Any]] = [
     {"resident": 0},

@@ -18,6 +18,7 @@ import offload
 from offload.kernels.chosen import Kernels
 from offload.runtime import faster, gates, norms, rotaries
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 KERNELS = Kernels("cpu", exact=False)
 
 

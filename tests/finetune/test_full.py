@@ -15,6 +15,7 @@ from reference_loop import ReferenceLoop
 import offload
 from offload.finetune.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 NUMBERS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 STEPS = 3
 
