@@ -16,10 +16,12 @@ PASSES = 3
 AHEAD = ("read", "upload")
 
 
-def unit(name: str, *, stays_there: bool, keeps: bool) -> TrainedUnit:
+def unit(name: str, *, stays_there: bool, keeps: bool, defers: bool) -> TrainedUnit:
     """Travels in main memory, and computes on an accelerator."""
     shards = tuple(TrainedShard(name=f"{name}[{k}]", nbytes=12, masters_nbytes=4, stays=keeps) for k in range(2))
-    return TrainedUnit(name=name, nbytes=2, shards=shards, stays=False, uploads=True, stays_there=stays_there)
+    return TrainedUnit(
+        name=name, nbytes=2, shards=shards, stays=False, uploads=True, stays_there=stays_there, defers=defers
+    )
 
 
 class Holds:
@@ -95,10 +97,15 @@ def run(schedule: Schedule, choose: random.Random) -> None:
 @pytest.mark.parametrize("copies", [True, False], ids=["copies", "masters"])
 @pytest.mark.parametrize("stays_there", [True, False], ids=["place", "slot"])
 @pytest.mark.parametrize("keeps", [True, False], ids=["state in memory", "state on disk"])
-def test_every_lane_works_in_what_was_brought_for_it(clips: bool, copies: bool, stays_there: bool, keeps: bool) -> None:
+@pytest.mark.parametrize("defers", [(), (0, 1), (1,)], ids=["", "deferred", "one deferred"])
+def test_every_lane_works_in_what_was_brought_for_it(
+    defers: tuple[int, ...], clips: bool, copies: bool, stays_there: bool, keeps: bool
+) -> None:
     if clips and copies:
         pytest.skip("with clipping weights are never stored a second time")
-    order = [unit(f"u{k}", stays_there=stays_there, keeps=keeps) for k in range(3)]
+    if defers and (keeps or not clips):
+        pytest.skip("nothing is deferred")
+    order = [unit(f"u{k}", stays_there=stays_there, keeps=keeps, defers=k in defers) for k in range(3)]
     schedule = emit_training(
         order, None, clips=clips, is_due=clips, reads="weights" if copies else "masters", writes_copies=copies
     )

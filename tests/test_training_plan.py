@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from offload.errors import BudgetError
 from offload.planner.cells import FEWEST, plan_cells
 from offload.planner.schedule import Compute, Read, Release, Schedule, Write, explain
-from offload.planner.training import emit_training, has_copies, moved
+from offload.planner.training import deferring, emit_training, has_copies, moved
 from offload.planner.training_cost import both, step_cost
 from offload.planner.training_steps import (
     Backward,
@@ -102,17 +102,29 @@ def test_deferred_state_is_read_twice_and_written_in_the_backward_pass() -> None
     }
     backward = next(s.index for s in schedule if isinstance(s, Backward))
     writes = {s.unit for s in schedule if isinstance(s, WriteShard) and s.index > backward}
-    assert writes == {"u0", "u2"}, "u1 stays, and the last unit's backward follows at once"
+    assert writes == {"u0", "u1", "u2"}, "the last unit's backward follows at once"
     params = 2 * COUNT
-    assert moved(schedule) == ((2 * 28 + 12 + 14) * params, (2 * 14 + 12 + 14) * params)
-    slots = {"state": 0, "cells": 0}
+    assert moved(schedule) == ((2 * 28 + 24 + 14) * params, (2 * 14 + 12 + 14) * params)
+    slots = {"state": 0, "cells": 0, "aside": 0}
     for step in schedule:
         if isinstance(step, Read):
             slots[step.ring] += 1
+        elif isinstance(step, Update) and step.goes_aside and step.shard.endswith("[0]"):
+            assert step.unit == "u1", "others bring their gradients twice"
+            slots["aside"] += 1
         elif isinstance(step, Release):
             slots[step.ring] -= 1
         assert set(slots.values()) <= {0, 1}
     assert set(slots.values()) == {0}
+
+
+@given(st.lists(st.integers(0, 50), max_size=12), st.floats(0, 1))
+def test_what_is_deferred_is_a_share(sizes: list[int], share: float) -> None:
+    units = {f"u{k}": nbytes for k, nbytes in enumerate(sizes)}
+    chosen = deferring(units, share)
+    taken = sum(units[u] for u in chosen)
+    assert abs(taken - share * sum(sizes)) <= max(sizes, default=0)
+    assert not deferring(units, 0.0) and deferring(units, 1.0) == {u for u, nbytes in units.items() if nbytes}
 
 
 def test_copies_are_stored_where_that_moves_less() -> None:

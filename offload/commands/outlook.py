@@ -17,6 +17,7 @@ from offload.finetune.forecast import forecast
 from offload.finetune.forecast_lora import forecast_lora
 from offload.finetune.forecast_zeroth import forecast_zeroth, moved_by
 from offload.finetune.lora import Lora, adapt
+from offload.finetune.memory import Wishes
 from offload.finetune.outlook import Outlook, foresee
 from offload.finetune.place_lora import place_lora
 from offload.finetune.pricing import Batch
@@ -92,7 +93,7 @@ class _Plan:
         found = forecast(
             self.sketch.spec, self.rule, self.profile, batch=self.batch, clips=bool(self.config.train.max_grad_norm),
             budget=self.budgets.cpu_memory, base=process_nbytes(exact=False), accelerator=self.accelerator,
-            activations=self.config.budgets.activations,
+            wishes=Wishes(activations=self.config.budgets.activations),
         )  # fmt: skip
         return replace(self.outlook, forecast=found)
 

@@ -23,6 +23,7 @@ from offload.io.heap import share_heap
 from offload.kernels.chosen import Kernels
 from offload.optim.base import Optimizer
 from offload.optim.there import on_device
+from offload.planner.training import asides
 from offload.planner.update_share import spread
 from offload.runtime.adapted import Adapted
 from offload.runtime.discovery import Anatomy
@@ -67,7 +68,7 @@ def assemble(
     overwrite: bool,
     shard_count: int = SHARD_COUNT,
     slots: int = SLOTS,
-    defers: bool = False,
+    defers: float = 0.0,
     belongs: Mapping[str, Any] | None = None,
     accelerator: Accelerator | None = None,
     update_share: float = 0.0,
@@ -87,7 +88,7 @@ def assemble(
         accelerator: what computes; None: the CPU.
         update_share: of the updates that it makes itself.
         slots: of the ring of state.
-        defers: see `Training.defer`.
+        defers: share of the state that is written in the backward pass, see `Training.defer`.
 
     Raises:
         BudgetError, ModelError, UsageError, StorageError, CheckpointError: see offload.errors.
@@ -125,6 +126,9 @@ def assemble(
         if going_up:
             accelerator = accelerator.updating(max(shards[name] for name in going_up))
     ring = min(slots, len(shards)) * max(shards.values())
+    if max_grad_norm is not None:
+        largest = max(page(cell.nbytes) for cell in layouts)
+        ring += asides(defers, is_beside=accelerator is not None) * largest
     plan = plan_first(layouts, ring, cpu_memory, wishes, travels=travels)
 
     def checksum(data: torch.Tensor) -> str:

@@ -69,13 +69,13 @@ def assemble_full(
     Raises:
         see `assemble`.
     """
-    slots, defers = SLOTS, False
+    slots, defers = SLOTS, 0.0
     if isinstance(model, nn.Module):
         subject = _module(model, engine)
     else:
         opened = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
         subject = _checkpoint(opened, engine)
-        slots, defers = _rings(opened, rule, max_grad_norm, budgets.cpu_memory, tokens, accelerator)
+        slots, defers = _rings(opened, rule, max_grad_norm, budgets.cpu_memory, tokens, accelerator, wishes)
         if accelerator is not None:
             accelerator = accelerator.sized(opened.spec, tokens)
     return assemble(
@@ -131,13 +131,14 @@ def _rings(
     budget: int,
     tokens: int,
     accelerator: Accelerator | None,
-) -> tuple[int, bool]:
-    """How deep the ring of optimizer state is best, and whether the state of weights that travel is best written in the
-    backward pass, by the prediction of a step."""
+    wishes: Wishes,
+) -> tuple[int, float]:
+    """How deep the ring of optimizer state is best, and which share of the state is best written in the backward pass,
+    by the prediction of a step."""
     profile = load_profile() or preset("cpu-ddr5-nvme4")
     batch = Batch(rows=1, tokens=tokens)
     if accelerator is not None and not accelerator.is_known(profile):
-        return SLOTS, False
+        return SLOTS, 0.0
     try:
         found = forecast(
             opened.spec,
@@ -148,7 +149,8 @@ def _rings(
             budget=budget,
             base=rss_bytes(),
             accelerator=accelerator,
+            wishes=wishes,
         )
     except BudgetError:  # what does not fit is said later, by what is measured
-        return SLOTS, False
+        return SLOTS, 0.0
     return found.slots, found.defers

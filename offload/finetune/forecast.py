@@ -12,13 +12,13 @@ from offload.errors import BudgetError
 from offload.finetune.accelerator import Accelerator, plan_there
 from offload.finetune.activations import RING, slots_of
 from offload.finetune.assemble import SLOTS
-from offload.finetune.memory import HOLES, MARGIN, SLACK, first_cells
+from offload.finetune.memory import HOLES, MARGIN, SLACK, Wishes, first_cells
 from offload.finetune.pricing import Batch
 from offload.optim.base import Optimizer
 from offload.planner.cells import CellPlan, plan_cells
 from offload.planner.ops import OpCosts, Phase
 from offload.planner.schedule import Schedule
-from offload.planner.training import emit_training, has_copies
+from offload.planner.training import asides, deferring, emit_training, has_copies
 from offload.planner.training_cost import StepCost, step_cost
 from offload.planner.training_stash import with_inputs
 from offload.planner.training_steps import TrainedShard, TrainedUnit, Update
@@ -28,6 +28,7 @@ from offload.specs import ModelSpec, TensorSpec, UnitSpec
 from offload.tiers.cells import SHARD_COUNT, page
 
 DEEPER = (16, 24, 32, 48)  # slots, that are tried
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the state, to be written in the backward pass, that are tried
 WORTH = 0.97  # of the time, to be worth more memory
 LOSSES = 0.5  # of the logits in two and in four bytes: a loss leaves them as they are, with the gradient in their place
 
@@ -42,7 +43,7 @@ class Forecast:
     state_nbytes: of optimizer state that stays in memory.
     scratch_nbytes: on disk, for cells that travel.
     room_nbytes: taken there at most: until the first step has been measured, more cells travel.
-    defers: state of cells that travel is best written in the backward pass.
+    defers: share of the state that is best written in the backward pass.
     slots: of the ring of state, in shards.
     gradient_nbytes: of sums of gradients, a unit's and the next one's.
     activation_nbytes: beside graphs that are kept: inputs of units, one graph, the loss.
@@ -63,7 +64,7 @@ class Forecast:
     ring_nbytes: int = 0
     process_nbytes: int = 0
     room_nbytes: int = 0
-    defers: bool = False
+    defers: float = 0.0
     there: Mapping[str, int] = field(default_factory=dict)
 
     def memory(self) -> dict[str, int]:
@@ -99,32 +100,33 @@ def forecast(
     budget: int,
     base: int,
     accelerator: Accelerator | None = None,
-    activations: str = "auto",
+    wishes: Wishes | None = None,
 ) -> Forecast:
     """The step that repeats, with the ring of state that makes it shortest.
 
     A unit's backward is long, and its updates follow at once: a ring that holds its whole state lets the disk work
-    meanwhile, and may be worth weights that travel. With clipping state moves in the forward pass, which is short; that
-    of cells that travel can be written in the backward pass instead, which wants such a ring as well.
+    meanwhile, and may be worth weights that travel. With clipping state moves in the forward pass, which is short; a
+    share of it can be written in the backward pass instead, which wants such a ring as well.
 
     Args:
         rule: the optimizer.
         budget: bytes for the whole process.
         base: what it takes before anything of the model.
         accelerator: what computes; None: the CPU.
-        activations: see `finetuning.finetuning`.
+        wishes: what a user insists on.
 
     Raises:
         BudgetError: it cannot be.
     """
     if accelerator is not None:
         accelerator = accelerator.sized(spec, batch.count)
-    best = _forecast(spec, rule, profile, batch, clips, budget, base, SLOTS, accelerator, activations)
+    wishes = wishes or Wishes()
+    best = _forecast(spec, rule, profile, batch, clips, budget, base, SLOTS, accelerator, 0.0, wishes)
     if not best.cost.read_bytes:
         return best
-    for slots, defers in product(DEEPER, (False, True) if clips and accelerator is None else (False,)):
+    for slots, defers in product((SLOTS, *DEEPER), SHARES if clips else (0.0,)):
         try:
-            found = _forecast(spec, rule, profile, batch, clips, budget, base, slots, accelerator, activations, defers)
+            found = _forecast(spec, rule, profile, batch, clips, budget, base, slots, accelerator, defers, wishes)
         except BudgetError:
             break
         if found.cost.seconds < WORTH * best.cost.seconds:
@@ -141,10 +143,11 @@ def _forecast(
     budget: int,
     base: int,
     slots: int,
-    accelerator: Accelerator | None = None,
-    activations: str = "auto",
-    defers: bool = False,
+    accelerator: Accelerator | None,
+    defers: float,
+    wishes: Wishes,
 ) -> Forecast:
+    activations = wishes.activations
     units = [_unit(unit.name, unit.tensors, rule) for unit in spec.units]
     loose = _unit("(loose)", spec.loose, rule) if spec.loose else None
     every = [*units, loose] if loose is not None else units
@@ -163,18 +166,25 @@ def _forecast(
         at_once = RING if activations == "disk" else inputs * (batch.micro_batches - 1) * len(units)
         graphs = dict.fromkeys(graphs, 0)
     rings = (min(slots, len(shards)) + (STAGES / 3)) * max(s.nbytes for s in shards)
+    aside = asides(defers, is_beside=there is not None) * max(sizes.values())
+    rings += aside
     free = int(budget * (1 - MARGIN)) - SLACK - base - int(rings) - sums - at_once - (loose.nbytes if loose else 0)
-    plan = plan_cells(sizes, free)
+    plan = plan_cells(sizes, free, _bytes(wishes.weights, sum(sizes.values())))
     left = free - plan.nbytes
+    deferred = deferring({u.name: sum(s.nbytes for s in u.shards) for u in units[:-1]}, defers)
     kept_graphs: set[str] = set()
     for unit in reversed(spec.units):
         need = int((1 + HOLES) * graphs[unit.name])
         fits = activations == "keep" or (activations == "auto" and need <= left)
-        if there is None and unit.name in plan.kept and fits:
+        if there is None and unit.name in plan.kept and fits and unit.name not in deferred:
             left -= need
             kept_graphs.add(unit.name)
+    if wishes.state is not None:
+        left = _bytes(wishes.state, sum(s.nbytes for s in shards)) or 0
     staying, taken = evenly(shards, left)
-    order = [replace(_placed(unit, unit.name in plan.kept, staying, there), defers=defers) for unit in units]
+    order = [
+        replace(_placed(unit, unit.name in plan.kept, staying, there), defers=unit.name in deferred) for unit in units
+    ]
     itemsize = 4 if spec.dtype == "float32" else 2
     copies = has_copies(clips, itemsize)
     schedule = emit_training(
@@ -206,8 +216,15 @@ def _forecast(
         activation_nbytes=at_once,
         ring_nbytes=int(rings) + plan.slots * plan.slot_nbytes,
         process_nbytes=base + SLACK + int(budget * MARGIN),
-        room_nbytes=_room(sizes, loose, shards, slots, budget + (accelerator.host_nbytes if accelerator else 0), base),
+        room_nbytes=_room(
+            sizes, loose, shards, slots, budget + (accelerator.host_nbytes if accelerator else 0), base + aside
+        ),
     )
+
+
+def _bytes(wish: float | int | None, total: int) -> int | None:
+    """What a user asked for, which may be a share."""
+    return int(wish * total) if isinstance(wish, float) else wish
 
 
 def _room(

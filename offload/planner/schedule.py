@@ -21,7 +21,7 @@ from typing import Literal
 
 from offload.planner.placement import Placement, Tier
 
-RingName = Literal["host", "device", "state", "cells", "stash", "device state"]
+RingName = Literal["host", "device", "state", "cells", "aside", "stash", "device state"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

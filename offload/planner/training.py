@@ -21,7 +21,8 @@ memory this part does not cross at all; of others gradients go up or weights com
     no clip                                          backward; state up; update; state down
 
 With a clip norm all state moves in the forward pass, which is short, and the disk rests in the backward pass. So the
-state of a cell that travels may be written there (`defers`), at the price of a second update:
+state of a unit may be written there (`defers`), at the price of a second update. A cell that stays keeps its gradient
+until then, and the weights for the forward lie aside:
 
     deferred      read gradient, state; update; forward                read gradient, state; update; write state;
                                                                        backward; write gradient
@@ -74,7 +75,7 @@ def emit_training(
         holds_there: what the accelerator updates of cells that rest there has not come down since the last pass.
     """
     made = Emitter()
-    deferred = [u for u in order[:-1] if is_due and forward and backward and u.defers and not (u.stays or u.uploads)]
+    deferred = {u.name for u in order[:-1] if is_due and forward and backward and u.defers and may_defer(u)}
     every = [*order, loose] if loose is not None else order
     has_there = {u.name: holds_there and u.rests_there for u in every}  # what is updated there has not come down
     if is_due and loose is not None:
@@ -85,7 +86,7 @@ def emit_training(
         is_last = unit is order[-1] and backward  # its backward follows at once
         if is_due:
             made.bring(unit, "gradient")
-            if unit in deferred:
+            if unit.name in deferred:
                 made.try_update(unit)
             else:
                 _update(made, unit, has_there)
@@ -106,9 +107,11 @@ def emit_training(
             made.release(unit)
     behind: TrainedUnit | None = None  # the unit whose updates there have not been made
     for unit in reversed(order) if backward else ():
-        if unit in deferred:
+        if unit.name in deferred:
             made.bring(unit, "gradient")
             made.update(unit, is_second=True)
+            if not unit.stays_there:
+                made.upload(unit)
         elif unit is not order[-1]:
             if unit.stays_there:
                 made.bring(unit, "nothing")
@@ -162,6 +165,35 @@ def _let_go(made: Emitter, unit: TrainedUnit, writes_copies: bool) -> None:
         made.write(unit, "weights")
     else:
         made.release(unit)
+
+
+def may_defer(unit: TrainedUnit) -> bool:
+    """Whether some of a unit's state travels, and the CPU makes all of its updates."""
+    return not unit.going_up and not all(shard.stays for shard in unit.shards)
+
+
+def deferring(sizes: Mapping[str, int], share: float) -> frozenset[str]:
+    """Units whose state is written in the backward pass: a share of all bytes, spread evenly.
+
+    Args:
+        sizes: unit -> bytes of its state, in the order of the forward pass.
+    """
+    chosen, wanted, taken = set(), 0.0, 0.0
+    for unit, nbytes in sizes.items():
+        wanted += share * nbytes
+        if nbytes and taken + nbytes / 2 <= wanted:
+            chosen.add(unit)
+            taken += nbytes
+    return frozenset(chosen)
+
+
+def asides(share: float, *, is_beside: bool) -> int:
+    """Places for weights of cells that keep their gradients, where a share of the state is deferred.
+
+    Args:
+        is_beside: weights go up from there while the next unit is updated.
+    """
+    return (2 if is_beside else 1) if share else 0
 
 
 def moved(schedule: Iterable[Step]) -> tuple[int, int]:

@@ -36,6 +36,7 @@ class Emitter:
         self._ready: dict[str, int] = {}  # unit -> step after which its cell is as the next one wants it
         self._there: dict[str, tuple[int, ...]] = {}  # unit -> the same of its cell on the accelerator
         self._arriving: set[str] = set()  # units that have something on the accelerator for the next visit
+        self._aside: set[str] = set()  # units whose weights are beside their cells
 
     def add(self, step: Step) -> int:
         self._steps.append(replace(step, index=len(self._steps)))
@@ -145,20 +146,18 @@ class Emitter:
                 continue
             done = self._update(unit, shard, "rounding" if is_second and shard.stays else "update")
             self._changed[shard.name] = done
-            if unit.uploads:
-                if host(unit) not in self._changed:
-                    self._first.append((done, (host(unit),)))
-                self._changed[host(unit)] = done
             self._store(unit, shard, done)
 
     def try_update(self, unit: TrainedUnit) -> None:
-        """Updates for the weights alone, except of state that is in memory."""
+        """Updates for the weights alone, except of state that is in memory. A cell that stays keeps the gradient."""
+        if unit.stays:
+            self._aside.add(unit.name)
         for shard in unit.shards:
+            done = self._update(unit, shard, "update" if shard.stays else "trial")
             if shard.stays:
-                self._changed[shard.name] = self._update(unit, shard, "update")
-                continue
-            done = self._update(unit, shard, "trial")
-            self.add(Release(index=0, unit=unit.name, after=(done,), ring="state"))
+                self._changed[shard.name] = done
+            else:
+                self.add(Release(index=0, unit=unit.name, after=(done,), ring="state"))
 
     def write(self, unit: TrainedUnit, what: What) -> None:
         if unit.stays or not unit.shards:
@@ -169,7 +168,10 @@ class Emitter:
         self._let_go(unit, (at,))
 
     def release(self, unit: TrainedUnit) -> None:
-        if not unit.stays and unit.shards:
+        if unit.name in self._aside:
+            self._aside.remove(unit.name)
+            self._let_go(unit, self.ready(unit), "aside")
+        elif not unit.stays and unit.shards:
             self._let_go(unit, self._settled(unit))
 
     def finish(self) -> Schedule:
@@ -178,9 +180,9 @@ class Emitter:
             self._steps[index] = replace(self._steps[index], behind=self._changes(names))
         return tuple(self._steps)
 
-    def _let_go(self, unit: TrainedUnit, after: tuple[int, ...]) -> None:
-        """A cell is not in main memory any more. Where several lanes work, the next one to bring it waits for that."""
-        at = self.add(Release(index=0, unit=unit.name, after=after, ring="cells"))
+    def _let_go(self, unit: TrainedUnit, after: tuple[int, ...], ring: RingName = "cells") -> None:
+        """A cell is not there in main memory any more. Where several lanes work, the next to use it waits for that."""
+        at = self.add(Release(index=0, unit=unit.name, after=after, ring=ring))
         if unit.uploads:
             for name in _parts(unit, "all"):
                 self._changed[name] = at
@@ -198,16 +200,21 @@ class Emitter:
             self.add(Release(index=0, unit=unit.name, after=(written,), ring="state"))
 
     def _update(self, unit: TrainedUnit, shard: TrainedShard, made: Made) -> int:
-        after = self.ready(unit)
+        after = {*self.ready(unit), *(self._changes([host(unit)]) if unit.uploads else ())}
         if not shard.stays:
             read = ReadShard(index=0, unit=unit.name, shard=shard.name, nbytes=shard.nbytes, ring="state")
-            after = (*after, self._read(read, [shard.name]))
-        return self.compute(
+            after.add(self._read(read, [shard.name]))
+        done = self.compute(
             Update(
-                index=0, unit=unit.name, shard=shard.name, after=after, nbytes=shard.nbytes, is_beside=unit.uploads,
-                made=made,
+                index=0, unit=unit.name, shard=shard.name, after=tuple(sorted(after)), nbytes=shard.nbytes,
+                is_beside=unit.uploads, made=made, goes_aside=unit.name in self._aside,
             )
         )  # fmt: skip
+        if unit.uploads:
+            if host(unit) not in self._changed:
+                self._first.append((done, (host(unit),)))
+            self._changed[host(unit)] = done
+        return done
 
     def _read(self, read: Read | Upload, names: Sequence[str], after: tuple[int, ...] = ()) -> int:
         at = self.add(replace(read, after=_union([after, self._changes(names)])))

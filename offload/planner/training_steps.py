@@ -43,10 +43,12 @@ class Update(Compute):
     Attributes:
         made: "trial": only the weights are wanted, and the slot with the state is dropped, since the update will be
             made again; "rounding": the state is up to date, and the weights are made of it.
+        goes_aside: the weights go to memory beside the cell, which keeps the gradient.
     """
 
     shard: str
     made: Made = "update"
+    goes_aside: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +137,7 @@ class TrainedUnit:
         stays: the cell is kept in memory.
         uploads: it computes on an accelerator with memory of its own.
         stays_there: and has a place of its own there, from its forward to its backward.
-        defers: its state is written in the backward pass where updates wait for the forward pass, if it travels.
+        defers: where updates wait for the forward pass, its state is written in the backward pass.
     """
 
     name: str

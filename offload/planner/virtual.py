@@ -105,7 +105,7 @@ class Clock:
         sharing = sharing or Sharing()
         releases: dict[int, list[str]] = {}
         for step in schedule:
-            if isinstance(step, Release):
+            if isinstance(step, Release) and step.ring in slots:
                 releases.setdefault(step.after[0], []).append(step.ring)
         ends = {step.index: step.after[0] for step in schedule if isinstance(step, Release)}  # takes no time itself
         lanes: dict[str, list[Step]] = {name: [] for name in NAMES}

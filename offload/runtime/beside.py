@@ -179,7 +179,10 @@ class WalkBeside(Walk):
 
     def _upload(self, step: Step) -> None:
         if isinstance(step, Release):
-            self.let_go(step.unit).release()
+            if step.ring == "aside":
+                self._end_aside(step.unit)
+            else:
+                self.let_go(step.unit).release()
             return
         if isinstance(step, UploadShard):
             assert self._updates is not None

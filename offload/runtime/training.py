@@ -18,7 +18,7 @@ from offload.errors import ModelError
 from offload.io.buffers import Lease
 from offload.kernels.chosen import Kernels
 from offload.planner.schedule import Schedule
-from offload.planner.training import has_copies
+from offload.planner.training import asides, has_copies
 from offload.runtime.backprop import Backprop, Gradients, Loss
 from offload.runtime.beside import WalkBeside
 from offload.runtime.discovery import Anatomy
@@ -271,10 +271,13 @@ class Training:
         self._come_down()
         self._holdings.keep_cells(kept, cell_slots, is_due=self._is_due, has_copies=self._has_copies)
 
-    def defer(self, defers: bool) -> None:
-        """Writes the state of cells that travel in the backward pass, where updates wait for the forward pass."""
-        self._tuples.defers = defers
+    def defer(self, share: float) -> None:
+        """Writes a share of the state in the backward pass, where updates wait for the forward pass. No pass is under
+        way, and no graphs are kept."""
+        self._tuples.defers = share
         self._tuples.forget()
+        if self._max_norm is not None:
+            self._lanes.use_aside(asides(share, is_beside=self._there is not None))
 
     @property
     def loose(self) -> Collection[str]:

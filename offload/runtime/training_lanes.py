@@ -64,6 +64,7 @@ class TrainingLanes:
         self.ring = BufferPool(max(1, min(slots, len(self.nbytes))), max(self.nbytes.values(), default=0))
         self.ring.buffer.touch()  # what the first step takes is measured, and it need not use every slot
         self.cell_ring: BufferPool | None = None
+        self._aside: BufferPool | None = None
         self.kept: dict[str, memoryview] = {}  # shards that stay in memory
         self._crossing: frozenset[str] = frozenset()
         self._pinned: list[Buffer] = []  # of what crosses
@@ -105,6 +106,21 @@ class TrainingLanes:
             self.cell_ring.buffer.touch()
             self._cells.pins.add(self.cell_ring.buffer)
 
+    def use_aside(self, slots: int) -> None:
+        """Makes memory for weights of cells that keep their gradients, for so many at once. No pass is under way."""
+        self.rest()
+        if self._aside is None and slots:
+            largest = max(cell.nbytes for unit, cell in self._cells.layouts.items() if unit != LOOSE)
+            self._aside = BufferPool(slots, page(largest))
+            self._aside.buffer.touch()
+            self._cells.pins.add(self._aside.buffer)
+            self._pools.append(self._aside)
+
+    def lease_aside(self) -> Lease:
+        """Waits for a place for the weights of one cell."""
+        assert self._aside is not None
+        return self._aside.lease()
+
     @property
     def is_running(self) -> bool:
         """Whether lanes are at work, or wait for the next pass."""
@@ -118,7 +134,7 @@ class TrainingLanes:
     @property
     def ring_nbytes(self) -> int:
         """Of all rings."""
-        rings = (self.ring, self.cell_ring) if self.cell_ring is not None else (self.ring,)
+        rings = [r for r in (self.ring, self.cell_ring, self._aside) if r is not None]
         return sum(r.buffer.nbytes for r in rings) + (self._masters.nbytes if self._masters is not None else 0)
 
     # Passes.
@@ -190,6 +206,9 @@ class TrainingLanes:
             self._cells.pins.remove(buffer)
         self._pinned.clear()
         self.ring.close()
+        if self._aside is not None:
+            self._cells.pins.remove(self._aside.buffer)
+            self._aside.close()
         self._end_cell_ring()
 
     # What the model's thread asks for.

@@ -48,6 +48,7 @@ class Walk:
         self._at = 0  # the step that comes next
         self._held_shards: dict[str, Lease] = {}
         self._held_cells: dict[str, Lease] = {}
+        self._asides: dict[str, Lease] = {}  # of cells that stay and whose weights are elsewhere
         self._entered = 0.0
         self.numbers: Any = None
         self.generation = 0
@@ -74,7 +75,8 @@ class Walk:
         """The visit that comes next begins: the unit's parameters are its weights."""
         if not self._cells.stays(unit):
             self._bring(unit)
-            self._parameters.show({n: self._cells.views[n] for n in self._cells.layouts[unit].places})
+        if not self._cells.stays(unit) or unit in self._asides:
+            self._show(unit)
         self._entered = now()
 
     def turn(self, unit: str) -> None:
@@ -123,9 +125,11 @@ class Walk:
         return self._held_cells.pop(unit)
 
     def put_away(self) -> None:
-        """Lets go of every cell that was lent between passes."""
+        """Lets go of every cell that was lent between passes, or in one that failed."""
         for unit in list(self._held_cells):
             self.let_go(unit).release()
+        for unit in list(self._asides):
+            self._end_aside(unit)
 
     # Steps.
 
@@ -143,6 +147,9 @@ class Walk:
             self._lanes.give_cell(step.unit, self.let_go(step.unit))
         elif isinstance(step, Release) and step.ring == "cells" and step.unit in self._held_cells:
             self.let_go(step.unit).release()  # behind a write, its end does it
+        elif isinstance(step, Release) and step.ring == "aside":
+            self._end_aside(step.unit)
+            self._show(step.unit)
         elif isinstance(step, Release) and step.ring == "state":
             source = self._schedule[step.after[0]]
             if isinstance(source, Update):  # a trial; nobody writes it
@@ -154,11 +161,16 @@ class Walk:
 
     def _update(self, step: Update) -> None:
         """Gradient and state of a shard become weights and state."""
+        if step.goes_aside and step.unit not in self._asides:
+            self._asides[step.unit] = lent = self._lanes.lease_aside()
+            self._cells.lend(step.unit, lent.view)
         self._bring(step.unit)
         shard = self._shards[step.shard]
         view, lease = self._lanes.take_shard(shard.name)
         start = now()
         state, cell = self.state_of(shard.name, view), self._cells.shard(shard)
+        if step.goes_aside:
+            cell.copy_(self._cells.own(shard))
         if step.made == "rounding":
             self._rule.weights(state, cell)
         else:
@@ -168,6 +180,14 @@ class Walk:
             self.dirty.add(shard.name)
         else:
             self._held_shards[shard.name] = lease
+
+    def _end_aside(self, unit: str) -> None:
+        """A cell that stays is in its own memory again."""
+        self._cells.take_back(unit)
+        self._asides.pop(unit).release()
+
+    def _show(self, unit: str) -> None:
+        self._parameters.show({n: self._cells.views[n] for n in self._cells.layouts[unit].places})
 
     def _bring(self, unit: str) -> None:
         """Waits for a cell that travels, where it is not here yet."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from offload.planner.schedule import Schedule
-from offload.planner.training import emit_training
+from offload.planner.training import deferring, emit_training
 from offload.planner.training_steps import TrainedShard, TrainedUnit
 from offload.runtime.training_lanes import LOOSE, TrainingLanes
 from offload.tiers.cells import Cells, page
@@ -23,7 +23,7 @@ class Tuples:
 
     Attributes:
         order: see above; to be changed with `forget`.
-        defers: state of cells that travel is written in the backward pass; see `TrainedUnit`.
+        defers: the share of all state that is written in the backward pass; see `TrainedUnit`.
         holds_there: see `emit_training`.
     """
 
@@ -41,7 +41,7 @@ class Tuples:
         self._cells, self._lanes, self._there, self._going_up = cells, lanes, there, frozenset(going_up)
         self.order = list(order)
         self.clips, self.writes_copies = clips, writes_copies
-        self.defers = False
+        self.defers = 0.0
         self.holds_there = False
         self._emitted: dict[tuple[bool, ...], Schedule] = {}
         self._resting: Mapping[str, tuple[str, ...]] | None = None
@@ -60,8 +60,9 @@ class Tuples:
         holds = self.holds_there if holds_there is None else holds_there
         key = (is_due, has_copies, forward, backward, holds)
         if key not in self._emitted:
+            deferred = self._deferred()
             self._emitted[key] = emit_training(
-                [self._unit(u) for u in self.order],
+                [self._unit(u, u in deferred) for u in self.order],
                 self._unit(LOOSE) if LOOSE in self._cells.layouts else None,
                 clips=self.clips, is_due=is_due, reads="weights" if has_copies else "masters",
                 writes_copies=self.writes_copies, forward=forward, backward=backward, holds_there=holds,
@@ -94,9 +95,17 @@ class Tuples:
 
     def comes_twice(self, unit: str) -> bool:
         """Whether a unit's weights are not where it computes between its forward and its backward."""
-        return self.travels(unit) if self._there is None else not self._there.stays(unit)
+        if self._there is not None:
+            return not self._there.stays(unit)
+        return self.travels(unit) or unit in self._deferred()
 
-    def _unit(self, name: str) -> TrainedUnit:
+    def _deferred(self) -> frozenset[str]:
+        """Units whose state is written in the backward pass; that of the last one follows its forward at once."""
+        shards = {u: self._cells.layouts[u].shards for u in self.order[:-1]}
+        sizes = {u: sum(self._lanes.nbytes[s.name] for s in found) for u, found in shards.items()}
+        return deferring(sizes, self.defers if self.clips else 0.0)
+
+    def _unit(self, name: str, defers: bool = False) -> TrainedUnit:
         """A unit in the planner's words."""
         cell = self._cells.layouts[name]
         shards = tuple(
@@ -109,6 +118,6 @@ class Tuples:
         )  # fmt: skip
         there = self._there
         return TrainedUnit(
-            name=name, nbytes=page(cell.nbytes), shards=shards, stays=not self.travels(name), defers=self.defers,
+            name=name, nbytes=page(cell.nbytes), shards=shards, stays=not self.travels(name), defers=defers,
             uploads=there is not None, stays_there=there is not None and there.stays(name),
         )  # fmt: skip

@@ -166,8 +166,8 @@ class Cells:
 
     def drop(self, unit: str) -> None:
         """Gives up the memory of a cell, which ends with the last view of it."""
-        self.take_back(unit)
         buffer = self._kept.pop(unit)
+        self.take_back(unit)
         self.pins.remove(buffer)
         buffer.close()
 
@@ -176,7 +176,7 @@ class Cells:
         return self._kept[unit].view
 
     def lend(self, unit: str, view: memoryview) -> None:
-        """The cell lies here from now on."""
+        """The cell lies here from now on; one that stays keeps what it has in its own memory."""
         cell = self.layouts[unit]
         self._areas[unit] = area = as_tensor(view)[: cell.nbytes]
         self.views |= {name: place.of(area) for name, place in cell.places.items()}
@@ -184,7 +184,10 @@ class Cells:
             place.padded_of(area)[prod(place.shape) :].zero_()
 
     def take_back(self, unit: str) -> None:
-        """The cell is not in memory any more."""
+        """The cell is not in memory any more, or in its own again."""
+        if unit in self._kept:
+            self.lend(unit, self._kept[unit].view)
+            return
         del self._areas[unit]
         for name in self.layouts[unit].places:
             del self.views[name]
@@ -200,6 +203,10 @@ class Cells:
     def shard(self, shard: Shard) -> torch.Tensor:
         """The elements of a shard, weights or gradient, as they are in its cell."""
         return shard.of(self._areas[shard.unit])
+
+    def own(self, shard: Shard) -> torch.Tensor:
+        """The same of a cell that stays, in its own memory, wherever it has been lent a place."""
+        return shard.of(as_tensor(self._kept[shard.unit].view))
 
     def padded(self, unit: str) -> Iterable[tuple[str, torch.Tensor]]:
         """Every parameter of a unit with its padding, in one dimension."""

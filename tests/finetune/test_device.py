@@ -74,10 +74,34 @@ def test_on_a_device_equals_in_memory(
         check(trainer, loop, micro_batches)
 
 
+@pytest.mark.parametrize(("kind", "dtype", "micro_batches", "clip"), [c for c in CASES if c[-1]])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("tier", list(TIERS))
+def test_state_that_is_written_in_the_backward_pass(
+    tier: str, share: float, kind: str, dtype: torch.dtype, micro_batches: int, clip: float, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"resident": 0.3, **TIERS[tier], "max_grad_norm": clip}
+    with accelerated(tmp_path, kind, dtype, **options) as trainer:
+        trainer.training.defer(share)
+        loop = ReferenceLoop(plain(tmp_path / "model", dtype), max_grad_norm=clip, **NUMBERS)
+        check(trainer, loop, micro_batches, steps=3)
+        assert any(s.made == "trial" for s in trainer.training.schedule() if isinstance(s, Update))
+        assert trainer.evaluate(batches(50, 2)) == held_out(loop)
+        check(trainer, loop, 1, steps=2)
+        trainer.commit()
+        trainer.step(batches(9, 1))
+    with accelerated(tmp_path, kind, dtype, resume=True, **options) as trainer:
+        trainer.training.defer(share)
+        assert trainer.evaluate(batches(50, 2)) == held_out(loop)
+        check(trainer, loop, 2, steps=2)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6])
 @pytest.mark.parametrize("clip", [0.5, None], ids=["clip", "no clip"])
-def test_one_thing_at_a_time_changes_nothing(clip: float | None, tmp_path: Path) -> None:
+def test_one_thing_at_a_time_changes_nothing(clip: float | None, share: float, tmp_path: Path) -> None:
     options: dict[str, Any] = TIERS["a ring in memory too"] | {"max_grad_norm": clip, "overlap": False}
     with accelerated(tmp_path, "llama-tied", B, **options) as trainer:
+        trainer.training.defer(share)
         loop = ReferenceLoop(plain(tmp_path / "model", B), max_grad_norm=clip, **NUMBERS)
         check(trainer, loop, 2)
 
@@ -102,7 +126,8 @@ def test_what_crosses_the_link_is_pinned_while_it_lives(
         for k in range(2):
             trainer.step(batches(k, 1))
         cells = trainer.training.cells
-        assert len(pinned) == sum(map(cells.stays, cells.layouts)) + (trainer.training.cell_ring_nbytes > 0)
+        rings = (trainer.training.cell_ring_nbytes > 0) + (trainer.training._lanes._aside is not None)
+        assert len(pinned) == sum(map(cells.stays, cells.layouts)) + rings
         assert "this memory could not be pinned" in trainer.fallbacks
     assert not pinned
 

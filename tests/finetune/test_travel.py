@@ -43,17 +43,21 @@ def test_travelling_equals_in_memory(
 
 
 @pytest.mark.parametrize(("kind", "dtype", "micro_batches", "clip"), [c for c in CASES if c[-1]])
+@pytest.mark.parametrize("share", [0.5, 1.0])
 def test_state_that_is_written_in_the_backward_pass(
-    kind: str, dtype: torch.dtype, micro_batches: int, clip: float, tmp_path: Path
+    share: float, kind: str, dtype: torch.dtype, micro_batches: int, clip: float, tmp_path: Path
 ) -> None:
     """Evaluations, commits and changes of what stays come between; some state and some cells stay."""
     options = {"max_grad_norm": clip, "resident": 0.3, "resident_weights": 0.4}
     with travelling(tmp_path, kind, dtype, **options) as trainer:
-        trainer.training.defer(True)
+        trainer.training.defer(share)
         loop = ReferenceLoop(plain(tmp_path / "model", dtype), max_grad_norm=clip, **NUMBERS)
         check(trainer, loop, micro_batches, steps=3)
-        made = {s.made for s in trainer.training.schedule() if isinstance(s, Update)}
-        assert made == {"update", "trial", "rounding"}
+        updates = [s for s in trainer.training.schedule() if isinstance(s, Update)]
+        assert {s.made for s in updates} >= {"update", "trial"}
+        assert share < 1 or (
+            "rounding" in {s.made for s in updates} and {s.goes_aside for s in updates} == {True, False}
+        )
         assert trainer.evaluate(batches(50, 2)) == held_out(loop)
         check(trainer, loop, micro_batches, steps=2)
         trainer.commit()
@@ -62,7 +66,7 @@ def test_state_that_is_written_in_the_backward_pass(
         trainer.commit()
         trainer.step(batches(9, 1))
     with travelling(tmp_path, kind, dtype, resume=True, **options) as trainer:
-        trainer.training.defer(True)
+        trainer.training.defer(share)
         assert trainer.evaluate(batches(50, 2)) == held_out(loop)
         check(trainer, loop, 2, steps=2)
 
