@@ -27,7 +27,7 @@ from offload.runtime.masters import STAGES
 from offload.specs import ModelSpec, TensorSpec, UnitSpec
 from offload.tiers.cells import SHARD_COUNT, page
 
-DEEPER = (16, 24, 32, 48)  # slots, that are tried
+DEEPER = (16, 24, 32, 48, 64)  # slots, that are tried
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the state, to be written in the backward pass, that are tried
 WORTH = 0.97  # of the time, to be worth more memory
 LOSSES = 0.5  # of the logits in two and in four bytes: a loss leaves them as they are, with the gradient in their place
@@ -77,6 +77,13 @@ class Forecast:
             "buffers": self.ring_nbytes,
             "process, margin": self.process_nbytes,
         }
+
+    def takes_from(self, other: Forecast) -> bool:
+        """Whether a deeper ring, or what is deferred, is at the cost of anything else."""
+        mine, others = self.memory(), other.memory()
+        return any(mine[name] < others[name] for name in ("weights", "optimizer", "activations")) or (
+            self.cost.read_bytes > other.cost.read_bytes
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -129,7 +136,8 @@ def forecast(
             found = _forecast(spec, rule, profile, batch, clips, budget, base, slots, accelerator, defers, wishes)
         except BudgetError:
             break
-        if found.cost.seconds < WORTH * best.cost.seconds:
+        gain = WORTH if found.takes_from(best) else 1 + 1e-6
+        if found.cost.seconds < gain * best.cost.seconds:
             best = found
     return best
 
