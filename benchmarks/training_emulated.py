@@ -88,13 +88,14 @@ def summary(lines: list[Line]) -> list[dict[str, Any]]:
             step = steady(line, "step_s")
             entry = {"case": case, "way": way, "step_s": step, "lanes_s": lanes, "slowest": slowest}
             entry |= {"over_slowest": step / lanes[slowest], "times": steady(alone, "step_s") / step}
+            entry |= {"peak_rss_bytes": line["peak_rss_bytes"]}
             found.append(entry | {"processor_s": lanes["compute"] + lanes["update"]})
     return found
 
 
 def page(result: dict[str, Any]) -> str:
     header = ["what binds", "way", "s/step", *(f"{lane}, s" for lane in LANES), "step / slowest lane", "slowest lane"]
-    header += ["x one after the other", f"≤ {TARGET}"]
+    header += ["x one after the other", "peak, GiB", f"≤ {TARGET}"]
     rows = []
     for entry in result["summary"]:
         alone = entry["way"] == "one after the other"
@@ -102,7 +103,8 @@ def page(result: dict[str, Any]) -> str:
         rows.append(
             [entry["case"], entry["way"], number(entry["step_s"])]
             + [number(entry["lanes_s"][lane]) if alone else "" for lane in LANES]
-            + [number(entry["over_slowest"]), entry["slowest"], number(entry["times"]), verdict]
+            + [number(entry["over_slowest"]), entry["slowest"], number(entry["times"])]
+            + [number(entry["peak_rss_bytes"] / 2**30), verdict]
         )
     first = result["lines"][0]
     failed = [f"{x['case']}, {x['way']}: {last_line(x)}" for x in result["lines"] if x["exit"]]
@@ -111,12 +113,13 @@ def page(result: dict[str, Any]) -> str:
         f"# Full fine-tuning on the emulated accelerator, {result['date']}\n",
         f"{machine_line(result['hardware'])}. A Llama of {first.get('params', 0) / 1e6:.0f} M parameters in bf16 (two "
         "rows a step; see the script for links, tokens and the device's memory, which is less than the weights), AdamW "
-        f"with float32 states. Medians of {len(first.get('step_s', ())) - WARM_UP} steps. Others used up to "
+        f"with float32 states. Medians of {len(first.get('step_s', ())) - WARM_UP} steps or more. Others used up to "
         f"{others:.2f} cores.\n",
         table(header, rows),
         "Loads are those of the run in which nothing overlaps. The twin computes on the CPU, which also updates and "
         "copies: on two cores these take from each other what a GPU's own processor and copy engines would not. "
-        "Clipping makes updates wait for the norm: they run in the next forward, otherwise in the backward.\n",
+        "Clipping makes updates wait for the norm: they run in the next forward, otherwise in the backward. "
+        "In the case of the disk no state may stay in memory, which the ring of state has instead.\n",
     ]
     return "\n".join(parts + ([f"Failed: {'; '.join(failed)}\n"] if failed else []))
 
