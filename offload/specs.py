@@ -45,6 +45,12 @@ class TensorSpec:
     experts: int = 0
     chosen: int = 0
 
+    @property
+    def staged_nbytes(self) -> int:
+        """Bytes that are read beside their place and copied there: of a tensor that is stored in pieces, or in another
+        dtype. Such a tensor needs room for both in a slot."""
+        return self.read_nbytes if self.slot_nbytes >= self.nbytes + self.read_nbytes else 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitSpec:

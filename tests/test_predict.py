@@ -16,6 +16,7 @@ from offload.profile import Tier as Memory
 from offload.profile.rates import MemoryRate
 from offload.runtime import linears
 from offload.specs import ModelSpec, Products, TensorSpec, UnitSpec, Workload
+from offload.units import MIB
 
 GB = 10**9
 
@@ -83,6 +84,30 @@ def test_a_disk_is_faster_where_several_reads_are_in_flight() -> None:
     assert one.bound.disk_s == pytest.approx(0.02 + 4 * 2e-3)
     assert one.seconds == pytest.approx(0.028 + 4 * 0.0005, rel=0.01)
     assert two.bound.disk_s == pytest.approx(0.02, rel=0.06)
+
+
+def test_what_is_stored_in_pieces_is_put_together_where_one_slot_waits_for_it() -> None:
+    """Five of eight matrices of 10 MB stream, each stored in pieces; with two slots the disk reads on meanwhile."""
+    pieces = [replace(matrix(f"b{k}.w", 500, 10000), slot_nbytes=21 * MB) for k in range(8)]
+    assert pieces[0].staged_nbytes == 10 * MB
+    assert matrix("w", 500, 10000).staged_nbytes == 0
+    spec = ModelSpec(units=tuple(UnitSpec(name=t.name, tensors=(t,)) for t in pieces))
+    work = Workload(batch=1, prompt_tokens=1, total_tokens=2)
+    plain, slower = machine(), machine(costs={"assemble": MIB / (1.0 * GB)})
+    for slots, expected in ((1, 0.05), (2, 0.0)):
+        placement = place(spec, host_nbytes=30 * MB + slots * 21 * MB, slots=slots)
+        assert sum(map(len, placement.bundles.values())) == 5
+        found = [Pricer(spec, work, Computer(profile=p)).decode(placement).bound.disk_s for p in (plain, slower)]
+        assert found[1] - found[0] == pytest.approx(expected)
+
+
+def test_computing_that_was_waited_for_wakes_up_first() -> None:
+    """One slot: reads of 5 ms and computing take turns, and 4 of 8 blocks wait."""
+    spec = ModelSpec(units=tuple(UnitSpec(name=f"b{k}", tensors=(matrix(f"b{k}.w", 500, 10000),)) for k in range(8)))
+    work = Workload(batch=1, prompt_tokens=1, total_tokens=2)
+    placement = place(spec, host_nbytes=50 * MB, slots=1)
+    found = [Pricer(spec, work, Computer(profile=machine(costs={"waking": s}))).decode(placement) for s in (0.0, 1e-3)]
+    assert found[1].seconds - found[0].seconds == pytest.approx(4 * 1e-3)
 
 
 def test_interference_and_costs_count() -> None:

@@ -105,6 +105,21 @@ def test_load_bound_and_sum(case: tuple[Schedule, dict[int, float], dict[str, in
         assert far[len(steady.pass_s) - 1 :] == pytest.approx([last] * 8)
 
 
+@given(cases(), st.floats(0.0, 2.0))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_waking_up_takes_what_was_waited_at_most(
+    case: tuple[Schedule, dict[int, float], dict[str, int], float], waking: float
+) -> None:
+    """Each computation that waited takes so much longer, but no longer than it had waited; bounds hold with it, too."""
+    schedule, work, slots, between = case
+    clocks = [Clock(schedule, lambda s: work[s.index], slots=slots, between_s=between, waking_s=w) for w in (0, waking)]
+    plain, woken = (clock.run(8, head_start=True) for clock in clocks)
+    more = woken.busy_s["compute"] - plain.busy_s["compute"]
+    assert -1e-9 <= more <= woken.stall_s + 1e-9
+    assert sum(woken.pass_s) >= sum(plain.pass_s) - 1e-9
+    assert sum(woken.pass_s) <= 8 * clocks[1].serial_s + 1e-9
+
+
 @given(cases(), st.sampled_from([Read, Upload, Compute]), st.floats(0.3, 1.0))
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_faster_is_never_slower(

@@ -80,8 +80,12 @@ class Pricer:
         for unit, _ in self._order:
             costs[unit] = self.compute(unit, phase, on_disk, placement.first_rows).times(beside)
         submit, sources = profile.cost("read_submit"), self._sources(placement)
+        staged_s: dict[str, float] = {}  # in one slot; elsewhere the disk reads on while pieces are put together
         if placement.host_ring.slots == 1:  # the lane waits for the model and the model for the lane, in turn
             submit += 2 * profile.cost("handoff") + profile.cost("read_alone")
+            for unit, tensors in placement.bundles.items():
+                nbytes = sum(t.staged_nbytes for t in tensors if t.name in on_disk)
+                staged_s[unit] = nbytes / MIB * profile.cost("assemble")
         reads = {s.unit: s.nbytes for s in schedule if isinstance(s, Read)}
         flying = self._flying(placement, reads, sum(costs[unit].seconds for unit in reads))
         reading, uploading = profile.learned.factor("read"), profile.learned.factor("upload")
@@ -91,8 +95,14 @@ class Pricer:
             if isinstance(step, Compute):
                 return costs[step.unit].seconds
             if isinstance(step, Read):
-                return submit + reading * sum(
-                    max(self._moved_s(lane, step.nbytes * share, flying) for lane in lanes) for share, lanes in sources
+                return (
+                    submit
+                    + staged_s.get(step.unit, 0.0)
+                    + reading
+                    * sum(
+                        max(self._moved_s(lane, step.nbytes * share, flying) for lane in lanes)
+                        for share, lanes in sources
+                    )
                 )
             assert isinstance(step, Upload)
             return upload_submit + uploading * self._upload_s(step.nbytes)
@@ -103,6 +113,7 @@ class Pricer:
             slots={"host": placement.host_ring.slots, "device": placement.device_ring.slots},
             sharing=self._sharing(schedule, costs, phase),
             between_s=self.between_s(placement, phase),
+            waking_s=profile.cost("waking") if self.computer.processor == "cpu" else 0.0,
         )
         return clock, sum((costs[s.unit] for s in schedule if isinstance(s, Compute)), Sum())
 

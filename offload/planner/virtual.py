@@ -90,6 +90,8 @@ class Clock:
         slots: ring name -> its depth.
         sharing: what lanes take from each other.
         between_s: what the model's thread does between two passes.
+        waking_s: what a computation that waited for its bundle takes beyond one that follows another at once: threads
+            have gone to sleep and caches are cold. After a shorter wait it is as long as that.
     """
 
     def __init__(
@@ -100,8 +102,9 @@ class Clock:
         slots: Mapping[str, int],
         sharing: Sharing | None = None,
         between_s: float = 0.0,
+        waking_s: float = 0.0,
     ) -> None:
-        self._slots, self._between = dict(slots), between_s
+        self._slots, self._between, self._waking = dict(slots), between_s, waking_s
         sharing = sharing or Sharing()
         releases: dict[int, list[str]] = {}
         for step in schedule:
@@ -140,7 +143,8 @@ class Clock:
     @property
     def serial_s(self) -> float:
         """A pass in which nothing overlaps."""
-        return sum(map(self.work_s, NAMES)) + self._between
+        waits = sum(1 for step in self._steps[-1] if step.after)
+        return sum(map(self.work_s, NAMES)) + self._between + waits * self._waking
 
     def run(
         self, passes: int, *, records: bool = False, head_start: bool = False, stop_when_steady: bool = False
@@ -234,12 +238,14 @@ class _Replay:
             moved = False
             for lane in range(self.count):
                 while self.left[lane] is None and self._may_start(lane, passes):
+                    waking = 0.0
                     if (ring := clock._rings[lane][self.at[lane]]) is not None:
                         self.free[ring] -= 1
                     elif lane == self.model and self.now > self.ready:
                         self.stall += self.now - self.ready
+                        waking = min(clock._waking, self.now - self.ready)
                     self.began[lane] = self.now
-                    self.left[lane] = clock._work[lane][self.at[lane]]
+                    self.left[lane] = clock._work[lane][self.at[lane]] + waking
                     if self.left[lane] or (lane == self.model and self.at[lane] + 1 == len(clock._steps[lane])):
                         break  # the end of a pass is always an event of its own
                     self._finish(lane)

@@ -10,6 +10,7 @@ differ by is a block; what is left of a generated token is the loop around the m
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ LEAST_PART = 0.02  # of a block: less is not seen as the difference of two model
 PAST = 16  # tokens before the one whose step is timed, where keys and values shall not matter
 NEW = 12  # tokens of a generation
 MODEL_ERRORS = AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError
+WAIT_S = 0.008  # as long as a read of 25 MB: threads sleep by then
 PART_S = 1 / 3  # of an op's time for a point: all the reading is not counted, and takes more than what is
 
 
@@ -42,11 +44,13 @@ class BlockFigures:
         tables: block (over rows), attention (over the tokens of a prompt), decode_attention (over bytes).
         step_s: what generating a token takes beside the blocks.
         start_s: what generating takes once, before the first of them.
+        waking_s: what a block that was waited for takes beyond one that follows another at once.
     """
 
     tables: tuple[OpTable, ...]
     step_s: float
     start_s: float
+    waking_s: float
 
 
 Pair = tuple[float, float]
@@ -91,6 +95,7 @@ class Blocks:
             block += [(n, *prompts[n][0]) for n in rows if n > 64]
             prefill = [(n, *prompts[n][1]) for n in tokens]
             decode = [(self._kv_nbytes(n), *self._step(models, 1, n)[1]) for n in kv_tokens]
+            waking_s = self._waking(models[1])
             start_s, step_s = self._generated(models[0], block[0][1], self._prompt(models, PAST)[0][0])
         heads = self._subject.heads or ()
         return BlockFigures(
@@ -101,6 +106,7 @@ class Blocks:
             ),
             step_s=step_s,
             start_s=start_s,
+            waking_s=waking_s,
         )
 
     @contextmanager
@@ -162,6 +168,29 @@ class Blocks:
         long, short = (self._meter.time(partial(generate, max_new_tokens=n)).seconds for n in (NEW + 1, 1))
         step = max(LEAST_S, (long - short) / NEW - self._layers[0] * (block_s + self._unit_s))
         return max(LEAST_S, short - step - self._layers[0] * (first_block_s + self._unit_s)), step
+
+    def _waking(self, model: Any) -> float:
+        """A step whose every block is waited for, beside one in which they follow each other, for each block.
+
+        All of it counts, matrices too: their threads have gone to sleep, caches are cold, and the processors may have
+        been lent to somebody else.
+        """
+        clock = Watch(self._watch.now)
+        meter = Meter(self._meter.rounds, self._meter.point_s, now=clock)
+        lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
+        layers = next((found for found in lists if len(found) == self._layers[1]), None)
+        if layers is None:
+            return LEAST_S
+        run = self._steps(model, 1, PAST)
+        at_once = meter.time(run).seconds
+        wait = partial(clock.aside, partial(time.sleep, WAIT_S if self._meter.point_s else 0.0))
+        hooks = [layer.register_forward_pre_hook(lambda *_: wait()) for layer in layers]
+        try:
+            waited = meter.time(run).seconds
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return max(LEAST_S, (waited - at_once) / len(layers))
 
     def _kv_nbytes(self, tokens: int) -> int:
         _, kv_heads, dim = self._subject.heads or (1, 1, 64)

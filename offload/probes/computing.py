@@ -45,6 +45,7 @@ class Computing:
             "first_torch": software.first_s(self._meter, exact=True),
             "sleep": software.sleep_s(self._meter),
             "apart": software.apart_s(self._meter),
+            "assemble": software.assemble_s(self._meter),
         }
 
     def blocks(self, area: Area) -> None:
@@ -63,6 +64,7 @@ class Computing:
                 self._found.ops += (t for t in figures.tables if t.op in (EXACT_TABLES if exact else FAST_TABLES))
                 self._found.costs.setdefault("step", figures.step_s)
                 self._found.costs.setdefault("start", figures.start_s)
+                self._found.costs.setdefault("waking", figures.waking_s)
         except ModelError as error:
             self._found.notes.append(f"blocks were not measured: {error}")
 

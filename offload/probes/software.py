@@ -23,11 +23,14 @@ from offload.profile import Lane
 from offload.runtime import apart, linears
 from offload.runtime.apart import Apart, Crossing
 from offload.tiers.emulated import EmulatedDevice
+from offload.tiers.host import as_tensor
+from offload.tiers.layout import CopyOp, Layout, assemble
 from offload.units import MIB
 
 UNITS = 64
 TURNS = 200
 UNUSUAL = (67, 83, 101, 139, 173)  # rows that nothing else is measured with
+STAGED = 48  # pieces of a MiB: more than caches hold
 ALONE, ALONE_NBYTES = 13, 48 * MIB  # reads, and bytes of each: a slot of what streams without prefetching
 
 
@@ -50,6 +53,17 @@ def first_s(meter: Meter, *, exact: bool) -> float:
             first = meter.now() - began
             beyond.append(first - meter.time(run).seconds)
     return max(1e-9, median(beyond))
+
+
+def assemble_s(meter: Meter) -> float:
+    """What copying a MiB to its place takes, of a tensor that is stored in pieces."""
+    pieces = (CopyOp(k * MIB, torch.bfloat16, MIB // 2, k * MIB, torch.bfloat16) for k in range(STAGED))
+    layout = Layout(STAGED * MIB, STAGED * MIB, (), tuple(pieces), {})
+    final, staging = Buffer(STAGED * MIB), Buffer(STAGED * MIB)
+    seconds = meter.time(lambda: assemble(layout, as_tensor(final.view), as_tensor(staging.view))).seconds
+    final.close()
+    staging.close()
+    return max(1e-9, seconds / STAGED)
 
 
 def sleep_s(meter: Meter) -> float:

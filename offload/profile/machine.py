@@ -208,7 +208,9 @@ class Profile:
         apart         a product in two places, beyond both its products
         read_submit   handing a read to the engine
         read_alone    a read that the disk waits for, beyond its part of a steady stream
+        assemble      copying a MiB that was read in pieces to its place
         handoff       waking a waiting thread
+        waking        a block's forward whose thread has waited before it, beyond one that follows another at once
         """
         return self.costs.get(name, 0.0)
 

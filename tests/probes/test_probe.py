@@ -48,7 +48,9 @@ def measured(folder: Path, scratch: Path, cache: Path) -> Profile:
 def test_the_profile_is_whole(measured: Profile, scratch: Path) -> None:
     assert measured.source == "measured"
     assert {"read", "write"} <= set(measured.lanes)
-    assert {"read_submit", "handoff", "unit", "step", "apart", "read_alone"} <= set(measured.costs)
+    assert {"read_submit", "handoff", "unit", "step", "apart", "read_alone", "assemble", "waking"} <= set(
+        measured.costs
+    )
     found = {(t.op, t.implementation, t.format) for t in measured.ops}
     assert {
         ("linear", "cpu", "bfloat16"), ("linear", "torch", "bfloat16"), ("linear_int8", "cpu", "int8"),
