@@ -15,6 +15,7 @@ from offload.planner.schedule import Compute, Read, Schedule, Step, Upload, emit
 from offload.planner.virtual import Clock, Run, Sharing
 from offload.profile import MemoryRate, Profile
 from offload.specs import ModelSpec, UnitSpec, Workload
+from offload.units import MIB
 
 STEADY = 12  # passes within which a schedule settles, or nearly
 IN_FLIGHT = 32 << 20  # bytes of blocks that the I/O engine keeps at the disk

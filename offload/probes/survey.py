@@ -31,6 +31,7 @@ Progress = Callable[[str, int, int], None]
 PARTS = 9
 FORMATS = ("lossless", "int8", "int4-32")
 WORKING = 128 * MIB  # of activations: as in a run, they lie in memory that stays
+MOST_DRIFT = 10.0  # that a profile's file may say: a machine that stood still meanwhile is told by a note
 STREAM = (4 * MIB, 8)  # bytes of a block and blocks in flight of what runs beside something else
 
 
@@ -223,8 +224,8 @@ class Survey:
             costs=found.costs,
             interference=found.kept,
             shared={"dram": found.processors["cpu"].bytes_per_s},
-            drift=abs(repeated.drift),
-            noise=repeated.noise,
+            drift=min(MOST_DRIFT, abs(repeated.drift)),
+            noise=min(MOST_DRIFT, repeated.noise),
             neighbours=neighbours,
             fingerprint=fingerprint(),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
