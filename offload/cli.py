@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from offload.lean import leave_out
 from offload.options import (
     CpuMemory,
     Device,
@@ -268,6 +269,8 @@ def main(arguments: list[str] | None = None) -> None:
     """The console script: errors of the library end with their message and status 1, Ctrl-C with 130."""
     from offload.errors import OffloadError, UsageError
 
+    if arguments is None:  # the process is ours
+        leave_out()
     try:
         status = app(args=arguments, standalone_mode=False)  # typer gives the status of an Exit back as a value
     except OffloadError as error:

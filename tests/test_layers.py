@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = {
     **dict.fromkeys(("units", "errors", "hardware", "profile", "specs", "messages"), 0),
-    **dict.fromkeys(("io", "planner", "kernels"), 1),
+    **dict.fromkeys(("io", "planner", "kernels", "lean"), 1),
     **dict.fromkeys(("tiers",), 2),
     "runtime": 3,
     **dict.fromkeys(("kv", "experts", "optim", "activations", "budgets", "processors"), 4),

@@ -12,7 +12,7 @@ HEAVY = ("torch", "numpy", "transformers", "numba", "scipy", "safetensors", "pyn
 
 def run(code: str) -> set[str]:
     """The modules that a fresh interpreter has loaded after `code`; fails if `code` does."""
-    script = f"import sys\n{code}\nprint('LOADED', *sys.modules, file=sys.__stdout__)"
+    script = f"import sys\n{code}\nprint('LOADED', *(n for n, m in sys.modules.items() if m), file=sys.__stdout__)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.rpartition("LOADED")[2].split())
@@ -29,6 +29,23 @@ def test_lower_floors_load_nothing_heavy(module: str) -> None:
 
 def test_the_planner_loads_no_tensors() -> None:
     assert not run("import offload.planner, offload.planner.placement").intersection(("torch", "transformers"))
+
+
+def test_a_process_of_our_own_loads_what_it_uses() -> None:
+    loaded = run(
+        "from offload.lean import leave_out\n"
+        "leave_out()\n"
+        "import offload, transformers.modeling_utils\n"
+        "assert sys.modules['scipy'] is None\n"
+        "from offload.hardware import gpus\n"
+        "assert bool(gpus()) or sys.modules['triton'] is None"
+    )
+    assert "torch" in loaded
+    assert not any(name.startswith("scipy.") for name in loaded)
+
+
+def test_import_leaves_nothing_out() -> None:
+    run("import offload, offload.api\nassert sys.modules.get('scipy', True) is not None")
 
 
 def test_import_starts_no_thread() -> None:

@@ -38,6 +38,13 @@ ROUNDS = 3, 2  # of generating, in each process that visits a cell
 ALTERNATIVES = 2  # rejected placements that are measured beside a chosen one
 NOT_WORSE_THAN = 1.6  # times the chosen one, by prediction: no measurement is needed to reject what is worse
 TIMEOUT_S = 300.0
+TRIAL = """
+import json, sys
+from offload.lean import leave_out
+leave_out()
+from offload.bench.trial import trial
+print(json.dumps(trial(json.loads(sys.argv[1]))))
+"""
 HOST_BESIDE = 256 * MIB  # main memory beside the weights where a device computes
 
 
@@ -241,7 +248,7 @@ def scattered(cells: Sequence[Cell]) -> list[Cell]:
 def base_nbytes(model: Path) -> int:
     """What a run's process takes before any weight. The first of two may have to compile kernels, which takes more."""
     program = (
-        "import sys; from offload.api import load; "
+        "import sys; from offload.lean import leave_out; leave_out(); from offload.api import load; "
         "print(load(sys.argv[1], cpu_memory='1TiB', device='cpu', context=64, dry_run=True).division.base_nbytes)"
     )
     return min(int(_in_python("-c", program, str(model))) for _ in range(2))
@@ -250,7 +257,7 @@ def base_nbytes(model: Path) -> int:
 def in_a_process(asked: Mapping[str, Any]) -> Line:
     """A trial in a fresh process; what it failed with, where it did."""
     try:
-        return dict(json.loads(_in_python("-m", "offload.bench.trial", json.dumps(dict(asked))).splitlines()[-1]))
+        return dict(json.loads(_in_python("-c", TRIAL, json.dumps(dict(asked))).splitlines()[-1]))
     except (subprocess.SubprocessError, IndexError, ValueError) as error:
         said = getattr(error, "stderr", None) or str(error)
         return {"failed": str(said).strip().splitlines()[-1][:500]}

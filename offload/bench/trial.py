@@ -1,4 +1,4 @@
-"""One cell, measured in a process of its own: `python -m offload.bench.trial '{...}'` prints a JSON object.
+"""One cell, measured in a process of its own, which bench/planning.py starts.
 
 What the run predicts for itself, with the disk's rate of that moment, is appended to the ledger before anything is
 generated. Then it generates several times; a token takes the median of these rounds. Where that is asked, the disk is
@@ -8,8 +8,6 @@ an error was the disk's.
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -145,7 +143,3 @@ def observe(
         is_first=is_first,
     )
     return run, left
-
-
-if __name__ == "__main__":
-    print(json.dumps(trial(json.loads(sys.argv[1]))))

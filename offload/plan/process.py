@@ -46,7 +46,8 @@ def _file() -> Path:
 
 def _key(exact: bool) -> str:
     now = versions()
-    return f"torch {now['torch']} transformers {now['transformers']} {'exact' if exact else 'fast'}"
+    lean = " lean" if sys.modules.get("scipy", sys) is None else ""  # see offload/lean.py
+    return f"torch {now['torch']} transformers {now['transformers']} {'exact' if exact else 'fast'}{lean}"
 
 
 def _seen() -> dict[str, int]:
