@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from offload.hardware import peak_rss_bytes
 from offload.planner.schedule import Download, Upload
+from offload.planner.training_steps import Update, UpdateThere
 
 
 def batch(a: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -95,6 +96,8 @@ def streamed(a: argparse.Namespace) -> dict[str, Any]:
         "update_s": [t.busy_s.get("update", 0.0) for t in lanes],
         "busy_s": [t.busy_s for t in lanes],
         "disk_busy_s": disk,
+        "updates_there": sum(isinstance(s, UpdateThere) for s in steps),
+        "updates_here": sum(isinstance(s, Update) for s in steps),
         "upload_bytes": sum(s.nbytes for s in steps if isinstance(s, Upload)),
         "download_bytes": sum(s.nbytes for s in steps if isinstance(s, Download)),
         "ready_s": ready_s,
@@ -126,7 +129,9 @@ def on_device(a: argparse.Namespace) -> dict[str, Any]:
     """What says that an accelerator computes."""
     if a.device is None:
         return {}
-    return {"device": a.device, "gpu_memory": a.gpu_memory, "link": a.link, "overlap": not a.no_overlap}
+    share = "auto" if a.update_share is None else a.update_share
+    there = {"device": a.device, "gpu_memory": a.gpu_memory, "link": a.link, "overlap": not a.no_overlap}
+    return there | {"update_share": share}
 
 
 def main() -> None:
@@ -149,6 +154,7 @@ def main() -> None:
     ap.add_argument("--device", help="what computes: emulated, cuda")
     ap.add_argument("--gpu-memory")
     ap.add_argument("--link", help="pace of the emulated device's link, as in 1GB/s")
+    ap.add_argument("--update-share", type=float, help="of the updates that the device makes; default: as predicted")
     ap.add_argument("--no-overlap", action="store_true", help="moving, computing and updating one after the other")
     ap.add_argument("--offload-dir", type=Path, help="a new folder for the optimizer's state; removed at the end")
     a = ap.parse_args()

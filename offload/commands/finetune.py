@@ -102,6 +102,8 @@ def engine_arguments(config: Config, *, resume: bool) -> dict[str, Any]:
         arguments |= {"betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon}
     if budgets.activations != "auto":
         arguments["activations"] = budgets.activations
+    if budgets.update_share != "auto":
+        arguments["update_share"] = budgets.update_share
     if train.optim_args:
         arguments["optimizer_args"] = train.optim_args
     if config.method == "lora":

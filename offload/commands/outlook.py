@@ -22,6 +22,7 @@ from offload.finetune.outlook import Outlook, foresee
 from offload.finetune.place_lora import place_lora
 from offload.finetune.pricing import Batch
 from offload.finetune.room import spec_of
+from offload.finetune.sharing import parse_share
 from offload.io.safetensors import read_checkpoint
 from offload.kernels.chosen import Kernels
 from offload.optim import make
@@ -94,6 +95,10 @@ class _Plan:
             self.sketch.spec, self.rule, self.profile, batch=self.batch, clips=bool(self.config.train.max_grad_norm),
             budget=self.budgets.cpu_memory, base=process_nbytes(exact=False), accelerator=self.accelerator,
             wishes=Wishes(activations=self.config.budgets.activations),
+            update_share=parse_share(
+                self.config.budgets.update_share, method="full", has_device=self.accelerator is not None,
+                rule=self.rule,
+            ),
         )  # fmt: skip
         return replace(self.outlook, forecast=found)
 

@@ -70,6 +70,8 @@ def _predicted(found: Forecast, drive_bytes: int) -> str:
     )
     if cost.write_bytes:
         text += f", which the drive survives {drive_bytes // cost.write_bytes:,} times"
+    if found.update_share:
+        text += f"; the accelerator makes {found.update_share:.0%} of the updates"
     return text
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from offload.errors import BudgetError
 from offload.finetune.room import backward_nbytes, step_nbytes
 from offload.planner.cells import FEWEST, CellPlan, plan_cells
+from offload.planner.contention import Contention, beside_card, on_cpu
 from offload.profile import Profile
 from offload.runtime.training_lanes import LOOSE
 from offload.specs import ModelSpec
@@ -87,6 +88,13 @@ class Accelerator:
             return profile.lane("h2d").seconds(nbytes)
         copying = profile.processors["cpu"].bytes_per_s / 2  # read and written
         return nbytes / min(copying, self.link_bytes_per_s or copying)
+
+    def contention(self, profile: Profile, update_bytes_per_s: float) -> Contention:
+        """What its lanes and the CPU's updates take from each other. An emulated one updates with the CPU, too."""
+        if self.name != "emulated":
+            return beside_card(profile, update_bytes_per_s)
+        demand = {"update": update_bytes_per_s, "aside": update_bytes_per_s}
+        return replace(on_cpu(profile), demand=demand, capacity=update_bytes_per_s)
 
     def open(self, layouts: Sequence[Cell]) -> tuple[Device, DeviceCells]:
         """The device, and room for cells on it.

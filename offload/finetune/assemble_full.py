@@ -69,20 +69,22 @@ def assemble_full(
     Raises:
         see `assemble`.
     """
-    slots, defers = SLOTS, 0.0
+    slots, defers, share = SLOTS, 0.0, update_share or 0.0
     if isinstance(model, nn.Module):
         subject = _module(model, engine)
     else:
         opened = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
         subject = _checkpoint(opened, engine)
-        slots, defers = _rings(opened, rule, max_grad_norm, budgets.cpu_memory, tokens, accelerator, wishes)
+        slots, defers, share = _rings(
+            opened, rule, max_grad_norm, budgets.cpu_memory, tokens, accelerator, wishes, update_share
+        )  # fmt: skip
         if accelerator is not None:
             accelerator = accelerator.sized(opened.spec, tokens)
     return assemble(
         subject.root, subject.anatomy, subject.parameters, rule, engine, kernels,
         fill=subject.fill, save=subject.save, put_back=subject.put_back, travels=subject.put_back is None,
         max_grad_norm=max_grad_norm, cpu_memory=budgets.cpu_memory, wishes=wishes, slots=slots, defers=defers,
-        accelerator=accelerator, update_share=update_share or 0.0, **options,
+        accelerator=accelerator, update_share=share, **options,
     )  # fmt: skip
 
 
@@ -132,13 +134,14 @@ def _rings(
     tokens: int,
     accelerator: Accelerator | None,
     wishes: Wishes,
-) -> tuple[int, float]:
-    """How deep the ring of optimizer state is best, and which share of the state is best written in the backward pass,
-    by the prediction of a step."""
+    update_share: float | None,
+) -> tuple[int, float, float]:
+    """How deep the ring of optimizer state is best, which share of the state is best written in the backward pass, and
+    which share of the updates the accelerator makes best, by the prediction of a step."""
     profile = load_profile() or preset("cpu-ddr5-nvme4")
     batch = Batch(rows=1, tokens=tokens)
     if accelerator is not None and not accelerator.is_known(profile):
-        return SLOTS, 0.0
+        return SLOTS, 0.0, update_share or 0.0
     try:
         found = forecast(
             opened.spec,
@@ -150,7 +153,8 @@ def _rings(
             base=rss_bytes(),
             accelerator=accelerator,
             wishes=wishes,
+            update_share=update_share,
         )
     except BudgetError:  # what does not fit is said later, by what is measured
-        return SLOTS, 0.0
-    return found.slots, found.defers
+        return SLOTS, 0.0, update_share or 0.0
+    return found.slots, found.defers, found.update_share

@@ -98,6 +98,8 @@ class Budgets(Section):
             from their inputs; the same with the inputs on disk; auto decides by memory and what the disk has to do.
         device: what computes: cpu, cuda, cuda:N or emulated; default: cuda when there is one.
         link: pace of the emulated device's link, such as 8GB/s.
+        update_share: of the updates, from 0 to 1, that an accelerator makes itself while the CPU makes the others, with
+            method: full and optim: adamw; auto: what is predicted to make a step shortest.
     """
 
     gpu_memory: Size = None
@@ -109,6 +111,7 @@ class Budgets(Section):
     activations: Literal["auto", "keep", "recompute", "disk"] = "auto"
     device: str | None = None
     link: str | None = None
+    update_share: float | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("gpu_memory", "cpu_memory", "disk_limit", "drive_tbw"):

@@ -3,7 +3,8 @@ step tuple that follows is priced on a machine's profile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -14,7 +15,9 @@ from offload.finetune.activations import RING, slots_of
 from offload.finetune.assemble import SLOTS
 from offload.finetune.memory import HOLES, MARGIN, SLACK, Wishes, first_cells
 from offload.finetune.pricing import Batch
+from offload.finetune.sharing import likely_shares, update_bytes_per_s, updates_there_s
 from offload.optim.base import Optimizer
+from offload.optim.there import why_not_there
 from offload.planner.cells import CellPlan, plan_cells
 from offload.planner.ops import OpCosts, Phase
 from offload.planner.schedule import Schedule
@@ -22,10 +25,12 @@ from offload.planner.training import asides, deferring, emit_training, has_copie
 from offload.planner.training_cost import StepCost, step_cost
 from offload.planner.training_stash import with_inputs
 from offload.planner.training_steps import TrainedShard, TrainedUnit, Update
+from offload.planner.update_share import spread
 from offload.profile import Profile
 from offload.runtime.masters import STAGES
 from offload.specs import ModelSpec, TensorSpec, UnitSpec
 from offload.tiers.cells import SHARD_COUNT, page
+from offload.tiers.device_state import SLOTS as STATE_SLOTS
 
 DEEPER = (16, 24, 32, 48, 64)  # slots, that are tried
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the state, to be written in the backward pass, that are tried
@@ -44,6 +49,7 @@ class Forecast:
     scratch_nbytes: on disk, for cells that travel.
     room_nbytes: taken there at most: until the first step has been measured, more cells travel.
     defers: share of the state that is best written in the backward pass.
+    update_share: of the updates, that the accelerator makes.
     slots: of the ring of state, in shards.
     gradient_nbytes: of sums of gradients, a unit's and the next one's.
     activation_nbytes: beside graphs that are kept: inputs of units, one graph, the loss.
@@ -65,6 +71,7 @@ class Forecast:
     process_nbytes: int = 0
     room_nbytes: int = 0
     defers: float = 0.0
+    update_share: float = 0.0
     there: Mapping[str, int] = field(default_factory=dict)
 
     def memory(self) -> dict[str, int]:
@@ -94,6 +101,7 @@ class Forecast:
             "scratch_bytes": self.scratch_nbytes,
             "state_slots": self.slots,
             "state_in_backward": self.defers,
+            "update_share": self.update_share,
         }
 
 
@@ -108,6 +116,7 @@ def forecast(
     base: int,
     accelerator: Accelerator | None = None,
     wishes: Wishes | None = None,
+    update_share: float | None = 0.0,
 ) -> Forecast:
     """The step that repeats, with the ring of state that makes it shortest.
 
@@ -121,19 +130,29 @@ def forecast(
         base: what it takes before anything of the model.
         accelerator: what computes; None: the CPU.
         wishes: what a user insists on.
+        update_share: of the updates that it makes itself; None: what makes a step shortest.
 
     Raises:
         BudgetError: it cannot be.
     """
     if accelerator is not None:
         accelerator = accelerator.sized(spec, batch.count)
-    wishes = wishes or Wishes()
-    best = _forecast(spec, rule, profile, batch, clips, budget, base, SLOTS, accelerator, 0.0, wishes)
+    wishes, first = wishes or Wishes(), update_share or 0.0
+    best = _forecast(spec, rule, profile, batch, clips, budget, base, SLOTS, accelerator, 0.0, wishes, first)
+    if update_share is None and accelerator is not None and why_not_there(rule) is None:
+        tried = [best]
+        for share in likely_shares(rule, profile, accelerator):
+            with suppress(BudgetError):  # its slots for state may not fit
+                given = (spec, rule, profile, batch, clips, budget, base, SLOTS, accelerator, 0.0, wishes)
+                tried.append(_forecast(*given, share))
+        shortest = min(tried, key=lambda found: found.cost.seconds)
+        best = shortest if shortest.cost.seconds < WORTH * best.cost.seconds else best
     if not best.cost.read_bytes:
         return best
     for slots, defers in product((SLOTS, *DEEPER), SHARES if clips else (0.0,)):
         try:
-            found = _forecast(spec, rule, profile, batch, clips, budget, base, slots, accelerator, defers, wishes)
+            given = (spec, rule, profile, batch, clips, budget, base, slots, accelerator, defers, wishes)
+            found = _forecast(*given, best.update_share)
         except BudgetError:
             break
         gain = WORTH if found.takes_from(best) else 1 + 1e-6
@@ -154,11 +173,13 @@ def _forecast(
     accelerator: Accelerator | None,
     defers: float,
     wishes: Wishes,
+    share: float,
 ) -> Forecast:
     activations = wishes.activations
     units = [_unit(unit.name, unit.tensors, rule) for unit in spec.units]
     loose = _unit("(loose)", spec.loose, rule) if spec.loose else None
     every = [*units, loose] if loose is not None else units
+    going_up = spread(((s.name, s.nbytes) for unit in every for s in unit.shards), share)
     shards = [s for unit in every for s in unit.shards]
     sizes = {unit.name: unit.nbytes for unit in units}
     graphs = {unit.name: graph_nbytes(unit, batch) * batch.micro_batches for unit in spec.units}
@@ -169,6 +190,8 @@ def _forecast(
     at_once += max(graphs.values()) // batch.micro_batches
     there: CellPlan | None = None
     if accelerator is not None:  # which has activations and gradients in its own memory
+        if going_up:
+            accelerator = accelerator.updating(max(s.nbytes for s in shards))
         there = plan_there({unit.name: unit.nbytes for unit in every}, accelerator)
         sums = 0  # inputs of more than one micro-batch come down
         at_once = RING if activations == "disk" else inputs * (batch.micro_batches - 1) * len(units)
@@ -191,13 +214,14 @@ def _forecast(
         left = _bytes(wishes.state, sum(s.nbytes for s in shards)) or 0
     staying, taken = evenly(shards, left)
     order = [
-        replace(_placed(unit, unit.name in plan.kept, staying, there), defers=unit.name in deferred) for unit in units
+        replace(_placed(unit, unit.name in plan.kept, staying, there, going_up), defers=unit.name in deferred)
+        for unit in units
     ]
     itemsize = 4 if spec.dtype == "float32" else 2
     copies = has_copies(clips, itemsize)
     schedule = emit_training(
-        order, _placed(loose, True, staying, there) if loose else None, clips=clips, is_due=clips,
-        reads="weights" if copies else "masters", writes_copies=copies,
+        order, _placed(loose, True, staying, there, going_up) if loose else None, clips=clips, is_due=clips,
+        reads="weights" if copies else "masters", writes_copies=copies, holds_there=bool(going_up),
     )  # fmt: skip
     if activations == "disk":
         schedule = with_inputs(schedule, dict.fromkeys(sizes, inputs * batch.micro_batches))
@@ -206,10 +230,12 @@ def _forecast(
     cost = step_cost(
         schedule, profile,
         slots={"state": min(slots, len(shards)), "cells": plan.slots, "device": there.slots if there else 0,
-               "stash": slots_of(inputs * batch.micro_batches)},
+               "stash": slots_of(inputs * batch.micro_batches), "device state": STATE_SLOTS},
         forward_s=forward_s, backward_s={u: 2 * s + recomputed[u] for u, s in forward_s.items()},
         update_s=update_s(rule, profile),
         crossing_s=lambda nbytes: accelerator.crossing_s(nbytes, profile) if accelerator else 0.0,
+        aside_s=lambda step: updates_there_s(step, rule, profile, accelerator) if accelerator else 0.0,
+        contention=accelerator.contention(profile, update_bytes_per_s(rule, profile)) if accelerator else None,
     )  # fmt: skip
     return Forecast(
         schedule=schedule,
@@ -220,6 +246,7 @@ def _forecast(
         scratch_nbytes=plan.travels_nbytes,
         slots=slots,
         defers=defers,
+        update_share=share,
         gradient_nbytes=sums,
         activation_nbytes=at_once,
         ring_nbytes=int(rings) + plan.slots * plan.slot_nbytes,
@@ -277,13 +304,18 @@ def cut(name: str, count: int, nbytes: int, rule: Optimizer) -> TrainedUnit:
         part = min(SHARD_COUNT, count - first)
         state = page(int(rule.cost.state_bytes * part))
         shards.append(
-            TrainedShard(name=f"{name}[{len(shards)}]", nbytes=state, masters_nbytes=min(state, page(4 * part)))
-        )
+            TrainedShard(
+                name=f"{name}[{len(shards)}]", nbytes=state, masters_nbytes=min(state, page(4 * part)),
+                cell_nbytes=nbytes * part // count,
+            )
+        )  # fmt: skip
     return TrainedUnit(name=name, nbytes=page(nbytes), shards=tuple(shards))
 
 
-def _placed(unit: TrainedUnit, stays: bool, staying: set[str], there: CellPlan | None) -> TrainedUnit:
-    shards = tuple(replace(s, stays=s.name in staying) for s in unit.shards)
+def _placed(
+    unit: TrainedUnit, stays: bool, staying: set[str], there: CellPlan | None, going_up: Collection[str]
+) -> TrainedUnit:
+    shards = tuple(replace(s, stays=s.name in staying, goes_up=s.name in going_up) for s in unit.shards)
     stays_there = there is not None and unit.name in there.kept
     return replace(unit, stays=stays, shards=shards, uploads=there is not None, stays_there=stays_there)
 

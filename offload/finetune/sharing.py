@@ -1,10 +1,15 @@
-"""What a user may say of the share of updates that an accelerator makes."""
+"""The share of updates that an accelerator makes: what a user may say, which are worth trying, and what they take."""
 
 from __future__ import annotations
 
 from offload.errors import UsageError
+from offload.finetune.accelerator import Accelerator
 from offload.optim.base import Optimizer
 from offload.optim.there import why_not_there
+from offload.planner.training_steps import UpdateThere
+from offload.planner.update_share import balanced_share
+from offload.profile import Profile
+from offload.tiers.cells import SHARD_COUNT
 
 AUTO = "auto"
 
@@ -30,3 +35,30 @@ def parse_share(asked: float | str, *, method: str, has_device: bool, rule: Opti
     if (why := why_not_there(rule)) is not None:
         raise UsageError(f'update_share={asked:g}: {why}. Say 0 or "auto", or take adamw')
     return float(asked)
+
+
+def likely_shares(rule: Optimizer, profile: Profile, accelerator: Accelerator) -> tuple[float, ...]:
+    """Shares that the virtual clock should try beside none: the balance of CPU and link, and some about it."""
+    cost = rule.cost
+    shard = int(cost.state_bytes * SHARD_COUNT)
+    kept = min(profile.kept("h2d", "d2h"), profile.kept("d2h", "h2d")) if accelerator.name != "emulated" else 1.0
+    share = balanced_share(
+        SHARD_COUNT / cost.seconds(SHARD_COUNT, profile),
+        kept * shard / accelerator.crossing_s(shard, profile),
+        state=cost.state_bytes,
+    )
+    return tuple(round(f, 3) for f in (share / 2, share, (1 + share) / 2, 1.0)) if share > 0 else ()
+
+
+def updates_there_s(step: UpdateThere, rule: Optimizer, profile: Profile, accelerator: Accelerator) -> float:
+    """Seconds of a shard's update by the accelerator."""
+    params = int(step.nbytes / rule.cost.state_bytes)
+    if accelerator.name == "emulated":
+        return rule.cost.seconds(params, profile)
+    flops, nbytes = rule.cost.flops * params, rule.cost.touched_bytes * params
+    return profile.roofline(processor="device", flops=flops, nbytes=nbytes, dtype="float32").seconds
+
+
+def update_bytes_per_s(rule: Optimizer, profile: Profile) -> float:
+    """Bytes of main memory a second that the CPU's updates take at their own rate."""
+    return rule.cost.touched_bytes * SHARD_COUNT / rule.cost.seconds(SHARD_COUNT, profile)

@@ -6,15 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from offload.planner.contention import Contention, on_cpu
 from offload.planner.schedule import Download, Read, Schedule, Step, Upload, Write
 from offload.planner.training import moved
-from offload.planner.training_steps import Backward, Forward, Update
-from offload.planner.virtual import Clock, Sharing
+from offload.planner.training_steps import Backward, Forward, Update, UpdateThere
+from offload.planner.virtual import Clock
 from offload.profile import Profile
 
 STEADY = 6  # steps within which the lanes have settled
-BESIDE = ("upload", "download", "update")  # lanes that there are with an accelerator only
-GEMM = "cpu.gemm"  # what profiles call products of many rows, as work that others disturb
+BESIDE = (
+    "upload",
+    "download",
+    "update",
+    "aside",
+)  # lanes that there are with an accelerator only; a pass ends with all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,7 @@ class StepCost:
         read_bytes, write_bytes: of a step.
         upload_s, download_s: what the link needs in each direction.
         update_s: of updates beside an accelerator.
+        aside_s: of updates that it makes itself.
     """
 
     seconds: float
@@ -40,6 +46,7 @@ class StepCost:
     upload_s: float = 0.0
     download_s: float = 0.0
     update_s: float = 0.0
+    aside_s: float = 0.0
 
     @property
     def lanes_s(self) -> dict[str, float]:
@@ -50,6 +57,7 @@ class StepCost:
             "upload": self.upload_s,
             "download": self.download_s,
             "update": self.update_s,
+            "aside": self.aside_s,
         }
 
     @property
@@ -86,6 +94,8 @@ def step_cost(
     backward_s: Mapping[str, float],
     update_s: Callable[[Update], float],
     crossing_s: Callable[[int], float] = lambda nbytes: 0.0,
+    aside_s: Callable[[UpdateThere], float] = lambda step: 0.0,
+    contention: Contention | None = None,
 ) -> StepCost:
     """Prices and replays a step that repeats.
 
@@ -94,6 +104,8 @@ def step_cost(
         forward_s, backward_s: unit -> seconds of all micro-batches.
         update_s: seconds of one shard's update.
         crossing_s: seconds in which so many bytes go to an accelerator, or come from it.
+        aside_s: seconds of an update that it makes.
+        contention: see `replay_step`.
     """
 
     def seconds(step: Step) -> float:
@@ -103,6 +115,8 @@ def step_cost(
             return backward_s.get(step.unit, 0.0)
         if isinstance(step, Update):
             return update_s(step)
+        if isinstance(step, UpdateThere):
+            return aside_s(step)
         if isinstance(step, Read):
             return profile.lane("read").seconds(step.nbytes)
         if isinstance(step, Upload | Download):
@@ -110,22 +124,28 @@ def step_cost(
         assert isinstance(step, Write), step
         return profile.lane("write").seconds(step.nbytes)
 
-    return replay_step(schedule, profile, seconds, slots)
+    return replay_step(schedule, profile, seconds, slots, contention)
 
 
 def replay_step(
-    schedule: Schedule, profile: Profile, seconds: Callable[[Step], float], slots: Mapping[str, int]
+    schedule: Schedule,
+    profile: Profile,
+    seconds: Callable[[Step], float],
+    slots: Mapping[str, int],
+    contention: Contention | None = None,
 ) -> StepCost:
     """Replays a step that repeats.
 
     Args:
         seconds: what a part of it takes by itself.
         slots: depth of its rings.
+        contention: of its lanes; None: that of a CPU which computes.
     """
-    computing = GEMM if GEMM in profile.interference else "cpu"
-    names = {"read": "read", "write": "write", "compute": computing}
-    keeps = {a: {b: min(1.0, profile.kept(names[a], names[b])) for b in names if b != a} for a in names}
-    clock = Clock(schedule, seconds, slots=slots, sharing=Sharing(keeps=keeps), between_s=profile.cost("step"))
+    sharing = (contention or on_cpu(profile)).sharing(profile, {step.unit for step in schedule})
+    keeps = sharing.keeps
+    clock = Clock(
+        schedule, seconds, slots=slots, sharing=sharing, between_s=profile.cost("step"), joined=BESIDE
+    )  # fmt: skip
     found = clock.run(STEADY, stop_when_steady=True)
     read, written = moved(schedule)
     return StepCost(

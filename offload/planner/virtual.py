@@ -11,7 +11,7 @@ the lanes running beside leave (a fluid model: rates change only where something
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
@@ -92,6 +92,7 @@ class Clock:
         between_s: what the model's thread does between two passes.
         waking_s: what a computation that waited for its bundle takes beyond one that follows another at once: threads
             have gone to sleep and caches are cold. After a shorter wait it is as long as that.
+        joined: lanes that have to end a pass before the model begins the next one.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Clock:
         sharing: Sharing | None = None,
         between_s: float = 0.0,
         waking_s: float = 0.0,
+        joined: Collection[str] = (),
     ) -> None:
         self._slots, self._between, self._waking = dict(slots), between_s, waking_s
         sharing = sharing or Sharing()
@@ -117,6 +119,7 @@ class Clock:
                 lanes[lane].append(_behind_others(step, ends) if ends.keys() & {*step.after, *step.behind} else step)
         self._names = tuple(name for name in NAMES if lanes[name])  # those with work; the last one is the model
         self._steps = [lanes[name] for name in self._names]
+        self._joined = [k for k, name in enumerate(self._names) if name in joined]
         self._rings = [
             [getattr(s, "ring", None) if name in TAKERS else None for s in lanes[name]] for name in self._names
         ]
@@ -255,6 +258,8 @@ class _Replay:
         steps = self.clock._steps[lane]
         number = self.number[lane]
         if number >= passes or (lane == self.model and (self.is_held or self.now < self.ready)):
+            return False
+        if lane == self.model and not self.at[lane] and any(self.number[k] < number for k in self.clock._joined):
             return False
         step = steps[self.at[lane]]
         ring = self.clock._rings[lane][self.at[lane]]
