@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from offload.finetune.pricing import Visit, move_s
 from offload.planner.placement import NO_RING, Placement, Ring, Tier
 from offload.planner.schedule import Download, Read, Release, Schedule, Step, Upload, Write, explain
 from offload.planner.training import emit_training, moved
@@ -166,6 +167,17 @@ def test_inputs_on_disk_are_written_and_read_once(clips: bool) -> None:
 
     found = replay_step(schedule, preset("cpu-ddr5-nvme4"), seconds, {"stash": 2, "state": 4})
     assert 4.0 <= found.seconds <= 8.0, "the last write is read first, and all else beside"
+
+
+def test_moving_weights_costs_a_direction_each_and_a_backward_pass_more_than_a_forward() -> None:
+    profile = preset("cpu-ddr5-nvme4")
+    seconds = [move_s(1 << 24, directions, profile, "bfloat16") for directions in (1, 3, 7)]
+    assert seconds[2] - seconds[1] == pytest.approx(2 * (seconds[1] - seconds[0]), rel=0.01)
+    assert move_s(0, 1, profile, "bfloat16") == 0
+    visit = Visit(products_s=2.0, rest_s=1.0)
+    assert visit.seconds == 3.0
+    assert visit.backward_s(trains=False) == 4.0, "half of the products' gradients are not wanted"
+    assert visit.backward_s(trains=True) > 2 * visit.seconds
 
 
 def test_downloads_and_updates_are_those_of_training() -> None:

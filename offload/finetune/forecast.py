@@ -14,12 +14,11 @@ from offload.finetune.accelerator import Accelerator, plan_there
 from offload.finetune.activations import RING, slots_of
 from offload.finetune.assemble import SLOTS
 from offload.finetune.memory import HOLES, MARGIN, SLACK, Wishes, first_cells
-from offload.finetune.pricing import Batch
+from offload.finetune.pricing import Batch, sums_s, visits
 from offload.finetune.sharing import likely_shares, update_bytes_per_s, updates_there_s
 from offload.optim.base import Optimizer
 from offload.optim.there import why_not_there
 from offload.planner.cells import CellPlan, plan_cells
-from offload.planner.ops import OpCosts, Phase
 from offload.planner.schedule import Schedule
 from offload.planner.training import asides, deferring, emit_training, has_copies
 from offload.planner.training_cost import StepCost, step_cost
@@ -225,13 +224,18 @@ def _forecast(
     )  # fmt: skip
     if activations == "disk":
         schedule = with_inputs(schedule, dict.fromkeys(sizes, inputs * batch.micro_batches))
-    forward_s = _forwards(spec, profile, batch, accelerator.processor if accelerator is not None else "cpu")
-    recomputed = {u: 0.0 if u in kept_graphs or u == units[-1].name else s for u, s in forward_s.items()}
+    processor = accelerator.processor if accelerator is not None else "cpu"
+    each = visits(spec, profile, batch, processor)
+    counts = {unit.name: sum(t.elements for t in unit.tensors) for unit in spec.units}
+    backward_s = {u: v.backward_s(trains=True) + sums_s(counts[u], profile, batch, processor) for u, v in each.items()}
+    for name, visit in each.items():
+        if name not in kept_graphs and name != units[-1].name:
+            backward_s[name] += visit.seconds
     cost = step_cost(
         schedule, profile,
         slots={"state": min(slots, len(shards)), "cells": plan.slots, "device": there.slots if there else 0,
                "stash": slots_of(inputs * batch.micro_batches), "device state": STATE_SLOTS},
-        forward_s=forward_s, backward_s={u: 2 * s + recomputed[u] for u, s in forward_s.items()},
+        forward_s={u: v.seconds for u, v in each.items()}, backward_s=backward_s,
         update_s=update_s(rule, profile),
         crossing_s=lambda nbytes: accelerator.crossing_s(nbytes, profile) if accelerator else 0.0,
         aside_s=lambda step: updates_there_s(step, rule, profile, accelerator) if accelerator else 0.0,
@@ -331,10 +335,3 @@ def graph_nbytes(unit: UnitSpec, batch: Batch) -> int:
     matrices = [t for t in unit.tensors if t.width and not t.is_table]
     widths = sum(t.width + t.elements // t.width // max(1, t.experts) * max(1, t.chosen) for t in matrices)
     return 2 * widths * batch.rows * batch.tokens
-
-
-def _forwards(spec: ModelSpec, profile: Profile, batch: Batch, processor: str) -> Mapping[str, float]:
-    """Seconds of each unit's forward, of all micro-batches, by torch's own kernels."""
-    ops = OpCosts(profile, processor, exact=True)
-    phase = Phase(sequences=batch.rows, tokens=batch.tokens)
-    return {u.name: ops.unit(replace(u, is_head=False), spec, phase).seconds * batch.micro_batches for u in spec.units}

@@ -125,5 +125,5 @@ def _seconds(
             continue
         forward_s[name] = plain[name].seconds + there
         again = 0.0 if name in kept or name == names[-1] else forward_s[name]
-        backward_s[name] = plain[name].products_s + 2 * plain[name].rest_s + back + again if learns else 0.0
+        backward_s[name] = plain[name].backward_s(trains=False) + back + again if learns else 0.0
     return forward_s, backward_s

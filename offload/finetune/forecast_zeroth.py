@@ -79,7 +79,7 @@ def forecast_zeroth(
     most = steps or MOST
     cycle = rhythm(pace.is_due, applied, most) if count else None
     processor = accelerator.processor if accelerator is not None else "cpu"
-    each = visits(spec, profile, batch, processor)
+    each = visits(spec, profile, batch, processor, learns=False)
     order = [(name, unit.nbytes) for name, unit in moved.items()]
 
     def step(updates: int, *, writes_back: bool = False) -> tuple[Schedule, StepCost]:

@@ -9,8 +9,12 @@ from offload.planner.ops import OpCosts, Phase
 from offload.profile import Profile
 from offload.specs import ModelSpec
 
-MOVE_FLOPS = 16.0  # of a weight's direction, with its move: what a kernel's 8.4 billion a second come to on two cores
-MOVE_BYTES = 14.0  # of a weight in 16 bits: read, kept, and written to two places that memory reads first
+# Arithmetic in float32, of kernels that were timed on two cores, as a profile counts it.
+MOVE_FLOPS = 17.5  # of a weight, for each direction and once more: 0.21 ns with one, 0.33 with two, 0.97 with eight
+MOVE_BYTES = 6.0  # of a weight in 16 bits: read, and written to both sides
+LOSS_FLOPS = {True: 130.0, False: 70.0}  # of a logit, learnt from or not; its backward takes double
+GRADIENT = 1.3  # of a product: that which makes a matrix's gradient, and writes it. 1.0 to 1.4 as measured
+SUM_BYTES = 10.0  # of a parameter's gradient in 16 bits, added to a sum in 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +42,19 @@ class Visit:
     def seconds(self) -> float:
         return self.products_s + self.rest_s
 
+    def backward_s(self, *, trains: bool) -> float:
+        """Of its backward, its graph being there: gradients of inputs and, where its matrices are trained, of them."""
+        return self.products_s * (1 + GRADIENT * trains) + 2 * self.rest_s
 
-def visits(spec: ModelSpec, profile: Profile, batch: Batch, processor: str) -> Mapping[str, Visit]:
-    """Every unit's forward by torch's own kernels, which training computes with."""
+
+def visits(
+    spec: ModelSpec, profile: Profile, batch: Batch, processor: str, *, learns: bool = True
+) -> Mapping[str, Visit]:
+    """Every unit's forward by torch's own kernels, which training computes with, and the loss with the head's.
+
+    Args:
+        learns: there is a backward pass.
+    """
     ops = OpCosts(profile, processor, exact=True)
     phase = Phase(sequences=batch.rows, tokens=batch.tokens)
     found = {}
@@ -51,6 +65,9 @@ def visits(spec: ModelSpec, profile: Profile, batch: Batch, processor: str) -> M
         rest = profile.cost("unit")
         if unit.layers:
             rest += unit.layers * (ops.attention(spec, phase).seconds + ops.block(spec, phase.rows).seconds)
+        for head in (t for t in matrices if unit.is_head):
+            flops = LOSS_FLOPS[learns] * phase.rows * (head.elements // head.width)
+            rest += profile.roofline(processor=processor, flops=flops, nbytes=0.0, dtype="float32").seconds
         found[unit.name] = Visit(products * batch.micro_batches, rest * batch.micro_batches)
     return found
 
@@ -79,9 +96,16 @@ def move_s(params: int, directions: int, profile: Profile, dtype: str) -> float:
         return 0.0
     found = profile.op_seconds("move_along", processor="cpu", format=dtype, shape=(directions,), amount=params)
     if found is None:
-        flops, nbytes = MOVE_FLOPS * directions * params, MOVE_BYTES * params
+        flops, nbytes = MOVE_FLOPS * (directions + 1) * params, MOVE_BYTES * params
         found = profile.roofline(processor="cpu", flops=flops, nbytes=nbytes, dtype="float32")
     return found.seconds
+
+
+def sums_s(params: int, profile: Profile, batch: Batch, processor: str) -> float:
+    """Seconds in which gradients of so many parameters are added up; a single micro-batch's need not be."""
+    if batch.micro_batches == 1:
+        return 0.0
+    return batch.micro_batches * _streamed_s(SUM_BYTES * params, profile, processor, "float32")
 
 
 def _streamed_s(nbytes: float, profile: Profile, processor: str, dtype: str) -> float:
