@@ -98,11 +98,11 @@ def prepare(backprop: Backprop, wish: str, budget: int, folder: Path, engine: En
     """
     if wish not in ("auto", "disk"):
         return
-    backprop.stash = Stash(folder, engine, limit)
+    backprop.inputs.stash = Stash(folder, engine, limit)
     for part in backprop.parts.values():
         part.swaps = wish == "disk"
     if wish == "auto":
-        backprop.is_pressed = lambda: rss_bytes() > NEAR * budget
+        backprop.inputs.is_pressed = lambda: rss_bytes() > NEAR * budget
 
 
 def press(
@@ -115,12 +115,12 @@ def press(
         limit: bytes on disk; None: as many as there are.
     """
     if wish == "disk":
-        backprop.stash = Ashore(device, Stash(folder, engine, limit))
+        backprop.inputs.stash = Ashore(device, Stash(folder, engine, limit))
         for part in backprop.parts.values():
             part.swaps = True
         return
-    backprop.stash = Ashore(device)
-    backprop.is_pressed = lambda: backprop.held_nbytes >= most
+    backprop.inputs.stash = Ashore(device)
+    backprop.inputs.is_pressed = lambda: backprop.inputs.held_nbytes >= most
 
 
 def slots_of(nbytes: int) -> int:
@@ -141,10 +141,10 @@ def plan_swaps(
         compute_s: seconds that the first step took.
         disk: what it has done so far.
     """
-    stash = backprop.stash
+    stash = backprop.inputs.stash
     if not isinstance(stash, Stash) or wish != "auto":
         return peak
-    backprop.is_pressed = lambda: False
+    backprop.inputs.is_pressed = lambda: False
     whole = peak + stash.peak_nbytes  # what it would have been with every input in memory
     parts = [backprop.parts[unit] for unit in backprop.order]
     units = [

@@ -144,13 +144,13 @@ def fit_first(training: Training, budget: int, working: Working, wishes: Wishes,
         BudgetError: the step does not fit, whatever travels.
     """
     allowed = int(budget * (1 - MARGIN)) - SLACK
-    stash = training.backprop.stash
+    stash = training.backprop.inputs.stash
     swaps = isinstance(stash, Stash) or (stash is not None and wishes.activations == "disk")
     free = allowed - rss_bytes() - working.nbytes
     if travels and wishes.weights is None:
         free += _divide(training, free)
     if isinstance(stash, Stash):
-        training.backprop.is_pressed = lambda: rss_bytes() > allowed - working.at_once
+        training.backprop.inputs.is_pressed = lambda: rss_bytes() > allowed - working.at_once
     peak = allowed - free
     if peak - (working.waits if swaps else 0) > budget:
         least = int((peak - (working.waits if swaps else 0) + SLACK) / (1 - MARGIN))

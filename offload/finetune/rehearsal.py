@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from offload.io.buffers import Buffer
 from offload.planner.workspace import LIBRARIES
-from offload.runtime.backprop import Part
 from offload.runtime.losses import AT_ONCE, PIECE
+from offload.runtime.unit_calls import Part
 from offload.tiers.host import as_tensor
 
 LENGTHS = (16, 32, 48)  # tokens of the rows that are tried

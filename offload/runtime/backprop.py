@@ -2,8 +2,7 @@
 
 The forward of a unit keeps its inputs and nothing else; its backward runs it again, with a graph, and takes the
 gradients of its inputs and of its parameters from that. (Units that may, and the last one, keep their graph instead.)
-What other units made of the weights may wait on disk in between (`tiers/stash.py`), or beside an accelerator in main
-memory (`tiers/ashore.py`).
+What it keeps may wait elsewhere in between (`unit_inputs.py`).
 So autograd walks from unit to unit in reverse, and entering one is the rendezvous with its weights, as in inference.
 
 Random numbers, as dropout draws them, depend on the step, the micro-batch and the unit alone: running a unit again
@@ -14,19 +13,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from offload.errors import ModelError
 from offload.runtime.losses import use_pieces
-from offload.runtime.timeline import now
 from offload.runtime.turns import Turns, run
-from offload.tiers.ashore import Ashore
-from offload.tiers.stash import Stash, can_put
+from offload.runtime.unit_calls import Call, Part, sow
+from offload.runtime.unit_inputs import UnitInputs
 
 Gradients = Mapping[str, torch.Tensor]
 Loss = Callable[[], torch.Tensor]
@@ -48,60 +45,6 @@ class Owner(Protocol):
         """The last micro-batch has left."""
 
 
-@dataclass(slots=True)
-class Part:
-    """A unit, and the parameters below it.
-
-    Attributes:
-        forward: the module's own.
-        inputs_nbytes, graph_nbytes: what a micro-batch's inputs and its graph took when they were last seen.
-        keeps: whether its graph is kept from forward to backward.
-        swaps: whether what it was given by other units waits on disk between forward and backward.
-        swap_nbytes: how much that is, of one micro-batch, when it was last seen.
-        forward_s: what running it again took, when it was last measured.
-    """
-
-    name: str
-    module: nn.Module
-    parameters: dict[str, nn.Parameter]
-    forward: Callable[..., Any]
-    index: int
-    inputs_nbytes: int = 0
-    graph_nbytes: int = 0
-    keeps: bool = False
-    swaps: bool = False
-    swap_nbytes: int = 0
-    forward_s: float = 0.0
-
-
-@dataclass(slots=True)
-class _Call:
-    """One run of a unit by one micro-batch: how its tensors go back to arguments."""
-
-    part: Part
-    leaves: list[Any]
-    where: list[int]
-    spec: TreeSpec
-    seed: int
-    device: torch.device
-    out_spec: TreeSpec | None = None
-    out_leaves: list[Any] = field(default_factory=list)
-    graph: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
-    away: dict[int, Any] = field(default_factory=dict)  # of the tensors that came in, those that wait on disk
-
-    def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The module's own forward; returns the tensors among its results."""
-        leaves = list(self.leaves)
-        for at, tensor in zip(self.where, tensors, strict=True):
-            leaves[at] = tensor
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        sow(self.seed, self.device)
-        result = self.part.forward(*args, **kwargs)
-        sow(self.seed + 1, self.device)  # of what the model does between units
-        self.out_leaves, self.out_spec = tree_flatten(result)
-        return [leaf for leaf in self.out_leaves if isinstance(leaf, torch.Tensor)]
-
-
 class Backprop:
     """Puts itself between a model and its units until it is closed.
 
@@ -113,9 +56,10 @@ class Backprop:
         device: where it computes.
 
     Attributes:
-        stash: where inputs wait that are swapped; None: nowhere.
-        held_nbytes: of inputs that have been left where they are in this pass.
-        is_pressed: whether memory is so short that inputs are swapped even if their units were not told to.
+        parts: the units, by name.
+        inputs: what units were given, and where it waits for their backward.
+        order: units in the order in which the last pass entered them.
+        measures: whether parts note what their runs take.
     """
 
     def __init__(
@@ -127,10 +71,7 @@ class Backprop:
         device: torch.device | None = None,
     ) -> None:
         self._owner, self._seed, self._device = owner, seed, device or torch.device("cpu")
-        self.stash: Stash | Ashore | None = None
-        self.held_nbytes = 0
-        self.is_pressed: Callable[[], bool] = lambda: False
-        self._away: list[tuple[int, int, list[Any]]] = []  # unit's place, micro-batch, what waits on disk
+        self.inputs = UnitInputs()
         names = {id(p): n for n, p in root.named_parameters()}
         self.parts: dict[str, Part] = {}
         self._own_forward: dict[str, Any] = {}
@@ -145,7 +86,7 @@ class Backprop:
         self._step = 0
         self._learns = False
         self._is_running = False
-        self.order: list[str] = []  # units in the order in which the last pass entered them
+        self.order: list[str] = []
         self.measures = False
 
     def run(self, losses: Sequence[Loss], scales: Sequence[float] | None, step: int) -> list[float]:
@@ -160,7 +101,8 @@ class Backprop:
             The losses, not multiplied.
         """
         self._turns, self._step = Turns(len(losses)), step
-        self._learns, self.order, self.held_nbytes = scales is not None, [], 0
+        self._learns, self.order = scales is not None, []
+        self.inputs.begin()
         found = [0.0] * len(losses)
 
         def body(number: int) -> None:
@@ -182,15 +124,12 @@ class Backprop:
         finally:
             self._is_running = False
             torch.set_rng_state(state)
-            self._away.clear()
-            if self.stash is not None:
-                self.stash.clear()
+            self.inputs.clear()
         return found
 
     def close(self) -> None:
         """Gives the units their own forward back, the model its loss, and the stash its memory and disk."""
-        if self.stash is not None:
-            self.stash.close()
+        self.inputs.close()
         self._own_loss_back()
         for name, part in self.parts.items():
             part.module.__dict__.pop("forward", None)
@@ -235,7 +174,7 @@ class Backprop:
             tensors = [leaves[k] for k in where]
             for k in where:
                 leaves[k] = None
-            call = _Call(part, leaves, where, spec, self._random(self._local.number, part.index), self._device)
+            call = Call(part, leaves, where, spec, self._random(self._local.number, part.index), self._device)
             anchor = torch.zeros((), requires_grad=True)  # without one, autograd would not come back to the first unit
             out = _Unit.apply(self, call, anchor, *tensors)
             assert call.out_spec is not None
@@ -253,108 +192,50 @@ class Backprop:
             mixed = (mixed * 6364136223846793005 + part * 2 + 1442695040888963407) % (1 << 62)
         return mixed
 
-    def forward(self, call: _Call, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def forward(self, call: Call, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """A unit's forward, for _Unit."""
         part = call.part
         self._enter(part, is_backward=False)
-        call.away = self._put_away(call, tensors)
+        is_last = part.index == len(self.parts) - 1  # its backward follows at once
+        call.away = self.inputs.put_away(
+            part,
+            tensors,
+            len(self.order),
+            self._local.number,
+            may_go=self._learns and not part.keeps and not is_last,
+            measures=self.measures,
+        )
         self._local.inside = part.name
         try:
             if part.keeps and self._learns:
-                call.graph = self._with_graph(call, tensors, [t.requires_grad for t in tensors])
+                call.graph = call.with_graph(tensors, [t.requires_grad for t in tensors], measures=self.measures)
                 return [t.detach() for t in call.graph[1]]
             with torch.no_grad():
                 return [t.detach() for t in call.run(tensors)]
         finally:
             self._local.inside = None
 
-    def _put_away(self, call: _Call, tensors: Sequence[torch.Tensor]) -> dict[int, Any]:
-        """Lets inputs go to disk, if this unit's do; its turn has begun. Returns which of them, and where they are."""
-        part = call.part
-        waits = [k for k, t in enumerate(tensors) if t.requires_grad and can_put(t)]  # others are the same everywhere
-        if self.measures:
-            part.swap_nbytes = sum(tensors[k].untyped_storage().nbytes() for k in waits)
-        is_last = part.index == len(self.parts) - 1  # its backward follows at once
-        if self.stash is None or not self._learns or part.keeps or is_last or not (part.swaps or self.is_pressed()):
-            self.held_nbytes += sum(tensors[k].untyped_storage().nbytes() for k in waits)
-            return {}
-        away: dict[int, Any] = {k: self.stash.put(tensors[k]) for k in waits}
-        self._away.append((len(self.order), self._local.number, list(away.values())))
-        return away
-
-    def _bring_back(self, call: _Call, saved: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """A unit's inputs, those that were put away too; its turn has begun."""
-        if self.stash is None or not call.away:
-            return list(saved)
-        if self._away:  # the backward pass begins
-            order = sorted(self._away, key=lambda entry: (-entry[0], entry[1]))
-            self._away.clear()
-            self.stash.expect([ticket for _, _, tickets in order for ticket in tickets])
-        left = iter(saved)
-        count = len(saved) + len(call.away)
-        return [self.stash.take(call.away[k]) if k in call.away else next(left) for k in range(count)]
-
     def backward(
-        self, call: _Call, saved: Sequence[torch.Tensor], needs: Sequence[bool], grads: Sequence[torch.Tensor | None]
+        self, call: Call, saved: Sequence[torch.Tensor], needs: Sequence[bool], grads: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
         """A unit's backward, for _Unit: gives its parameters' gradients to the owner, returns those of its inputs."""
         part = call.part
         self._enter(part, is_backward=True)
-        tensors = self._bring_back(call, saved)
+        tensors = self.inputs.bring_back(call.away, saved)
         self._local.inside = part.name
         try:
-            graph, call.graph = call.graph, None
-            if graph is None:
-                graph = self._with_graph(call, tensors, needs)
-                call.out_leaves = []
-            inputs, outputs = graph
-            asked = [t for t, needed in zip(inputs, needs, strict=True) if needed]
-            given = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-            wanted = [*asked, *part.parameters.values()]
-            found: Sequence[torch.Tensor | None] = [None] * len(wanted)
-            if given and wanted:
-                found = torch.autograd.grad(
-                    [o for o, _ in given], wanted, [g for _, g in given], allow_unused=True, materialize_grads=False
-                )
-            del graph, outputs
+            of_inputs, of_parameters = call.gradients(tensors, needs, grads, measures=self.measures)
         finally:
             self._local.inside = None
-        named = zip(part.parameters, found[len(asked) :], strict=True)
-        self._owner.add(part.name, {name: g for name, g in named if g is not None})
-        results = iter(found[: len(asked)])
-        return [next(results) if needed else None for needed in needs]
-
-    def _with_graph(
-        self, call: _Call, tensors: Sequence[torch.Tensor], needs: Sequence[bool]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        inputs = [t.detach().requires_grad_(needed) for t, needed in zip(tensors, needs, strict=True)]
-        with torch.enable_grad():
-            if not self.measures:
-                return inputs, call.run(inputs)
-            seen = {p.untyped_storage().data_ptr() for p in call.part.parameters.values()}
-            seen |= {t.untyped_storage().data_ptr() for t in inputs}
-            call.part.inputs_nbytes = sum(t.untyped_storage().nbytes() for t in inputs)
-            call.part.graph_nbytes = 0
-
-            def weigh(tensor: torch.Tensor) -> torch.Tensor:
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in seen:
-                    seen.add(storage.data_ptr())
-                    call.part.graph_nbytes += storage.nbytes()
-                return tensor
-
-            start = now()
-            with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
-                outputs = call.run(inputs)
-            call.part.forward_s = now() - start
-            return inputs, outputs
+        self._owner.add(part.name, of_parameters)
+        return of_inputs
 
 
 class _Unit(torch.autograd.Function):
     """One run of a unit as one node of autograd's graph."""
 
     @staticmethod
-    def forward(ctx: Any, backprop: Backprop, call: _Call, anchor: torch.Tensor, *tensors: torch.Tensor) -> Any:
+    def forward(ctx: Any, backprop: Backprop, call: Call, anchor: torch.Tensor, *tensors: torch.Tensor) -> Any:
         ctx.backprop, ctx.call = backprop, call
         ctx.gives_up_outputs = type(call.part.module) is nn.Linear  # whose backward does not read them; see losses.py
         ctx.set_materialize_grads(False)
@@ -368,10 +249,3 @@ class _Unit(torch.autograd.Function):
         needs = ctx.needs_input_grad[3:]
         found = ctx.backprop.backward(ctx.call, ctx.saved_tensors, needs, grads)
         return (None, None, None, *found)
-
-
-def sow(seed: int, device: torch.device) -> None:
-    """Seeds the random numbers of the CPU, and of a device that draws its own."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)

@@ -16,11 +16,11 @@ PASSING = 2  # tensors on their way to disk that are in main memory: one that co
 
 
 @dataclass(slots=True, eq=False)
-class Away:
+class _Away:
     """A tensor that was put away: on its way to main memory, or on disk."""
 
     down: Download | None
-    ticket: Ticket | None = None
+    on_disk: Ticket | None = None
 
 
 class Ashore:
@@ -36,10 +36,12 @@ class Ashore:
 
     def __init__(self, device: Device, stash: Stash | None = None) -> None:
         self._device, self._stash, self._held = device, stash, 0
-        self._passing: deque[Away] = deque()
+        self._away: dict[Ticket, _Away] = {}
+        self._count = 0  # of tickets
+        self._passing: deque[_Away] = deque()
         self.peak_nbytes = 0
 
-    def put(self, tensor: torch.Tensor) -> Away:
+    def put(self, tensor: torch.Tensor) -> Ticket:
         """Starts copying a tensor to main memory; the caller may let go of it.
 
         Raises:
@@ -47,32 +49,35 @@ class Ashore:
         """
         self._held += tensor.numel() * tensor.element_size()
         self.peak_nbytes = max(self.peak_nbytes, self._held)
-        away = Away(self._device.download(tensor))
+        ticket, self._count = Ticket(self._count), self._count + 1
+        away = self._away[ticket] = _Away(self._device.download(tensor))
         if self._stash is not None:
             self._passing.append(away)
             while len(self._passing) > PASSING:  # the latest may not have been computed yet
                 self._go_on(self._stash, self._passing.popleft())
-        return away
+        return ticket
 
-    def expect(self, tickets: Sequence[Away]) -> None:
+    def expect(self, tickets: Sequence[Ticket]) -> None:
         """Tensors will be taken in this order. From disk they are read ahead; next to weights these bytes are few, so
         that they are not brought to the device ahead."""
         self._passing.clear()  # the last that were put are the first that are taken: they stay
         if self._stash is not None:
-            self._stash.expect([away.ticket for away in tickets if away.ticket is not None])
+            places = [self._away[ticket].on_disk for ticket in tickets]
+            self._stash.expect([place for place in places if place is not None])
 
-    def take(self, ticket: Away) -> torch.Tensor:
+    def take(self, ticket: Ticket) -> torch.Tensor:
         """The tensor, on the device again.
 
         Raises:
             StorageError: see Stash.take.
         """
-        if ticket.ticket is not None:
+        away = self._away.pop(ticket)
+        if away.on_disk is not None:
             assert self._stash is not None
-            host = self._stash.take(ticket.ticket)
+            host = self._stash.take(away.on_disk)
         else:
-            assert ticket.down is not None
-            host = ticket.down.wait()
+            assert away.down is not None
+            host = away.down.wait()
         self._held -= host.numel() * host.element_size()
         target = torch.empty_like(host, device=self._device.torch_device)
         self._device.send(host, target)
@@ -81,6 +86,7 @@ class Ashore:
     def clear(self) -> None:
         """Forgets everything, at the end of a pass."""
         self._held = 0
+        self._away.clear()
         self._passing.clear()
         if self._stash is not None:
             self._stash.clear()
@@ -92,7 +98,7 @@ class Ashore:
             self._stash.close()
 
     @staticmethod
-    def _go_on(stash: Stash, away: Away) -> None:
+    def _go_on(stash: Stash, away: _Away) -> None:
         """From main memory to disk."""
         assert away.down is not None
-        away.ticket, away.down = stash.put(away.down.wait()), None
+        away.on_disk, away.down = stash.put(away.down.wait()), None

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NewType
 
 import torch
 
@@ -32,8 +33,11 @@ GROWTH = 64 * MIB  # of the file
 KEPT_ALIGNMENT = 64  # of addresses, which kernels may round by: torch's own allocations have it
 
 
+Ticket = NewType("Ticket", int)  # what a tensor that was put away is taken back with
+
+
 @dataclass(slots=True)
-class Ticket:
+class _Kept:
     """A tensor that was put away: what it is, where its bytes are, and the writes that bring them there."""
 
     shape: tuple[int, ...]
@@ -69,8 +73,9 @@ class Stash:
         self._fd = -1
         self._ring: BufferPool | None = None
         self._room = self._end = 0
-        self._out: list[Ticket] = []  # put away in this pass
-        self._ahead: deque[Ticket] = deque()
+        self._out: dict[Ticket, _Kept] = {}  # put away in this pass
+        self._count = 0  # of tickets
+        self._ahead: deque[_Kept] = deque()
         self.peak_nbytes = 0
 
     @property
@@ -85,22 +90,23 @@ class Stash:
             BudgetError: the file would take more than its limit.
         """
         data = tensor.detach().view(-1).view(torch.uint8)
-        ticket = Ticket(tuple(tensor.shape), tensor.dtype, self._end, data.numel())
-        file, ring = self._take_room(self._end + _page(ticket.nbytes))
-        self._end += _page(ticket.nbytes)
-        self._out.append(ticket)
-        for first in range(0, ticket.nbytes, BLOCK):
+        kept = _Kept(tuple(tensor.shape), tensor.dtype, self._end, data.numel())
+        file, ring = self._take_room(self._end + _page(kept.nbytes))
+        self._end += _page(kept.nbytes)
+        ticket, self._count = Ticket(self._count), self._count + 1
+        self._out[ticket] = kept
+        for first in range(0, kept.nbytes, BLOCK):
             part = data[first : first + BLOCK]
             lease = ring.lease()
             as_tensor(lease.view)[: part.numel()].copy_(part)
-            future = self._engine.write(file, ticket.at + first, lease.view[: _page(part.numel())])
+            future = self._engine.write(file, kept.at + first, lease.view[: _page(part.numel())])
             future.add_done_callback(lambda _, lease=lease: lease.release())
-            ticket.writes.append(future)
+            kept.writes.append(future)
         return ticket
 
     def expect(self, tickets: Sequence[Ticket]) -> None:
         """Starts reading ahead: tensors will be taken in this order."""
-        self._ahead = deque(tickets)
+        self._ahead = deque(self._out[ticket] for ticket in tickets)
         self._read_ahead()
 
     def take(self, ticket: Ticket) -> torch.Tensor:
@@ -109,13 +115,14 @@ class Stash:
         Raises:
             StorageError: it could not be written or read.
         """
-        tensor = torch.empty(ticket.shape, dtype=ticket.dtype)
+        kept = self._out[ticket]
+        tensor = torch.empty(kept.shape, dtype=kept.dtype)
         data = tensor.view(-1).view(torch.uint8)
-        for first in range(0, ticket.nbytes, BLOCK):
-            if not ticket.arriving:
-                self._ask(ticket, wait=True)
+        for first in range(0, kept.nbytes, BLOCK):
+            if not kept.arriving:
+                self._ask(kept, wait=True)
             part = data[first : first + BLOCK]
-            lease, future = ticket.arriving.popleft()
+            lease, future = kept.arriving.popleft()
             try:
                 future.result()
                 part.copy_(as_tensor(lease.view)[: part.numel()])
@@ -127,13 +134,13 @@ class Stash:
     def clear(self) -> None:
         """Forgets everything, at the end of a pass; waits for what is under way."""
         self._ahead.clear()
-        for ticket in self._out:
-            for future in ticket.writes:
+        for kept in self._out.values():
+            for future in kept.writes:
                 future.exception()
-            for lease, future in ticket.arriving:
+            for lease, future in kept.arriving:
                 future.exception()
                 lease.release()
-            ticket.arriving.clear()
+            kept.arriving.clear()
         self._out.clear()
         self.peak_nbytes = max(self.peak_nbytes, self._end)
         self._end = 0
@@ -150,13 +157,13 @@ class Stash:
     def _read_ahead(self) -> None:
         """Asks for blocks in the order announced, as far as the ring has room and their bytes are written."""
         while self._ahead:
-            ticket = self._ahead[0]
-            if ticket.asked * BLOCK >= ticket.nbytes:
+            kept = self._ahead[0]
+            if kept.asked * BLOCK >= kept.nbytes:
                 self._ahead.popleft()
-            elif not ticket.writes[ticket.asked].done() or not self._ask(ticket, wait=False):
+            elif not kept.writes[kept.asked].done() or not self._ask(kept, wait=False):
                 return
 
-    def _ask(self, ticket: Ticket, *, wait: bool) -> bool:
+    def _ask(self, kept: _Kept, *, wait: bool) -> bool:
         """Starts reading the next block of a tensor; False: there was no room for it, and nobody waited."""
         assert self._file is not None
         assert self._ring is not None
@@ -165,16 +172,16 @@ class Stash:
             if not wait:
                 return False
             lease = BufferPool(1, BLOCK).lease()  # others were announced before it: its own way past them
-        first = ticket.asked * BLOCK
+        first = kept.asked * BLOCK
         try:
-            ticket.writes[ticket.asked].result()
-            view = lease.view[: _page(min(BLOCK, ticket.nbytes - first))]
-            future = self._engine.read(self._file, ticket.at + first, view)
+            kept.writes[kept.asked].result()
+            view = lease.view[: _page(min(BLOCK, kept.nbytes - first))]
+            future = self._engine.read(self._file, kept.at + first, view)
         except BaseException:
             lease.release()
             raise
-        ticket.asked += 1
-        ticket.arriving.append((lease, future))
+        kept.asked += 1
+        kept.arriving.append((lease, future))
         return True
 
     def _take_room(self, nbytes: int) -> tuple[File, BufferPool]:

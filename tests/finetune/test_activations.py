@@ -111,7 +111,7 @@ def test_activations_on_disk_change_nothing(
         resident=0, **NUMBERS
     ) as trainer:  # fmt: skip
         check(trainer, loop, micro_batches)
-        stash = trainer.training.backprop.stash
+        stash = trainer.training.backprop.inputs.stash
         assert stash is not None
         width = 64 * dtype.itemsize * 2 * 24  # hidden state of a micro-batch
         assert stash.peak_nbytes >= 5 * width * micro_batches, "the inputs of five blocks"
@@ -128,10 +128,10 @@ def test_short_memory_swaps_in_the_first_step(tmp_path: Path, monkeypatch: pytes
         tmp_path / "model", max_grad_norm=0.5, offload_dir=tmp_path / "state", **NUMBERS
     ) as trainer:  # fmt: skip
         check(trainer, loop, 2, steps=1)
-        stash = trainer.training.backprop.stash
+        stash = trainer.training.backprop.inputs.stash
         assert stash is not None
         assert stash.peak_nbytes > 0
-        assert not trainer.training.backprop.is_pressed()
+        assert not trainer.training.backprop.inputs.is_pressed()
 
 
 class Broken:
@@ -150,7 +150,7 @@ def test_a_failed_write_ends_the_step_with_its_error(tmp_path: Path, monkeypatch
     ) as trainer:  # fmt: skip
         trainer.step(batches(0, 2))
         trainer.commit()
-        stash = trainer.training.backprop.stash
+        stash = trainer.training.backprop.inputs.stash
         assert stash is not None
         monkeypatch.setattr(stash, "_engine", Broken())
         with pytest.raises(offload.StorageError, match="write failed"):

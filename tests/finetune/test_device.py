@@ -249,11 +249,11 @@ def test_inputs_that_the_device_has_no_room_for_wait_in_memory(activations: str,
         loop = ReferenceLoop(plain(tmp_path / "model", B), max_grad_norm=1.0, **NUMBERS)
         backprop = mine.training.backprop
         check(mine, loop, 1)
-        assert backprop.stash.peak_nbytes == 0
-        backprop.is_pressed = lambda: backprop.held_nbytes >= 3000
+        assert backprop.inputs.stash.peak_nbytes == 0
+        backprop.inputs.is_pressed = lambda: backprop.inputs.held_nbytes >= 3000
         check(mine, loop, 3)
-        assert backprop.stash.peak_nbytes > 0
-        assert backprop.stash._held == 0
+        assert backprop.inputs.stash.peak_nbytes > 0
+        assert backprop.inputs.stash._held == 0
         before = mine.training.device.statistics().downloaded_bytes
         mine.evaluate(batches(50, 1))
         assert mine.training.device.statistics().downloaded_bytes == before
@@ -264,7 +264,7 @@ def test_inputs_go_on_to_disk(tmp_path: Path) -> None:
         loop = ReferenceLoop(plain(tmp_path / "model", B), max_grad_norm=1.0, **NUMBERS)
         for micro_batches in (1, 3):
             check(mine, loop, micro_batches)
-        ashore = mine.training.backprop.stash
+        ashore = mine.training.backprop.inputs.stash
         assert ashore._stash.peak_nbytes > 0
         assert (ashore._held, len(ashore._passing)) == (0, 0)
 

@@ -81,7 +81,7 @@ def test_activations_take_no_more_than_planned(tmp_path: Path) -> None:
     )  # fmt: skip
     with offload.finetuning(tmp_path / "llama", activations="disk", offload_dir=tmp_path / "state") as trainer:
         trainer.step(batches(0, 2))
-        stash = trainer.training.backprop.stash
+        stash = trainer.training.backprop.inputs.stash
         assert stash is not None
         assert 0 < stash.peak_nbytes <= plan.activation_nbytes
 
