@@ -25,6 +25,11 @@ def as_tensor(view: memoryview) -> torch.Tensor:
         return torch.frombuffer(view, dtype=torch.uint8)
 
 
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor (uint8, 1-D), on whatever device; memory is shared."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
 class HostArena:
     """A region of main memory that is handed out once, front to back, and freed as a whole."""
 

@@ -1,7 +1,8 @@
 """Every tensor of a model by name: where it lives, and how to bring it to where the model computes.
 
 Owns all memory that weights occupy: the arena of what stays in main memory, the ring of host slots, and on a device
-with memory of its own the same two again. Moves whole bundles; knows nothing of the order in which they are needed.
+with memory of its own the same two again. Moves whole bundles (`bundle_reads.py`) and fills what stays (`filling.py`);
+knows nothing of the order in which they are needed.
 """
 
 from __future__ import annotations
@@ -17,21 +18,18 @@ from offload.io.buffers import Buffer, BufferPool, Lease
 from offload.io.engine import Engine, File
 from offload.io.extents import ALIGNMENT, Extent
 from offload.kernels.chosen import Kernels
-from offload.kernels.formats.form import Form, Weight, take_rows
+from offload.kernels.formats.form import take_rows
 from offload.planner.placement import Placement, Tier
-from offload.tiers import transit
+from offload.tiers.bundle_reads import read_bundle
 from offload.tiers.device import Device, Event
-from offload.tiers.futures import join
-from offload.tiers.host import HostArena, Scratch, as_tensor
-from offload.tiers.layout import Layout, Piece, ReadOp, Source, View, assemble, lay_out, view_of
-from offload.tiers.packing import pack_to
+from offload.tiers.filling import Filling, Progress
+from offload.tiers.host import HostArena, as_bytes, as_tensor
+from offload.tiers.layout import Layout, Piece, ReadOp, Source, View, lay_out, view_of
 from offload.tiers.rows import URGENT, read_packed_rows, read_rows
 from offload.tiers.slots import VIEW_ALIGNMENT
-from offload.tiers.transit import Put
 
 DEVICE_ALIGNMENT = 512
 
-Progress = Callable[[int], None]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -122,72 +120,33 @@ class Store:
             progress: called with bytes as they arrive.
             meanwhile: called once while the disk is busy.
         """
-        futures: list[Future[int]] = []
-        jobs: list[tuple[Source, Put]] = []
-        scratch = Scratch()
+        filling = Filling(self.engine, self.device, self._kernels, self.open)
         for layout in self._kept.values():
             view = self.arena.take(layout.final_nbytes)
             area = as_tensor(view)
             for name, place in layout.views.items():
-                self._resident[name] = place.of(area)
-                if self.sources[name].is_made:
-                    jobs.append((self.sources[name], self._pack_to(name, self._resident[name], scratch)))
-                elif not self.sources[name].is_plain:
-                    jobs.append((self.sources[name], _copy_to(self._resident[name])))
-            for op in layout.reads:
-                if not op.is_staging:
-                    part = view[op.at : op.at + op.nbytes]
-                    futures.append(self.engine.read(self.open(op.path), op.offset, part, need=op.need))
+                target = self._resident[name] = place.of(area)
+                if not self.sources[name].is_plain:
+                    filling.bring(self.sources[name], target, on_device=False)
+            filling.read(layout, view)
         if meanwhile is not None:
             meanwhile()
-        for future in futures:
-            done = future.result()
-            if progress is not None:
-                progress(done)
+        filling.wait(progress)
         for name in self._on_device:
             target = self._resident[name] = self._device_kept[name].of(self._device_arena)
             if name in self._given:
-                self.device.upload([(_flat(target), _flat(self._given.pop(name)))], None).wait()
-            elif self.sources[name].is_made:
-                jobs.append((self.sources[name], self._pack_to(name, target, scratch)))
+                self.device.upload([(as_bytes(target), as_bytes(self._given.pop(name)))], None).wait()
             else:
-                jobs.append((self.sources[name], self._upload_to(target)))
-        if jobs:
-            pool = transit.buffers()
-            self.device.register(pool.buffer)
-            transit.bring(jobs, self.engine, pool, progress)
-            self.device.synchronize()
-            self.device.unregister(pool.buffer)
-            pool.close()
-        scratch.close()
-
-    def _upload_to(self, target: torch.Tensor) -> Put:
-        flat = target.reshape(-1)
-
-        def put(start: int, values: torch.Tensor) -> None:
-            self.device.upload([(_flat(flat[start : start + len(values)]), _flat(values))], None).wait()
-
-        return put
-
-    def _pack_to(self, name: str, target: torch.Tensor, scratch: Scratch) -> Put:
-        """Packs a matrix into its run of bytes in memory, wherever that is."""
-
-        def put(weight: Weight, form: Form, error: float) -> None:
-            self.weight_errors[name] = error
-            self.sources[name] = replace(self.sources[name], form=form)
-            if self.placement.home[name] is Tier.HOST:
-                form.write(weight, target)
-            else:
-                form.write(weight, run := torch.empty(form.nbytes, dtype=torch.uint8))
-                self.device.upload([(target, run)], None).wait()
-
-        return pack_to(self.sources[name], self._kernels, scratch, put)
+                filling.bring(self.sources[name], target, on_device=True)
+        filling.finish(progress)
+        for name, (form, error) in filling.packed.items():
+            self.sources[name], self.weight_errors[name] = replace(self.sources[name], form=form), error
 
     # What travels in every pass.
 
     def read(self, unit: str, lease: Lease) -> Future[int]:
         """Starts reading the unit's part on disk into a host slot; done when its tensors can be used."""
-        return self._submit(self._reads[unit], lease.view)
+        return read_bundle(self._reads[unit], lease.view, self.engine, self.open)
 
     def upload(self, unit: str, host_slot: int | None, device_slot: int, after: Event | None) -> Event:
         """Copies the unit's bundle to a device slot, from the host slot it was read to and from the arena."""
@@ -197,7 +156,7 @@ class Store:
         pairs = []
         for name, place in places.items():
             source = below[name] if name in below else self._resident[name]
-            pairs.append((_flat(place.of(slot)), _flat(source)))
+            pairs.append((as_bytes(place.of(slot)), as_bytes(source)))
         return self.device.upload(pairs, after)
 
     def host_tensors(self, unit: str, slot: int) -> Tensors:
@@ -284,7 +243,7 @@ class Store:
         else:
             layout = lay_out([source])
             buffer = Buffer(layout.nbytes)
-            self._submit(layout, buffer.view, URGENT).result()
+            read_bundle(layout, buffer.view, self.engine, self.open, URGENT).result()
             found = layout.views[name].of(as_tensor(buffer.view))
         if source.form is not None:
             return self._kernels.unpack(source.form.view(found), source.dtype).to(device)
@@ -346,47 +305,6 @@ class Store:
             places[name] = view_of(source, end)
             end += source.nbytes
         return places, end
-
-    def _submit(self, layout: Layout, view: memoryview, priority: int = 0) -> Future[int]:
-        """Reads a bundle into one area: the final part first, staging behind it; assembles it in the I/O thread."""
-        staging = view[layout.final_nbytes : layout.nbytes]
-        finish = None
-        if layout.copies:
-            final = as_tensor(view[: layout.final_nbytes])
-
-            def finish() -> None:
-                assemble(layout, final, as_tensor(staging))
-
-        return self._read_into(layout, view, staging, priority, finish)
-
-    def _read_into(
-        self,
-        layout: Layout,
-        final: memoryview,
-        staging: memoryview,
-        priority: int = 0,
-        finish: Callable[[], None] | None = None,
-    ) -> Future[int]:
-        files = [self.open(op.path) for op in layout.reads]  # what can fail comes before anything is in flight
-        parts = []
-        for file, op in zip(files, layout.reads, strict=True):
-            area = staging if op.is_staging else final
-            part = area[op.at : op.at + op.nbytes]
-            parts.append(self.engine.read(file, op.offset, part, need=op.need, priority=priority))
-        return join(parts, finish)
-
-
-def _copy_to(target: torch.Tensor) -> Put:
-    flat = target.reshape(-1)
-
-    def put(start: int, values: torch.Tensor) -> None:
-        flat[start : start + len(values)] = values
-
-    return put
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _page(nbytes: int) -> int:

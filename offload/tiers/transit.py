@@ -53,6 +53,16 @@ def gather(source: Source, scratch: Scratch, put: Callable[[torch.Tensor], None]
     return receive
 
 
+def copy_to(target: torch.Tensor) -> Put:
+    """A receiver that copies elements to where a contiguous tensor has them."""
+    flat = target.view(-1)
+
+    def put(start: int, values: torch.Tensor) -> None:
+        flat[start : start + len(values)] = values
+
+    return put
+
+
 def bring(
     jobs: Sequence[tuple[Source, Put]], engine: Engine, pool: BufferPool, progress: Callable[[int], None] | None = None
 ) -> None:
@@ -96,18 +106,9 @@ def bring(
 
 def bring_into(tensors: Mapping[str, torch.Tensor], sources: Mapping[str, Source], engine: Engine) -> None:
     """Reads tensors to where they shall be, by name."""
-
-    def put_to(target: torch.Tensor) -> Put:
-        flat = target.view(-1)
-
-        def put(start: int, values: torch.Tensor) -> None:
-            flat[start : start + len(values)] = values
-
-        return put
-
     pool = buffers()
     try:
-        bring([(sources[name], put_to(tensor)) for name, tensor in tensors.items()], engine, pool)
+        bring([(sources[name], copy_to(tensor)) for name, tensor in tensors.items()], engine, pool)
     finally:
         pool.close()
 

@@ -1,0 +1,95 @@
+"""Reads what stays in memory to where it stays, at the disk's rate: as it is, cast, or packed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import torch
+
+from offload.io.engine import Engine, File
+from offload.kernels.chosen import Kernels
+from offload.kernels.formats.form import Form, Weight
+from offload.tiers import transit
+from offload.tiers.device import Device
+from offload.tiers.host import Scratch, as_bytes
+from offload.tiers.layout import Layout, Source
+from offload.tiers.packing import pack_to
+from offload.tiers.transit import Put, copy_to
+
+Progress = Callable[[int], None]
+
+
+class Filling:
+    """One load of a model: `read` and `bring` say what, `wait` and `finish` see it through.
+
+    Args:
+        engine: reads files.
+        device: where `on_device` tensors go.
+        kernels: what packs.
+        opened: gives the open file of a path.
+
+    Attributes:
+        packed: of every matrix that was packed, after `finish`: what its form has become, and its error.
+    """
+
+    def __init__(self, engine: Engine, device: Device, kernels: Kernels, opened: Callable[[str], File]) -> None:
+        self._engine, self._device, self._kernels, self._opened = engine, device, kernels, opened
+        self._reads: list[Future[int]] = []
+        self._jobs: list[tuple[Source, Put]] = []
+        self._scratch = Scratch()
+        self.packed: dict[str, tuple[Form, float]] = {}
+
+    def read(self, layout: Layout, view: memoryview) -> None:
+        """Starts reading what the disk has as it shall be, straight to its place."""
+        for op in layout.reads:
+            if not op.is_staging:
+                part = view[op.at : op.at + op.nbytes]
+                self._reads.append(self._engine.read(self._opened(op.path), op.offset, part, need=op.need))
+
+    def bring(self, source: Source, target: torch.Tensor, *, on_device: bool) -> None:
+        """Notes a tensor that `finish` will read by way of a buffer."""
+        if source.is_made:
+            put = self._pack_to(source, target, on_device=on_device)
+        else:
+            put = self._upload_to(target) if on_device else copy_to(target)
+        self._jobs.append((source, put))
+
+    def wait(self, progress: Progress | None) -> None:
+        """Waits for what `read` started."""
+        for future in self._reads:
+            done = future.result()
+            if progress is not None:
+                progress(done)
+
+    def finish(self, progress: Progress | None) -> None:
+        """Reads what `bring` noted."""
+        if self._jobs:
+            pool = transit.buffers()
+            self._device.register(pool.buffer)
+            transit.bring(self._jobs, self._engine, pool, progress)
+            self._device.synchronize()
+            self._device.unregister(pool.buffer)
+            pool.close()
+        self._scratch.close()
+
+    def _upload_to(self, target: torch.Tensor) -> Put:
+        flat = target.reshape(-1)
+
+        def put(start: int, values: torch.Tensor) -> None:
+            self._device.upload([(as_bytes(flat[start : start + len(values)]), as_bytes(values))], None).wait()
+
+        return put
+
+    def _pack_to(self, source: Source, target: torch.Tensor, *, on_device: bool) -> Put:
+        """Packs a matrix into its run of bytes in memory."""
+
+        def put(weight: Weight, form: Form, error: float) -> None:
+            self.packed[source.name] = form, error
+            if not on_device:
+                form.write(weight, target)
+            else:
+                form.write(weight, run := torch.empty(form.nbytes, dtype=torch.uint8))
+                self._device.upload([(target, run)], None).wait()
+
+        return pack_to(source, self._kernels, self._scratch, put)
