@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from reference_loop import ReferenceLoop
-from test_device import accelerated
+from test_device import accelerated, check_all_back
 from test_full import NUMBERS, B, F, batches, check, plain
 from test_travel import held_out
 
@@ -99,9 +99,7 @@ def test_bytes_are_what_the_tuple_says_and_every_slot_goes_back(tier: str, clip:
         assert after.downloaded_bytes - before.downloaded_bytes == down
         assert after.uploaded_bytes - before.uploaded_bytes >= up  # and what was brought ahead
         pools = [training._walk._there.ring, training._lanes.ring, training._updates.slots.ring]
-        for pool in [*pools, *([training._lanes.cell_ring] if training._lanes.cell_ring else [])]:
-            pool.check_integrity()
-            assert pool.statistics().leased == 0
+        check_all_back([*pools, *([training._lanes.cell_ring] if training._lanes.cell_ring else [])])
         assert device.statistics().peak_bytes <= device.memory_nbytes
 
 
