@@ -14,7 +14,6 @@ the time. Now and then a pass writes them back as they are (`writeback`), to a n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,6 +27,7 @@ from offload.kernels.chosen import Kernels
 from offload.kernels.reference.directions import Along, Sides
 from offload.planner.placement import Placement
 from offload.runtime.backprop import Backprop, Gradients, Loss
+from offload.runtime.bases import Bases
 from offload.runtime.buffers import move_buffers
 from offload.runtime.discovery import Anatomy
 from offload.runtime.sides import TwoSides
@@ -37,14 +37,11 @@ from offload.runtime.training import Pass
 from offload.runtime.writeback import WriteBack
 from offload.tiers.device import Device
 from offload.tiers.devices import CpuDevice
-from offload.tiers.images import Base, Images
 from offload.tiers.layout import Source
 from offload.tiers.logfile import LogFile
-from offload.units import format_bytes
 
 TOGETHER = 8  # micro-batches of an evaluation that share a pass over weights
 REPLAYED = 64  # updates that a resumed run applies at most to weights that stay; with more, a commit writes them
-STAYING = "(staying)"
 
 
 class Zeroth:
@@ -88,15 +85,11 @@ class Zeroth:
         disk_limit: int | None = None,
         device: Device | None = None,
     ) -> None:
-        self.root, self.state, self._engine, self._kernels = root, state, engine, kernels
-        self._eps, self._seed, self._sources, self._disk_limit = eps, seed, sources, disk_limit
+        self.root, self.state, self._kernels = root, state, kernels
+        self._eps, self._sources = eps, sources
         self.timeline, self.device = Timeline(), device or CpuDevice()
         where = self.device.torch_device
         self._along = {n: Along(seed, n, (limits or {}).get(n, float("inf"))) for n in sources}
-        self._stored = dict.fromkeys(sources, ("", 0))  # parameter -> its base, if not the checkpoint, and its updates
-        for base in state.bases:
-            self._stored |= dict.fromkeys(base.places, (base.file, base.step))
-        self._has = {n: step for n, (_, step) in self._stored.items()}  # updates that it has where it is loaded from
         self._used = uses(anatomy)
         outside = set(sources) - {n for used in self._used.values() for n in used}
         if outside:
@@ -105,13 +98,12 @@ class Zeroth:
         self.fallbacks = [self._sides.fallback] if self._sides.fallback is not None else []
         self.streams = Streams(anatomy, sources, placement, engine, kernels, self._present, computes_on=where)
         self._put_back = move_buffers(root, where)
-        self._bases = {base.file: base for base in state.bases}
+        self._bases = Bases(sources, state, self.streams, engine, kernels, disk_limit, self.fallbacks)
+        self._has = self._bases.steps()  # updates that a parameter has where it is
         self._travelling = [n for u in self.streams.travelling for n in self.streams.bundle(u)]
         self._staying = [n for n in sources if n not in set(self._travelling)]
         self._order = [u.name for u in anatomy.units]
         self._rhythm = WriteBack(sum(sources[n].nbytes for n in self._travelling), write_every)
-        self._images: Images | None = None  # what this pass writes back to
-        self._current: Images | None = None  # what was written back last, while something is read from it
         self._step = 0  # the step whose direction is used; 0: weights stay as they are
         self._half = 0
         self._apply_s = 0.0
@@ -165,18 +157,11 @@ class Zeroth:
 
     def commit(self, extra: Mapping[str, Any]) -> None:
         """Makes the present step the one that a later run finds."""
-        if self._current is not None:
-            self._current.sync()
-        replayed = len(self.state.log) - min((self._stored[n][1] for n in self._staying), default=0)
-        if replayed > REPLAYED and self._has_room({STAYING: self.streams.store.arena.used_nbytes}):
-            self._write_staying()
-        found = []
-        for file, base in self._bases.items():
-            places = {n: at for n, at in base.places.items() if self._stored[n][0] == file}
-            if places:
-                found.append(replace(base, places=places))
-        self.state.commit(extra, found)
-        self._bases = {base.file: base for base in found}
+        self._bases.sync()
+        if self._bases.lacking(self._staying) > REPLAYED and self._bases.has_room(self.streams.store.arena.used_nbytes):
+            self.flush()
+            self._bases.write_staying(self._staying)
+        self._bases.commit(extra)
 
     def close(self) -> None:
         """Gives the model its own forwards back and the memory to the system."""
@@ -185,23 +170,25 @@ class Zeroth:
         self._sides.close()
         self._put_back()
         self.device.close()
-        if self._images is not None:
-            self._images.abandon()
+        self._bases.close()
 
     # Passes.
 
     def _pass(self, losses: Sequence[Loss], step: int) -> list[float]:
         updates = len(self.state.log) - min((self._has[n] for n in self._travelling), default=0)
-        is_writing = bool(self._step) and self._rhythm.is_due(updates) and self._has_room(self._image_sizes())
+        is_writing = bool(self._step) and self._rhythm.is_due(updates)
+        is_writing = is_writing and self._bases.has_room(sum(self._bases.image_sizes().values()))
         if is_writing:
-            self._begin_images()
+            self._bases.begin()
         self.streams.follow(self._order)
         self._apply_s = 0.0
         found = self.backprop.run(losses, None, step)
         self._order = list(self.backprop.order)
         self._rhythm.add_pass(self._apply_s * updates / (updates + 1))
         if is_writing:
-            self._end_images()
+            base, write_s = self._bases.end()
+            self._has |= dict.fromkeys(base.places, base.step)
+            self._rhythm.add_writes(write_s)
         return found
 
     # The owner's side of Backprop.
@@ -216,7 +203,7 @@ class Zeroth:
             if weights is None:
                 weights = self.streams.store.kept(name)
             due = self._due(name)
-            is_kept = stays or not self._step or self._images is not None
+            is_kept = stays or not self._step or self._bases.images is not None
             sides = Sides(self._step, self._eps, plus[name], minus[name]) if self._step else None
             if due or sides is not None:
                 kept = weights if due and is_kept else None
@@ -233,10 +220,10 @@ class Zeroth:
             self.timeline.add("upload", unit, end, self._entered, sent)
         if in_slot:
             self._apply_s += end - start
-            if self._images is not None:
+            if self._bases.images is not None:
                 store = self.streams.store
                 image = self.streams.slot[: store.image_nbytes(unit)]
-                self._images.write(unit, image, store.places(unit))
+                self._bases.images.write(unit, image, store.places(unit))
 
     def visit(self, unit: str, number: int) -> None:
         """Before each micro-batch: to the one side for the first half of them, to the other for the second."""
@@ -250,9 +237,9 @@ class Zeroth:
 
     def leave(self, unit: str, *, is_backward: bool) -> None:
         self.timeline.add("compute", unit, self._entered, now())
-        if self._images is not None and self.streams.travels(unit):
+        if self._bases.images is not None and self.streams.travels(unit):
             start = now()
-            self._images.wait(unit)
+            self._bases.images.wait(unit)
             self.timeline.stall("compute:write", unit, start, now())
         store = self.streams.store
         self.streams.bind({n: t for n in self._used[unit] if (t := store.resident(n)) is not None})
@@ -277,66 +264,6 @@ class Zeroth:
         if due:
             self._kernels.run("move_along", weights, self._along[name], due, weights)
         return weights
-
-    # Writing back.
-
-    def _image_sizes(self) -> dict[str, int]:
-        store = self.streams.store
-        return {unit: store.image_nbytes(unit) for unit in self.streams.travelling}
-
-    def _has_room(self, sizes: Mapping[str, int]) -> bool:
-        """Whether weights may be written; without it the log goes on growing, and with it what is applied."""
-        if self._disk_limit is None or self.state.taken_nbytes() + sum(sizes.values()) <= self._disk_limit:
-            return True
-        reason = f"weights were not written back for want of room: disk_limit={format_bytes(self._disk_limit)}"
-        self.fallbacks += [reason] if reason not in self.fallbacks else []
-        return False
-
-    def _begin_images(self) -> None:
-        self._images = Images(self.state.folder, len(self.state.log), self._image_sizes(), self._engine, self._checksum)
-
-    def _end_images(self) -> None:
-        """What streams is read from the new file from now on."""
-        images, self._images = self._images, None
-        assert images is not None
-        base, store = images.finish(), self.streams.store
-        self.streams.pause()
-        for unit in self.streams.travelling:
-            store.reread(unit, images.file, images.offsets[unit])
-        self._has |= dict.fromkeys(base.places, base.step)
-        self._take(base)
-        self._current = images
-        self._rhythm.add_writes(images.write_s)
-
-    def _write_staying(self) -> None:
-        """Weights that stay are written too, so that a run which goes on need not apply the whole log to them."""
-        self.flush()
-        store = self.streams.store
-        area, nbytes = store.arena.buffer, store.arena.used_nbytes
-        places = {n: store.kept(n).data_ptr() - area.address for n in self._staying}
-        images = Images(self.state.folder, len(self.state.log), {STAYING: nbytes}, self._engine, self._checksum)
-        try:
-            images.write(STAYING, area.view[:nbytes], places)
-            images.wait(STAYING)
-            images.sync()
-        except BaseException:
-            images.abandon()
-            raise
-        images.file.close()
-        self._take(images.finish())
-
-    def _take(self, base: Base) -> None:
-        """A file is the base of its parameters; those that are nobody's any more, and not the last commit's, go."""
-        self._stored |= dict.fromkeys(base.places, (base.file, base.step))
-        self._bases[base.file] = base
-        used = {file for file, _ in self._stored.values()}
-        for file in self._bases.keys() - used:
-            self.streams.store.forget(os.path.abspath(self.state.folder / file))
-            del self._bases[file]
-        self.state.sweep(used)
-
-    def _checksum(self, data: torch.Tensor) -> str:
-        return str(self._kernels.run("checksum", data))
 
 
 class _Present(Mapping[str, torch.Tensor]):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_full import batches
 
 import offload
-from offload.runtime.zeroth import Zeroth
+from offload.runtime.bases import Bases
 from offload.tiers.commit import MANIFEST
 from offload.tiers.images import Images
 
@@ -130,7 +130,7 @@ def moments(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[None]:
         for name in ("rename", "fsync", "unlink"):
             patch.setattr(os, name, counting(getattr(os, name)))
         patch.setattr(Images, "abandon", lambda images: images.file.close())  # a process that is gone removes nothing
-        for owner, name in ((Images, "write"), (Images, "finish"), (Zeroth, "_take")):
+        for owner, name in ((Images, "write"), (Images, "finish"), (Bases, "_take")):
             patch.setattr(owner, name, counting(getattr(owner, name)))
         yield
 
