@@ -54,7 +54,7 @@ class _Shard:
 
 
 class StateFile:
-    """The shards of one training run. Not safe for threads, but that `read` may be called in another one.
+    """The shards of one training run. Lanes may read and write different shards at once; all else is for one thread.
 
     Args:
         folder: holds the manifest.
