@@ -74,9 +74,16 @@ def test_on_a_device_equals_in_memory(
         check(trainer, loop, micro_batches)
 
 
-@pytest.mark.parametrize(("kind", "dtype", "micro_batches", "clip"), [c for c in CASES if c[-1]])
-@pytest.mark.parametrize("share", [0.5, 1.0])
-@pytest.mark.parametrize("tier", list(TIERS))
+def deferring() -> Iterator[Any]:
+    """Every tier and share with the cases that clip; half of them are slow, so that any two values still meet."""
+    clipping = [c for c in CASES if c[-1]]
+    for i, tier in enumerate(TIERS):
+        for j, share in enumerate((0.5, 1.0)):
+            for k, case in enumerate(clipping):
+                yield pytest.param(tier, share, *case, marks=[pytest.mark.slow] * ((i + j + k) % 2))
+
+
+@pytest.mark.parametrize(("tier", "share", "kind", "dtype", "micro_batches", "clip"), list(deferring()))
 def test_state_that_is_written_in_the_backward_pass(
     tier: str, share: float, kind: str, dtype: torch.dtype, micro_batches: int, clip: float, tmp_path: Path
 ) -> None:
