@@ -74,6 +74,21 @@ def test_gates_are_known_by_what_they_compute(activation: str, is_taken: bool) -
     assert torch.equal(module(many), expected)
 
 
+def test_a_layer_that_cannot_be_tried_out_is_left_alone() -> None:
+    class Pooled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = torch.nn.SiLU()
+            self.gate, self.up, self.down = (torch.nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.act(self.gate(x)) * self.up(x)) / x.shape[2]  # an IndexError for a matrix
+
+    module = Pooled()
+    gates.install(module, KERNELS)
+    assert all("forward" not in m.__dict__ for m in module.modules())
+
+
 def test_a_layer_that_gates_otherwise_is_left_alone() -> None:
     class Sum(modeling_llama.LlamaMLP):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
