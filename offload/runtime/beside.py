@@ -225,7 +225,7 @@ class WalkBeside(Walk):
             assert self._updates is not None
             from_disk = self._updates.download(step)
             if from_disk is None:
-                self.dirty.add(step.shard)
+                self._lanes.kept.dirty.add(step.shard)
             else:
                 self._held_shards[step.shard] = from_disk
         elif isinstance(step, Release) and step.ring == "device":

@@ -52,10 +52,10 @@ class Holdings:
         lanes.rest()
         for name in names:
             wanted += lanes.nbytes[name] * share
-            if name in lanes.kept:
+            if name in lanes.kept.views:
                 taken += lanes.nbytes[name]
             elif taken + lanes.nbytes[name] / 2 <= wanted and taken + lanes.nbytes[name] <= nbytes:
-                lanes.keep(name)
+                lanes.kept.keep(name)
                 taken += lanes.nbytes[name]
         self._tuples.forget()
         return int(taken)
@@ -84,10 +84,10 @@ class Holdings:
                     self._spill.read(unit, view).result()
                     self._spill.verify(unit, view)
                 else:
-                    self._lanes.weights(unit, view).result()
+                    self._lanes.reads.weights(unit, view).result()
                 self._parameters.show({n: self._cells.views[n] for n in self._cells.layouts[unit].places})
         self._spill.drain()
-        self._lanes.use_cell_ring(*cell_slots)
+        self._lanes.rings.use_cells(*cell_slots)
         self._tuples.forget()
 
     @property

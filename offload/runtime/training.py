@@ -14,27 +14,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.errors import ModelError
-from offload.io.buffers import Lease
 from offload.kernels.chosen import Kernels
 from offload.planner.schedule import Schedule
 from offload.planner.training import asides, has_copies
 from offload.runtime.backprop import Backprop, Gradients, Loss
 from offload.runtime.beside import WalkBeside
+from offload.runtime.between_passes import BetweenPasses
 from offload.runtime.discovery import Anatomy
 from offload.runtime.gradients import GradientSums
 from offload.runtime.holdings import Holdings
 from offload.runtime.parameters import Parameters
 from offload.runtime.timeline import Timeline
 from offload.runtime.training_lanes import LOOSE, TrainingLanes
-from offload.runtime.training_walk import LazyWeights, Rule, Walk
+from offload.runtime.training_walk import Rule, Walk
 from offload.runtime.tuples import Tuples
+from offload.runtime.unit_order import UnitOrder
 from offload.runtime.updates_there import ShareThere, UpdatesThere
-from offload.tiers.cells import Cells, Shard
+from offload.tiers.cells import Cells, page
 from offload.tiers.device import Device
 from offload.tiers.device_cells import DeviceCells
 from offload.tiers.devices import CpuDevice
-from offload.tiers.host import as_tensor
 from offload.tiers.spill import Spill
 from offload.tiers.statefile import StateFile
 
@@ -112,9 +111,8 @@ class Training:
         self.backprop = Backprop(root, [(u.name, u.module) for u in anatomy.units], self, seed, where)
         self._loose = set(cells.layouts[LOOSE].places) if LOOSE in cells.layouts else set[str]()
         self._sums = GradientSums(there or cells, self._loose, kernels)
-        self._shards: dict[str, Shard] = {shard.name: shard for cell in layouts for shard in cell.shards}
         self._lanes = TrainingLanes(state, spill, cells, slots, self.timeline)
-        self._lanes.use_cell_ring(*cell_slots)
+        self._lanes.rings.use_cells(*cell_slots)
         parts = (cells, self._lanes, self._parameters, rule, self.timeline)
         self._updates: UpdatesThere | None = None
         if share is not None:
@@ -125,9 +123,6 @@ class Training:
         clips = max_grad_norm is not None
         copies = has_copies(clips, max(d.itemsize for d, _ in shapes.values()))
         order = [u.name for u in anatomy.units]  # in which units run forward: as they stand, until it is seen
-        self._is_seen = False
-        self._is_due = False  # every cell holds a gradient
-        self._has_copies = False  # the weights of every cell that does not stay are stored
         going_up = share.shards if share is not None else ()
         self._tuples = Tuples(
             cells, self._lanes, order, clips=clips, writes_copies=copies, there=there, going_up=going_up
@@ -135,41 +130,19 @@ class Training:
         self._holdings = Holdings(
             self.backprop, cells, self._lanes, self._walk, self._parameters, spill, self._tuples
         )  # fmt: skip
-        self._has_backward = True  # of the pass that runs
-        self._backward_of: set[str] = set()  # units whose backward has run in it
+        self._order = UnitOrder(cells.layouts, self.backprop, self._tuples, self._walk)
+        self._between = BetweenPasses(cells, state, self._lanes, self._walk, self._tuples, rule)
         self._micro_batches = 1
 
     # Start and end.
 
     def create(self, fill: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
-        """Makes the state of step 0 out of the first weights and commits it.
-
-        Args:
-            fill: puts first weights into tensors by name.
-        """
-        if self.cells.views:
-            fill(dict(self.cells.views))
-        for unit, cell in self.cells.layouts.items():
-            if self._tuples.travels(unit):
-                lease = self._slot()
-                as_tensor(lease.view).zero_()  # padding
-                self._walk.lend(unit, lease)
-                fill({name: self.cells.views[name] for name in cell.places})
-            for shard in cell.shards:
-                self._lanes.make_shard(shard.name, lambda view, shard=shard: self._first_state(shard, view))
-            if self._tuples.travels(unit):
-                self._walk.let_go(unit).release()
-        self.state.commit(0, {})
+        """See BetweenPasses.create."""
+        self._between.create(fill)
 
     def restore(self) -> None:
-        """Reads the committed state, checks all of it, and puts its weights into the cells that stay."""
-
-        def see(name: str, view: memoryview) -> None:
-            if self.cells.stays(self._shards[name].unit):
-                self._rule.weights(self._walk.state_of(name, view), self.cells.shard(self._shards[name]))
-
-        self._lanes.look(see)
-        self._walk.generation = self.state.step
+        """See BetweenPasses.restore."""
+        self._between.restore()
 
     def close(self) -> None:
         """Stops the lanes and gives the model its parameters back."""
@@ -197,18 +170,15 @@ class Training:
         """
         self._micro_batches = len(losses)
         self._sums.begin()
-        self._backward_of.clear()
         if self._max_norm is None:
             self._walk.numbers, self._walk.generation = numbers(1.0), step
-        self._begin(forward=True, backward=True)
+        self._order.begin(forward=True, backward=True)
         found = self.backprop.run(losses, scales, step)
-        self._check_uses()
+        self._order.check(self._parameters.trained, self._loose)
         if self._loose:
             self._sums.finish_loose(LOOSE, self._parameters.trained)
         norm = self._sums.norm(step, found)
-        self._walk.finish()
-        self._is_seen, self._is_due = True, self._max_norm is not None
-        self._has_copies = self._tuples.writes_copies
+        self._order.finish()
         clip = 1.0
         if self._max_norm is not None:
             clip = min(1.0, self._max_norm / (norm + EPSILON))
@@ -219,29 +189,24 @@ class Training:
         """Losses of micro-batches with the present weights."""
         found = []
         for first in range(0, len(losses), TOGETHER):
-            self._begin(forward=True, backward=False)
+            self._order.begin(forward=True, backward=False)
             found += self.backprop.run(losses[first : first + TOGETHER], None, step)
-            self._walk.finish()
-            self._is_due = False
+            self._order.finish()
         return found
 
     def flush(self) -> None:
         """Applies every update that is due. The model's parameters are its weights then, where those stay in memory."""
-        if self._is_due:
-            self._begin(forward=False, backward=False)
-            self._walk.finish()
-            self._is_due = False
+        if self._order.is_due:
+            self._order.begin(forward=False, backward=False)
+            self._order.finish()
         if self._there is not None:
-            self._come_down()
+            self._between.come_down()
             self._parameters.show(self.cells.views)
 
     def commit(self, extra: Mapping[str, Any]) -> None:
         """Makes the present step the one that a later run finds."""
         self.flush()
-        for name in [n for n in self._shards if n in self._walk.dirty]:
-            self.state.write(name, self._lanes.kept[name], self._walk.generation)
-            self._walk.dirty.discard(name)
-        self.state.commit(self._walk.generation, extra)
+        self._between.commit(extra)
 
     @property
     def weights(self) -> Mapping[str, torch.Tensor]:
@@ -252,7 +217,7 @@ class Training:
     @property
     def present(self) -> Mapping[str, torch.Tensor]:
         """The same without what is due: cells that stay may hold gradients."""
-        return LazyWeights(self.cells, self._bring)
+        return self._between.weights
 
     # Memory that is left: for what is then not read, or not computed twice.
 
@@ -268,8 +233,9 @@ class Training:
 
     def keep_cells(self, kept: Collection[str], cell_slots: tuple[int, int]) -> None:
         """See Holdings.keep_cells."""
-        self._come_down()
-        self._holdings.keep_cells(kept, cell_slots, is_due=self._is_due, has_copies=self._has_copies)
+        self._between.come_down()
+        order = self._order
+        self._holdings.keep_cells(kept, cell_slots, is_due=order.is_due, has_copies=order.has_copies)
 
     def defer(self, share: float) -> None:
         """Writes a share of the state in the backward pass, where updates wait for the forward pass. No pass is under
@@ -277,7 +243,9 @@ class Training:
         self._tuples.defers = share
         self._tuples.forget()
         if self._max_norm is not None:
-            self._lanes.use_aside(asides(share, is_beside=self._there is not None))
+            largest = max((cell.nbytes for unit, cell in self.cells.layouts.items() if unit != LOOSE), default=0)
+            self._lanes.rest()
+            self._lanes.rings.use_aside(asides(share, is_beside=self._there is not None), page(largest))
 
     @property
     def loose(self) -> Collection[str]:
@@ -301,11 +269,11 @@ class Training:
     @property
     def staging_nbytes(self) -> int:
         """What cells that travel will take beside their ring, where none has yet."""
-        return self._lanes.staging_nbytes
+        return self._lanes.reads.staging_nbytes
 
     @property
     def cell_ring_nbytes(self) -> int:
-        ring = self._lanes.cell_ring
+        ring = self._lanes.rings.cells
         return ring.buffer.nbytes if ring is not None else 0
 
     @property
@@ -321,7 +289,7 @@ class Training:
 
     def enter(self, unit: str, *, is_backward: bool) -> None:
         if self.cells.layouts[unit].places:
-            self._meet(unit, is_backward=is_backward)
+            self._order.meet(unit, is_backward=is_backward)
             self._walk.enter(unit)
         else:  # it may use parameters of no unit
             self._walk.is_before(unit, is_backward=is_backward)
@@ -336,94 +304,7 @@ class Training:
         if not self.cells.layouts[unit].places:
             return
         if is_backward:
-            self._walk.turn(unit)
-            self._meet(unit, is_backward=True)
-            self._backward_of.add(unit)
+            self._order.meet_again(unit)
             if self._micro_batches > 1:
                 self._sums.finish(unit)
         self._walk.leave(unit)
-
-    # The tuple.
-
-    def _begin(self, *, forward: bool, backward: bool) -> None:
-        self._has_backward = backward
-        schedule = self._tuples.emit(self._is_due, self._has_copies, forward=forward, backward=backward)
-        self._walk.begin(schedule, repeats=schedule is self.schedule())
-        self._tuples.holds_there = bool(self._tuples.resting)
-
-    def _meet(self, unit: str, *, is_backward: bool) -> None:
-        """The model enters a unit: it must be the one that comes next, except in the first pass, which shows the order.
-
-        There, no update is due, so that nothing has happened to the units that were expected before this one.
-        """
-        if self._walk.is_before(unit, is_backward=is_backward):
-            return
-        seen = self.backprop.order
-        if is_backward and not self._is_seen:
-            self._check_order()
-            raise ModelError(f"the loss does not depend on what runs behind {unit}; that cannot be trained yet")
-        if is_backward or self._is_seen or self._is_due:
-            raise ModelError(
-                "the model's units ran in another order than in the first step; that cannot be trained yet"
-            )
-        tuples = self._tuples
-        tuples.order = [*seen, unit, *(u for u in tuples.order if u not in (*seen, unit))]
-        tuples.forget()
-        schedule = tuples.emit(
-            False, self._has_copies, forward=True, backward=self._has_backward, holds_there=False
-        )  # fmt: skip
-        self._walk.begin(schedule, repeats=False, at=next(s.index for s in schedule if s.unit == unit))
-        assert self._walk.is_before(unit, is_backward=False)
-
-    def _check_order(self) -> None:
-        """Every unit has run."""
-        seen = self.backprop.order
-        missing = [u for u in self._tuples.order if u not in seen and self.cells.layouts[u].places]
-        if missing:
-            raise ModelError(
-                f"{', '.join(missing[:4])} did not run in the first step, so there is nothing to train there"
-            )
-
-    def _check_uses(self) -> None:
-        """Every unit has its gradient, and no parameter has one that went past its unit."""
-        self._check_order()
-        asleep = [u for u in self.backprop.order if u not in self._backward_of and self.cells.layouts[u].places]
-        if asleep:
-            raise ModelError(f"the loss does not depend on {', '.join(asleep[:4])}; that cannot be trained yet")
-        for name, parameter in self._parameters.trained.items():
-            if parameter.grad is not None and name not in self._loose:
-                raise ModelError(f"{name} is used outside its unit; such models cannot be trained yet")
-
-    # Weights outside passes.
-
-    def _come_down(self) -> None:
-        """What rests on the accelerator is in main memory too, and lanes hold nothing."""
-        self._lanes.rest()
-        if self._tuples.holds_there and isinstance(self._walk, WalkBeside):
-            for unit, shards in self._tuples.resting.items():
-                self._walk.come_down(unit, shards)
-            self._tuples.holds_there = False
-
-    def _bring(self, unit: str) -> None:
-        """Puts the weights of a cell that travels into a slot, in place of the one before."""
-        if self._there is not None:
-            self._come_down()  # what lanes have brought ahead they would take back
-        if self.cells.has(unit):
-            return
-        self._lanes.rest()
-        self._walk.put_away()
-        lease = self._slot()
-        try:
-            self._lanes.weights(unit, lease.view).result()
-        except BaseException:
-            lease.release()
-            raise
-        self._walk.lend(unit, lease)
-
-    def _slot(self) -> Lease:
-        assert self._lanes.cell_ring is not None
-        return self._lanes.cell_ring.lease()
-
-    def _first_state(self, shard: Shard, view: memoryview) -> None:
-        as_tensor(view)[self._rule.state_nbytes(shard.shape) :].zero_()
-        self._rule.start(self._walk.state_of(shard.name, view), self.cells.shard(shard))

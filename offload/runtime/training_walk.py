@@ -35,7 +35,6 @@ class Walk:
     Attributes:
         numbers: of the optimizer's step that updates apply.
         generation: the step that they lead to.
-        dirty: shards in memory that were changed and not written since.
     """
 
     def __init__(
@@ -52,7 +51,6 @@ class Walk:
         self._entered = 0.0
         self.numbers: Any = None
         self.generation = 0
-        self.dirty: set[str] = set()
 
     def begin(self, schedule: Schedule, *, repeats: bool, at: int = 0) -> None:
         """A pass begins; see TrainingLanes.begin."""
@@ -142,9 +140,9 @@ class Walk:
         if isinstance(step, Update):
             self._update(step)
         elif isinstance(step, WriteShard):
-            self._lanes.give_shard(step.shard, self._held_shards.pop(step.shard), self.generation)
+            self._lanes.writes.give_shard(step.shard, self._held_shards.pop(step.shard), self.generation)
         elif isinstance(step, WriteCell):
-            self._lanes.give_cell(step.unit, self.let_go(step.unit))
+            self._lanes.writes.give_cell(step.unit, self.let_go(step.unit))
         elif isinstance(step, Release) and step.ring == "cells" and step.unit in self._held_cells:
             self.let_go(step.unit).release()  # behind a write, its end does it
         elif isinstance(step, Release) and step.ring == "aside":
@@ -162,11 +160,12 @@ class Walk:
     def _update(self, step: Update) -> None:
         """Gradient and state of a shard become weights and state."""
         if step.goes_aside and step.unit not in self._asides:
-            self._asides[step.unit] = lent = self._lanes.lease_aside()
+            assert self._lanes.rings.aside is not None
+            self._asides[step.unit] = lent = self._lanes.rings.aside.lease()
             self._cells.lend(step.unit, lent.view)
         self._bring(step.unit)
         shard = self._shards[step.shard]
-        view, lease = self._lanes.take_shard(shard.name)
+        view, lease = self._lanes.reads.take_shard(shard.name)
         start = now()
         state, cell = self.state_of(shard.name, view), self._cells.shard(shard)
         if step.goes_aside:
@@ -177,7 +176,7 @@ class Walk:
             self._rule.step(state, cell, self.numbers, decays=shard.decays)
         self._timeline.add("update", shard.name, start, now(), len(view))
         if lease is None:
-            self.dirty.add(shard.name)
+            self._lanes.kept.dirty.add(shard.name)
         else:
             self._held_shards[shard.name] = lease
 
@@ -192,7 +191,7 @@ class Walk:
     def _bring(self, unit: str) -> None:
         """Waits for a cell that travels, where it is not here yet."""
         if not self._cells.has(unit):
-            self.lend(unit, self._lanes.take_cell(unit))
+            self.lend(unit, self._lanes.reads.take_cell(unit))
 
 
 class LazyWeights(Mapping[str, torch.Tensor]):

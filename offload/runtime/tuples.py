@@ -111,7 +111,7 @@ class Tuples:
         shards = tuple(
             TrainedShard(
                 name=s.name, nbytes=self._lanes.nbytes[s.name], masters_nbytes=page(4 * s.count),
-                stays=s.name in self._lanes.kept, goes_up=s.name in self._going_up,
+                stays=s.name in self._lanes.kept.views, goes_up=s.name in self._going_up,
                 cell_nbytes=s.count * s.dtype.itemsize,
             )
             for s in cell.shards

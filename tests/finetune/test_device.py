@@ -133,7 +133,7 @@ def test_what_crosses_the_link_is_pinned_while_it_lives(
         for k in range(2):
             trainer.step(batches(k, 1))
         cells = trainer.training.cells
-        rings = (trainer.training.cell_ring_nbytes > 0) + (trainer.training._lanes._aside is not None)
+        rings = (trainer.training.cell_ring_nbytes > 0) + (trainer.training._lanes.rings.aside is not None)
         assert len(pinned) == sum(map(cells.stays, cells.layouts)) + rings
         assert "this memory could not be pinned" in trainer.fallbacks
     assert not pinned
@@ -199,7 +199,7 @@ def test_bytes_are_what_the_tuple_says_and_every_slot_goes_back(clip: float | No
         )
         assert up == 2 * sum(cells.values()) - once
         assert after.uploaded_bytes - before.uploaded_bytes >= up  # and what was brought ahead
-        check_all_back([there.ring, training._lanes.ring, training._lanes.cell_ring])
+        check_all_back([there.ring, training._lanes.rings.state, training._lanes.rings.cells])
         assert device.statistics().peak_bytes <= device.memory_nbytes
         updates = [s for s in steps if isinstance(s, Update)]
         assert updates

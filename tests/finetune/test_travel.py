@@ -129,7 +129,7 @@ def test_what_stays_may_change(clip: float | None, tmp_path: Path) -> None:
         largest = max(cell.nbytes for cell in training.cells.layouts.values())
         for kept in (units[::2], units[1::2], units, []):
             check(mine, loop, 1, steps=1)
-            memory = training._lanes.cell_ring.buffer._memory
+            memory = training._lanes.rings.cells.buffer._memory
             training.keep_cells(kept, (3, largest))
             assert [u for u in units if training.cells.stays(u)] == kept
             assert memory.closed, "somebody holds the memory of the ring before"

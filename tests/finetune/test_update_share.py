@@ -98,8 +98,8 @@ def test_bytes_are_what_the_tuple_says_and_every_slot_goes_back(tier: str, clip:
         up = sum(s.nbytes if getattr(s, "shards", True) else cells[s.unit] for s in steps if is_up(s))
         assert after.downloaded_bytes - before.downloaded_bytes == down
         assert after.uploaded_bytes - before.uploaded_bytes >= up  # and what was brought ahead
-        pools = [training._walk._there.ring, training._lanes.ring, training._updates.slots.ring]
-        check_all_back([*pools, *([training._lanes.cell_ring] if training._lanes.cell_ring else [])])
+        pools = [training._walk._there.ring, training._lanes.rings.state, training._updates.slots.ring]
+        check_all_back([*pools, *([training._lanes.rings.cells] if training._lanes.rings.cells else [])])
         assert device.statistics().peak_bytes <= device.memory_nbytes
 
 
