@@ -7,7 +7,7 @@ name and no architecture is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -69,56 +69,46 @@ def dissect(root: nn.Module, keep: Callable[[nn.Parameter], bool] = lambda _: Fa
     """
     names: dict[int, str] = {}
     owners: dict[str, list[Owner]] = {}
-    owning_module: dict[str, list[str]] = {}
+    holders: dict[str, list[str]] = {}  # parameter -> the modules of its owners
     kept: set[str] = set()
     for module_name, module in root.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             full = f"{module_name}.{attribute}" if module_name else attribute
             name = names.setdefault(id(parameter), full)
             owners.setdefault(name, []).append(Owner(module, attribute))
+            holders.setdefault(name, []).append(module_name)
             if keep(parameter):
                 kept.add(name)
-            owning_module.setdefault(name, []).append(module_name)
-    parts = list(_parts(root, "", _nbytes(root)))
-    units: list[Unit] = []
+    parts = dict(_parts(root))
+    tensors: dict[str, list[str]] = {unit: [] for unit in parts}
     loose: set[str] = set()
-    for unit_name, module in parts:
-        prefix = f"{unit_name}." if unit_name else ""
-        mine = []
-        for name, holders in owners.items():
-            whole_users = [
-                m
-                for m, o in zip(owning_module[name], holders, strict=True)
-                if not (shares and isinstance(o.module, nn.Embedding))
-            ] or owning_module[name]
-            inside = [m for m in whole_users if m == unit_name or m.startswith(prefix)]
-            if inside and len(inside) == len(whole_users) and name not in kept:
-                mine.append(name)
-        units.append(Unit(name=unit_name, module=module, tensors=tuple(mine)))
-    taken = {t for u in units for t in u.tensors}
-    loose = {name for name in owners if name not in taken}
-    tables = {
-        name
-        for name, holders in owners.items()
-        if all(isinstance(o.module, nn.Embedding) and o.attribute == "weight" and _is_plain_table(o) for o in holders)
-    }
-    linears = {
-        name
-        for name, holders in owners.items()
-        if all(type(o.module) is nn.Linear and o.attribute == "weight" for o in holders)
-    }
-    transposed = {
-        name
-        for name, holders in owners.items()
-        if all(is_conv1d(o.module) and o.attribute == "weight" for o in holders)
-    }
+    for name, places in owners.items():
+        by_rows = [shares and isinstance(place.module, nn.Embedding) for place in places]
+        users = {
+            _unit_of(holder, parts) for holder, is_by_rows in zip(holders[name], by_rows, strict=True) if not is_by_rows
+        } or {_unit_of(holder, parts) for holder in holders[name]}
+        unit = users.pop() if len(users) == 1 else None
+        if unit is None or name in kept:
+            loose.add(name)
+        else:
+            tensors[unit].append(name)
+    units = [Unit(name=name, module=module, tensors=tuple(tensors[name])) for name, module in parts.items()]
+
+    def only(belongs: Callable[[nn.Module], bool]) -> frozenset[str]:
+        """Weights of units that only such modules hold."""
+        return frozenset(
+            name
+            for name, places in owners.items()
+            if name not in loose and all(place.attribute == "weight" and belongs(place.module) for place in places)
+        )
+
     return Anatomy(
         units=tuple(u for u in units if u.tensors or not shares),
         loose=tuple(sorted(loose)),
-        tables=frozenset(tables - loose),
-        linears=frozenset(linears - loose),
-        transposed=frozenset(transposed - loose),
-        owners={name: tuple(holders) for name, holders in owners.items()},
+        tables=only(_is_plain_table),
+        linears=only(lambda module: type(module) is nn.Linear),
+        transposed=only(is_conv1d),
+        owners={name: tuple(places) for name, places in owners.items()},
     )
 
 
@@ -127,41 +117,69 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def _is_plain_table(owner: Owner) -> bool:
-    """Whether looking rows up changes nothing in the table."""
-    assert isinstance(owner.module, nn.Embedding)
-    return owner.module.max_norm is None and not owner.module.sparse
+def _is_plain_table(module: nn.Module) -> bool:
+    """Whether it is an embedding that changes nothing in its table when it looks rows up."""
+    return isinstance(module, nn.Embedding) and module.max_norm is None and not module.sparse
 
 
-def _nbytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+def _unit_of(module: str, units: Mapping[str, object]) -> str | None:
+    """The unit that a module lies in, from their dotted names: units do not lie in one another."""
+    while module and module not in units:
+        module = module.rpartition(".")[0]
+    return module if module in units else None
 
 
-def _parts(module: nn.Module, name: str, total: int) -> Iterator[tuple[str, nn.Module]]:
-    """The units below a module, in tree order."""
-    children = [(k, c) for k, c in module.named_children() if any(True for _ in c.parameters())]
-    splits = isinstance(module, _LISTS) or any(_holds_list(c) for _, c in children) or name == ""
-    if not children or not splits:
-        yield name, module
-        return
-    for key, child in children:
-        full = f"{name}.{key}" if name else key
-        small = isinstance(module, _LISTS) and _nbytes(child) * 4 <= total
-        if _holds_list(child) and not small:
-            yield from _parts(child, full, total)
-        else:
-            yield full, child
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """What lies below a module.
+
+    Attributes:
+        parameters: id -> bytes.
+        nbytes: of them all.
+        in_lists: those of them in lists of at least two items with parameters.
+    """
+
+    parameters: dict[int, int]
+    nbytes: int
+    in_lists: int
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether most of it lies in lists."""
+        return self.in_lists * 2 > self.nbytes
 
 
-def _holds_list(module: nn.Module) -> bool:
-    """Whether most of a module's bytes lie in lists of at least two items with parameters."""
-    held = 0
-    counted: set[int] = set()  # modules below lists that were counted
-    for child in module.modules():
-        if id(child) in counted:
-            continue
-        items = [c for c in child.children() if any(True for _ in c.parameters())]
-        if isinstance(child, _LISTS) and len(items) >= 2:
-            held += _nbytes(child)
-            counted.update(map(id, child.modules()))
-    return held * 2 > _nbytes(module)
+def _weigh(module: nn.Module, weights: dict[int, _Weight]) -> _Weight:
+    """Weighs a module and everything below it, once each: id of a module -> its weight."""
+    if id(module) in weights:
+        return weights[id(module)]
+    below = [_weigh(child, weights) for child in module.children()]
+    parameters = {id(p): p.numel() * p.element_size() for p in module.parameters(recurse=False)}
+    for weight in below:
+        parameters |= weight.parameters
+    nbytes = sum(parameters.values())
+    is_list = isinstance(module, _LISTS) and sum(bool(weight.parameters) for weight in below) >= 2
+    weights[id(module)] = _Weight(parameters, nbytes, nbytes if is_list else sum(w.in_lists for w in below))
+    return weights[id(module)]
+
+
+def _parts(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The units of a module, in tree order."""
+    weights: dict[int, _Weight] = {}
+    total = _weigh(root, weights).nbytes
+
+    def split(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        children = [(key, child) for key, child in module.named_children() if weights[id(child)].parameters]
+        is_list = isinstance(module, _LISTS)
+        if not children or not (name == "" or is_list or any(weights[id(c)].is_listed for _, c in children)):
+            yield name, module
+            return
+        for key, child in children:
+            full = f"{name}.{key}" if name else key
+            is_small = is_list and weights[id(child)].nbytes * 4 <= total
+            if weights[id(child)].is_listed and not is_small:
+                yield from split(child, full)
+            else:
+                yield full, child
+
+    return split(root, "")
