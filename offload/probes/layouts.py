@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from offload.kernels.chosen import Kernels
 from offload.probes.area import Area
-from offload.probes.linears import fitting, table_of
-from offload.probes.sampling import Meter
+from offload.probes.linears import fitting
+from offload.probes.sampling import Meter, Run
 from offload.probes.subject import Shape
-from offload.profile import Curve, OpTable
+from offload.probes.tables import curve_of, ours_and_torchs, table_of
+from offload.profile import OpTable
 from offload.runtime import conv1d
 
 
@@ -27,28 +28,22 @@ def transposed_tables(
     meter: Meter,
 ) -> Iterator[OpTable]:
     """Products with matrices that lie as [inputs, outputs], as Conv1D has them: by the kernel and by torch."""
-    kinds = ((Kernels(meter.device, exact=False), rows), (Kernels(meter.device, exact=True), torch_rows))
     for outputs, inputs in shapes:
         part = fitting(inputs, outputs * dtype.itemsize, area)  # of the inputs: time grows with them, too
         if not part:
             continue
         weights = area.copies((part, outputs), dtype)
-        for kernels, amounts in kinds:
-            implementation = kernels.choice("linear_transposed").implementation
-            if implementation == "torch" and not kernels.exact:  # it is measured with the exact ones
-                continue
+        for kernels, implementation, amounts in ours_and_torchs("linear_transposed", rows, torch_rows, meter):
             modules = [_conv1d(weight) for weight in weights]
             if not kernels.exact:
                 conv1d.install(nn.ModuleList(modules), kernels)
-            points = []
-            with torch.no_grad():
-                for n in amounts:
-                    x = torch.full((n, part), 0.5, dtype=dtype, device=meter.device)
-                    sample = meter.time(*(partial(module, x) for module in modules)).scaled(inputs / part)
-                    points.append((n, sample.seconds, sample.spread))
-            yield table_of(
-                "linear_transposed", implementation, str(dtype)[6:], (outputs, inputs), Curve.of(points), meter
-            )
+
+            def calls(count: int, modules: Sequence[nn.Module] = modules, width: int = part) -> list[Run]:
+                x = torch.full((count, width), 0.5, dtype=dtype, device=meter.device)
+                return [partial(module, x) for module in modules]
+
+            curve = curve_of(amounts, calls, meter, inputs / part)
+            yield table_of("linear_transposed", implementation, str(dtype)[6:], (outputs, inputs), curve, meter)
 
 
 def _conv1d(weight: torch.Tensor) -> nn.Module:
@@ -75,25 +70,23 @@ def group_tables(
     Args:
         stacks: (outputs, inputs) of one expert -> how many of them are multiplied by in one call.
     """
-    kinds = ((Kernels(meter.device, exact=False), rows), (Kernels(meter.device, exact=True), torch_rows))
     for (outputs, inputs), wanted in stacks.items():
         count = min(wanted, area.nbytes // (2 * outputs * inputs * dtype.itemsize))
         if not count:
             continue
         weights = area.copies((count, outputs, inputs), dtype)
-        for kernels, amounts in kinds:
+        for kernels, implementation, amounts in ours_and_torchs("linear_groups", rows, torch_rows, meter):
             choice, x = kernels.choice("linear_groups"), torch.ones(count, inputs, dtype=dtype, device=meter.device)
-            is_ours = choice.implementation != "torch" and choice.refuses()(x, weights[0], (1,) * count) is None
-            if is_ours is kernels.exact:  # torch's is measured with the exact ones
+            if not kernels.exact and choice.refuses()(x, weights[0], (1,) * count) is not None:
                 continue
-            multiply, points = choice.function() if is_ours else _grouped, []
-            for n in amounts:
-                x = torch.full((n * count, inputs), 0.5, dtype=dtype, device=meter.device)
-                with torch.no_grad():
-                    sample = meter.time(*(partial(multiply, x, w, (n,) * count) for w in weights)).scaled(1 / count)
-                points.append((n, sample.seconds, sample.spread))
-            kind = choice.implementation if is_ours else "torch"
-            yield table_of("linear_groups", kind, str(dtype)[6:], (outputs, inputs), Curve.of(points), meter)
+            multiply = _grouped if kernels.exact else choice.function()
+
+            def calls(each: int, multiply: Any = multiply, stacks: Any = weights, count: int = count) -> list[Run]:
+                x = torch.full((each * count, stacks[0].shape[2]), 0.5, dtype=dtype, device=meter.device)
+                return [partial(multiply, x, stack, (each,) * count) for stack in stacks]
+
+            curve = curve_of(amounts, calls, meter, 1 / count)
+            yield table_of("linear_groups", implementation, str(dtype)[6:], (outputs, inputs), curve, meter)
 
 
 def _grouped(x: torch.Tensor, weight: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:

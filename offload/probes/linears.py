@@ -14,6 +14,7 @@ from offload.kernels.formats.weights import parse_weights
 from offload.probes.area import Area
 from offload.probes.sampling import Meter, Run
 from offload.probes.subject import Shape
+from offload.probes.tables import curve_of, ours_and_torchs, table_of
 from offload.profile import Curve, OpTable
 from offload.runtime import linears
 from offload.runtime.packed import Packed
@@ -31,17 +32,14 @@ def plain_tables(
     meter: Meter,
 ) -> Iterator[OpTable]:
     """Products with plain weights: by the kernel, if there is one, and by torch."""
-    kinds = ((Kernels(meter.device, exact=False), rows), (Kernels(meter.device, exact=True), torch_rows))
     for outputs, inputs in shapes:
         part = fitting(outputs, inputs * dtype.itemsize, area)
         if not part:
             continue
         weights = area.copies((part, inputs), dtype)
-        for kernels, amounts in kinds:
-            implementation = kernels.choice("linear").implementation
-            if implementation == "torch" and not kernels.exact:
-                continue  # the other one measures it
-            curve = _curve(weights, (part, inputs), dtype, amounts, kernels, meter, outputs / part)
+        for kernels, implementation, amounts in ours_and_torchs("linear", rows, torch_rows, meter):
+            calls = partial(product, weights, kernels=kernels)
+            curve = curve_of(amounts, calls, meter, outputs / part)
             yield table_of("linear", implementation, str(dtype)[6:], (outputs, inputs), curve, meter)
 
 
@@ -68,7 +66,7 @@ def packed_tables(
         faces = [Packed(v, kernels, (part, inputs), dtype, torch.device(meter.device)) for v in views]
         kind, scale = form.kind, outputs / part
         implementation = kernels.choice(f"linear_{kind}").implementation
-        curve = _curve(faces, (part, inputs), dtype, rows, kernels, meter, scale)
+        curve = curve_of(rows, partial(product, faces, kernels=kernels), meter, scale)
         yield table_of(f"linear_{kind}", implementation, format, (outputs, inputs), curve, meter)
         whole = meter.time(*(partial(_unpack, view, dtype, kernels) for view in views)).scaled(scale)
         op = UNPACK[kind]
@@ -83,23 +81,6 @@ def product(weights: Sequence[torch.Tensor], rows: int, kernels: Kernels) -> tup
     linears.install(root, kernels, has_faces=type(weights[0]) is Packed)
     x = torch.full((rows, shape[1]), 0.5, dtype=dtype, device=weights[0].device)
     return tuple(partial(module, x) for module in root)
-
-
-def _curve(
-    weights: Sequence[torch.Tensor],
-    shape: Shape,
-    dtype: torch.dtype,
-    amounts: Sequence[int],
-    kernels: Kernels,
-    meter: Meter,
-    scale: float,
-) -> Curve:
-    points = []
-    with torch.no_grad():
-        for rows in amounts:
-            sample = meter.time(*product(weights, rows, kernels)).scaled(scale)
-            points.append((rows, sample.seconds, sample.spread))
-    return Curve.of(points)
 
 
 def _module(shape: Shape, weight: torch.Tensor) -> nn.Linear:
@@ -118,16 +99,3 @@ def _unpack(weight: Weight, dtype: torch.dtype, kernels: Kernels) -> None:
 def fitting(outputs: int, row_nbytes: int, area: Area) -> int:
     """Outputs of a matrix that fit twice into the area: all, but of the largest; time grows with them."""
     return min(outputs, area.nbytes // 2 // (row_nbytes + 16))
-
-
-def table_of(op: str, implementation: str, format: str, shape: Shape, curve: Curve, meter: Meter) -> OpTable:
-    return OpTable(
-        op=op,
-        implementation=implementation,
-        processor="cpu" if meter.device == "cpu" else "device",
-        format=format,
-        shape=shape,
-        over="rows",
-        curve=curve,
-        threads=torch.get_num_threads() if meter.device == "cpu" else 0,
-    )

@@ -12,6 +12,7 @@ from offload.kernels.formats.dynamic8 import zeros_dynamic8
 from offload.kernels.reference import AdamW
 from offload.probes.area import Area
 from offload.probes.sampling import Meter
+from offload.probes.tables import curve_of, table_of
 from offload.profile import Curve, OpTable
 
 _STATES = 16  # bytes of a parameter: master weight and two moments in float32, gradient and weight in bf16
@@ -35,7 +36,9 @@ def attention_tables(
         sample = meter.time(*runs)
         points.append((caches[0].nbytes, sample.seconds, sample.spread))
     if points:
-        yield _table("decode_attention", choice.implementation, str(dtype)[6:], heads, "bytes", points, meter)
+        yield table_of(
+            "decode_attention", choice.implementation, str(dtype)[6:], heads, Curve.of(points), meter, "bytes"
+        )
 
 
 def optimizer_tables(params: Sequence[int], area: Area, meter: Meter) -> Iterator[OpTable]:
@@ -50,7 +53,7 @@ def optimizer_tables(params: Sequence[int], area: Area, meter: Meter) -> Iterato
                 sample = meter.time(*steps(count, area, op, meter.device))
             points.append((count, sample.seconds, sample.spread))
         if points:
-            yield _table(op, choice.implementation, "bfloat16", (), "params", points, meter)
+            yield table_of(op, choice.implementation, "bfloat16", (), Curve.of(points), meter, "params")
     area.fill()
 
 
@@ -91,21 +94,6 @@ def small_tables(
             choice = choose(op, meter.device, forced=implementation)
             if implementation not in ("torch", *OPS[op]) or choice.refuses()(*calls[0][1]) is not None:
                 continue
-            points = []
-            for n, arguments in calls:
-                sample = meter.time(partial(choice.function(), *arguments))
-                points.append((n, sample.seconds, sample.spread))
-            yield _table(op, implementation, str(dtype)[6:], shape, "rows", points, meter)
-
-
-def _table(op, implementation, format, shape, over, points, meter) -> OpTable:  # type: ignore[no-untyped-def]
-    return OpTable(
-        op=op,
-        implementation=implementation,
-        processor="cpu" if meter.device == "cpu" else "device",
-        format=format,
-        shape=shape,
-        over=over,
-        curve=Curve.of(points),
-        threads=torch.get_num_threads() if meter.device == "cpu" else 0,
-    )
+            run, arguments = choice.function(), dict(calls)
+            curve = curve_of(arguments, lambda n, run=run, given=arguments: [partial(run, *given[n])], meter)  # type: ignore[misc]
+            yield table_of(op, implementation, str(dtype)[6:], shape, curve, meter)
