@@ -9,6 +9,9 @@ Products, norms and activations treat every token alike, so all tokens of a pass
 transformers' models look their attention up by a name in their configuration. A name of our own stands there during a
 pass, for which no mask is made; it writes keys and values into a pool and reads each sequence's from its run there.
 
+Logits are made of each sequence's last token, so the last layer computes with these rows alone (last_layer.py): 127 of
+128 rows of a prompt do not pass through most of it.
+
 What a sequence gets does not depend on its company, nor on whether there is any: prompts are never cut, attention sees
 one sequence, and every product has at least MIN_ROWS rows. On the CPU torch multiplies 16-bit matrices so that a row of
 the result depends on no other row, and not on their number from two rows on; a single row goes another way. A CUDA
@@ -19,9 +22,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -30,6 +33,7 @@ from torch.nn import functional
 from offload.errors import ModelError
 from offload.kernels.chosen import Kernels
 from offload.runtime.attention import has_its_own_attention
+from offload.runtime.last_layer import Enough, among_rows, last_layer, of_rows, replace_forward
 from offload.runtime.pool import KeyValuePool
 
 MIN_ROWS = 8  # more than any kernel for few rows takes (kernels/cpu/linear.py)
@@ -98,16 +102,20 @@ class Ragged:
         }
         self._pass: _Pass | None = None
         self._is_proven = False
+        self._restore: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Ragged:
         from transformers import AttentionInterface
 
         AttentionInterface.register(self._name, self._attend)
+        if (last := last_layer(self._model, self.pool.layers)) is not None:
+            self._restore = replace_forward(last, self._last_layer(last.forward))
         return self
 
     def __exit__(self, *error: object) -> None:
         from transformers import AttentionInterface
 
+        self._restore()
         AttentionInterface._global_mapping.pop(self._name, None)
 
     def forward(self, work: Sequence[tuple[Span, Sequence[int]]]) -> torch.Tensor:
@@ -169,14 +177,25 @@ class Ragged:
             raise Refused(f"attention of {type(module).__name__} asks for {what}")
         if (why := self.pool.refuses(layer, key, value)) is not None:
             raise Refused(why)
-        self.pool.write(layer, key, value, now.places)
-        now.layers.add(layer)
+        if now.stage != "all rows" and layer != self.pool.layers - 1:
+            raise Refused(f"layer {layer} of {type(self._model).__name__} asks for attention after its last one")
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         window = kwargs.get("sliding_window")
+        if now.stage == "last rows":
+            out = query.new_zeros(1, query.shape[2], query.shape[1], query.shape[3])
+            count = len(now.work)
+            runs = now.last_first, now.last_end, now.last_most
+            self._singles(layer, query[0].transpose(0, 1)[:count], runs, scale, window, out[0])
+            return out, None
+        self.pool.write(layer, key, value, now.places)
+        now.layers.add(layer)
+        if now.stage == "keys":
+            raise Enough
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
         out[0, now.rows :] = 0
         if now.singles:
-            self._singles(layer, query[0].transpose(0, 1)[: now.singles], now, scale, window, out[0])
+            runs = now.first, now.end, now.most
+            self._singles(layer, query[0].transpose(0, 1)[: now.singles], runs, scale, window, out[0])
         for start, end in now.prompts:
             part = slice(start, end)
             whole = query[:, :, part], key[:, :, part], value[:, :, part]
@@ -192,20 +211,51 @@ class Ragged:
             out[0, part] = found[0].transpose(0, 1)
         return out, None
 
+    def _last_layer(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """The last layer's forward, in a pass with prompts for each sequence's last token only."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            now = self._pass
+            if now is None or not now.prompts:
+                return own(*args, **kwargs)
+            now.stage, whole = "keys", len(now.ids)
+            try:
+                own(*args, **kwargs)
+            except Enough:
+                pass
+            else:
+                raise Refused("its last layer asks for no attention")
+            now.stage = "last rows"
+            some, named = of_rows(now.last, whole, (args, kwargs))
+            return among_rows(now.last[: len(now.work)], whole, own(*some, **named))
+
+        return forward
+
     def _singles(
-        self, layer: int, query: torch.Tensor, now: _Pass, scale: float, window: int | None, out: torch.Tensor
+        self,
+        layer: int,
+        query: torch.Tensor,
+        runs: tuple[torch.Tensor, torch.Tensor, int],
+        scale: float,
+        window: int | None,
+        out: torch.Tensor,
     ) -> None:
-        """Attention of the next token of each sequence, query [sequences, heads, head_dim], into the first of `out`."""
+        """Attention of one token of each sequence, query [sequences, heads, head_dim], into the first of `out`.
+
+        Args:
+            runs: where the tokens that each sees begin and end in the pool, and the most of them.
+        """
+        begins, ends, most = runs
         keys, values = self.pool.keys(layer), self.pool.values(layer)
         shape = (len(query), *keys.shape)
         found = self._kernels.attempt(
             "decode_attention", query, keys.expand(shape), values.expand(shape),
-            scale=scale, window=window, first=now.first, length=now.end, most=now.most,
+            scale=scale, window=window, first=begins, length=ends, most=most,
         )  # fmt: skip
         if found is not None:
             out[: len(query)] = found[0]
             return
-        for row, (first, end) in enumerate(zip(now.first.tolist(), now.end.tolist(), strict=True)):
+        for row, (first, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):
             seen = slice(first if window is None else max(first, end - window), end)
             out[row] = functional.scaled_dot_product_attention(
                 query[row][None, :, None], keys[None, :, seen], values[None, :, seen],
@@ -224,11 +274,14 @@ class _Pass:
         first, end: of these, int64 [singles]: where their tokens begin and end in the pool.
         most: tokens of the longest of them.
         prompts: rows of the other sequences, from and to.
+        last_first, last_end, last_most: the same of all sequences, for the last layer.
         layers: that have asked for attention.
+        stage: what the last layer is called for, once it is.
     """
 
     def __init__(self, work: Sequence[tuple[Span, Sequence[int]]], scrap: int, device: torch.device) -> None:
         self.work, self.layers = work, set[int]()
+        self.stage: Literal["all rows", "keys", "last rows"] = "all rows"
         ids: list[int] = []
         positions: list[int] = []
         places: list[int] = []
@@ -248,11 +301,13 @@ class _Pass:
         self.positions = torch.tensor(positions + [0] * more, device=device)
         self.places = torch.tensor(places + [scrap] * more, device=device)
         self.last = torch.tensor(last + last[-1:] * max(0, MIN_ROWS - len(last)), device=device)
-        singles = [span for span, tokens in work if len(tokens) == 1]
-        self.singles = len(singles)
-        self.first = torch.tensor([span.start for span in singles], device=device)
-        self.end = torch.tensor([span.start + span.length + 1 for span in singles], device=device)
-        self.most = max((span.length + 1 for span in singles), default=0)
+        lengths = [span.length + len(tokens) for span, tokens in work]
+        self.singles = sum(len(tokens) == 1 for _, tokens in work)
+        self.last_first = torch.tensor([span.start for span, _ in work], device=device)
+        self.last_end = self.last_first + torch.tensor(lengths, device=device)
+        self.last_most = max(lengths)
+        self.first, self.end = self.last_first[: self.singles], self.last_end[: self.singles]
+        self.most = max(lengths[: self.singles], default=0)
 
 
 def _band(tokens: int, window: int | None, device: torch.device) -> torch.Tensor | None:
