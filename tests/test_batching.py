@@ -58,7 +58,7 @@ def test_what_is_played_is_what_runs(
     played: list[int] = []
     divided: list[int] = []
 
-    def pass_s(count: int) -> float:
+    def pass_s(count: int, sequences: int) -> float:
         rows.append(count)
         return 2.0
 
@@ -85,7 +85,7 @@ def test_memory_is_divided_between_weights_and_keys_and_values() -> None:
 
     def pass_s_of(pool: int, size: int, most: int) -> Any:
         left = 20_000 - pool
-        return None if left < 0 else lambda rows: max(2.0 - left / 20_000, rows * 0.005)
+        return None if left < 0 else lambda rows, _: max(2.0 - left / 20_000, rows * 0.005)
 
     prompts = [128] * 64
     found = best(prompts, 64, pass_s_of)
@@ -108,7 +108,7 @@ def test_memory_is_divided_between_weights_and_keys_and_values() -> None:
 
 
 def test_many_prompts_are_stood_for_by_some() -> None:
-    found = best([100] * 10_000, 2, lambda pool, size, most: lambda rows: 1.0)
+    found = best([100] * 10_000, 2, lambda pool, size, most: lambda rows, _: 1.0)
     assert found is not None
     assert found.tokens == 10_000 * 101
     assert found.passes % 5 == 0
@@ -121,7 +121,7 @@ def test_a_long_prompt_leaves_room_for_fewer_short_ones(monkeypatch: pytest.Monk
 
     def divided(self: _Prices, pool_tokens: int, pass_tokens: int, most: int) -> Any:
         if pool_tokens + pass_tokens + 100 * most <= limit:
-            return (lambda rows: 1.0), 0
+            return (lambda rows, _: 1.0), 0
         self.refusal = BudgetError("too small")
         return None
 

@@ -87,6 +87,24 @@ def test_company_changes_no_bit(name: str, exact: bool, tmp_path: Path) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_the_last_layer_runs_for_last_tokens_alone(name: str, tmp_path: Path) -> None:
+    model = made(name, tmp_path, torch.float32)
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 5)
+    rows: list[tuple[int, int]] = []
+    for number in (0, 4):
+        hook = lambda m, args, out, number=number: rows.append((number, args[0].shape[1]))  # noqa: E731
+        layers[number].mlp.register_forward_hook(hook)
+    own = layers[4].forward
+    with ragged(model) as found:
+        spans = [Span(found.pool.runs.take(20)) for _ in range(2)]  # type: ignore[arg-type]
+        found.forward([(spans[0], IDS[4]), (spans[1], IDS[1])])
+        found.forward([(spans[1], [7]), (spans[0], [7])])
+    assert [pair for pair in rows if pair[0] == 0] == [(0, 26), (0, 8)]
+    assert [pair for pair in rows if pair[0] == 4] == [(4, 8), (4, 8)]
+    assert layers[4].forward == own
+
+
 def test_a_model_of_other_layers_than_planned_is_refused(tmp_path: Path) -> None:
     model = made("llama", tmp_path, torch.float32)
     for layers, says in ((6, "5 of its 6 layers"), (4, "layer 4 has keys")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from offload.budgets import divide
@@ -14,6 +14,7 @@ from offload.planner.ops import Phase
 from offload.planner.placement import Tier
 from offload.planner.predict import Pricer
 from offload.planner.schedule import Read, Upload
+from offload.profile import FORMAT_BITS
 from offload.specs import Workload
 
 ANCHORS = (8, 64, 128, 192, 256, 384, 512, 1024, 2048)  # tokens of a pass that are priced; between them, lines
@@ -149,5 +150,32 @@ class _Prices:
                 tokens = min(rows, self._mean) if rows > 64 else 1  # few rows are next tokens, many mostly prompts
                 phase = Phase(sequences=rows // tokens, tokens=tokens, past=self._mean if tokens == 1 else 0)
                 points.append((phase.rows, pricer.pass_cost(division.placement, phase).seconds))
-            self._known[travels] = between(sorted(dict(points).items()))
+            self._known[travels] = _narrowed(between(sorted(dict(points).items())), _last_layer_s(pricer))
         return self._known[travels], division.placement.names(Tier.HOST)
+
+
+def _narrowed(whole: Callable[[int], float], row_s: float) -> PassSeconds:
+    """Passes whose last layer computes for one token of each sequence (runtime/last_layer.py).
+
+    Args:
+        whole: what a pass of so many tokens would take otherwise.
+        row_s: what each token less saves, as long as the cores are what a pass waits for.
+    """
+    least = min(whole(rows) for rows in ANCHORS)
+    return lambda rows, sequences: max(least, whole(rows) - row_s * (rows - sequences))
+
+
+def _last_layer_s(pricer: Pricer) -> float:
+    """Seconds that one more token of many takes in the last layer, but for queries, keys and values."""
+    spec = pricer.spec
+    units = [unit for unit in spec.units if unit.layers]
+    matrices = [t for t in units[-1].tensors if t.width and not t.is_table] if units else []
+    elements = sum(t.elements for t in matrices)
+    if not elements or units[-1].layers != 1:
+        return 0.0
+    few, many = ANCHORS[-3:-1]
+    fewer, more = (
+        sum(pricer.ops.matrix(t, t.format, spec.dtype, rows).seconds for t in matrices) for rows in (few, many)
+    )
+    asked = (spec.heads + 2 * spec.kv_heads) * spec.head_dim * spec.hidden_nbytes * 8 // int(FORMAT_BITS[spec.dtype])
+    return max(0.0, more - fewer) / (many - few) * max(0.0, 1 - asked / elements)

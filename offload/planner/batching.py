@@ -23,8 +23,8 @@ KEPT = 4 / 5  # of the pool: with no more in use, and no prompt waiting, memory 
 WORTH = 10  # passes at least for which that is worth its trouble
 NEAR = 1.1  # of the best time: plans up to there are played again with such divisions
 
-PassSeconds = Callable[[int], float]
-"""What a pass of so many tokens takes."""
+PassSeconds = Callable[[int, int], float]
+"""What a pass of so many tokens takes, which are of so many sequences."""
 
 Again = Callable[[int], tuple[PassSeconds, float] | None]
 """Of a division with so many tokens in the pool: what passes take then, and what dividing takes; None: no use."""
@@ -78,7 +78,7 @@ def play(
         prompts: tokens of each, those that need the longest runs first; the first one's fits in the pool.
         new_tokens: of each; one number where it is the same for all.
         sequences: that run at a time, at most.
-        pass_s: what a pass of so many tokens takes.
+        pass_s: what a pass of so many tokens of so many sequences takes.
         again: what it takes when memory was divided again.
     """
     left, running, most, free, seconds, number, at = len(prompts), 0, 0, pool_tokens, 0.0, 0, 0
@@ -93,7 +93,7 @@ def play(
             gone, given = ends.get(number + news[at] - 1, (0, 0))
             ends[number + news[at] - 1] = gone + 1, given + need
             at, left = at + 1, left - 1
-        seconds += pass_s(rows)
+        seconds += pass_s(rows, running)
         most = max(most, running)
         gone, given = ends.pop(number, (0, 0))
         running, free = running - gone, free + given
@@ -118,7 +118,7 @@ def best(
     Args:
         prompts: tokens of each.
         new_tokens: of each, at most; one number where it is the same for all.
-        pass_s_of: (pool_tokens, pass_tokens, sequences) -> what a pass of so many tokens takes; None: no room.
+        pass_s_of: (pool_tokens, pass_tokens, sequences) -> what passes take; None: no room.
         sequences: that run at a time, at most.
         again_of: of the same numbers -> what later divisions of memory bring; None: there are none.
     """

@@ -23,9 +23,10 @@ class Enough(Exception):
 def last_layer(model: nn.Module, layers: int) -> nn.Module | None:
     """The last of so many decoder layers, each of which has one number, its place; None where there is no such list."""
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers:
-            if all(_numbers(layer) == {place} for place, layer in enumerate(module)):
-                return module[-1]
+        if not isinstance(module, nn.ModuleList) or len(module) != layers:
+            continue
+        if all(_numbers(layer) == {place} for place, layer in enumerate(module)):
+            return module[-1]
     return None
 
 
