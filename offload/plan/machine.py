@@ -10,7 +10,7 @@ from offload.budgets import GPU_MARGIN
 from offload.errors import UsageError
 from offload.hardware import cpu_info, host_memory
 from offload.planner.ops import OpCosts
-from offload.profile import CopyRate, Curve, Lane, OpTable, Profile, load_profile, preset
+from offload.profile import Curve, OpTable, Profile, load_profile, preset
 from offload.profile import load as load_file
 from offload.specs import Budgets, Products
 from offload.units import GIB
@@ -70,7 +70,7 @@ def with_product_rate(profile: Profile, products: Products, exact: bool = False)
     factor = min(MOST_CHANGE, max(1 / MOST_CHANGE, products.seconds / expected)) ** BELIEVED
 
     def moved(table: OpTable) -> OpTable:
-        if table.processor != "cpu" or table.op not in ("linear", "decode_attention"):
+        if table.processor != "cpu" or table.op not in ("linear", "linear_groups", "decode_attention"):
             return table
         if table.over != "rows":
             return replace(
@@ -98,7 +98,4 @@ def with_disk_rate(profile: Profile, bytes_per_s: float | None) -> Profile:
     factor = bytes_per_s / lane.bytes_per_s
     moved = min(1.0, abs(factor - 1) / 2) if is_measured else 0.0
     factor **= BELIEVED if is_measured else 1.0
-    rates = tuple(CopyRate(r.nbytes, r.threads, r.bytes_per_s * factor, max(r.spread, moved)) for r in lane.rates)
-    long = lane.bytes_per_s * factor
-    now = Lane(rates=rates, sustained_bytes_per_s=long, latency_s=lane.latency_s, shares=lane.shares)
-    return replace(profile, lanes={**profile.lanes, "read": now})
+    return replace(profile, lanes={**profile.lanes, "read": lane.times(factor, moved)})

@@ -80,7 +80,7 @@ class Blocks:
     ) -> None:
         self._subject, self._layers, self._unit_s, self._exact = subject, layers, unit_s, exact
         self._watch = Watch(meter.now)
-        self._meter = Meter(meter.rounds, meter.point_s * PART_S, now=self._watch)
+        self._meter = Meter(meter.rounds, meter.point_s * PART_S, now=self._watch, allowance=meter.allowance)
         self._area = area
 
     def figures(self, rows: Sequence[int], tokens: Sequence[int], kv_tokens: Sequence[int]) -> BlockFigures:
@@ -176,7 +176,7 @@ class Blocks:
         been lent to somebody else.
         """
         clock = Watch(self._watch.now)
-        meter = Meter(self._meter.rounds, self._meter.point_s, now=clock)
+        meter = Meter(self._meter.rounds, self._meter.point_s, now=clock, allowance=self._meter.allowance)
         lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
         layers = next((found for found in lists if len(found) == self._layers[1]), None)
         if layers is None:

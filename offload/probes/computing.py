@@ -20,6 +20,7 @@ from offload.profile import CopyRate, Lane, MemoryRate, OpTable, Processor
 
 GEMM_ROWS = 256
 GROWING = 64  # tokens by which keys and values grow while a step is timed again and again
+MOST_EXACT = 256  # rows of a block of torch's ops
 DRAM = {"dram": 1.0}
 FAST_TABLES, EXACT_TABLES = ("block", "attention"), ("block", "decode_attention")  # attention of prompts is torch's
 
@@ -55,10 +56,12 @@ class Computing:
             self._found.notes.append("blocks were not measured: the model's configuration does not tell its heads")
             return
         tokens, kept = subject.fitting(effort.tokens), subject.fitting(effort.kv_tokens, beside=GROWING)
-        rows = tuple(dict.fromkeys((1, 8, 64, *(t for t in tokens if t > 64))))
+        rows = _rows_of_blocks(tokens)
         unit_s = self._found.costs["unit"]
         try:
             for exact in (False, True):
+                if exact and not effort.all_formats:  # a long prompt's exact results are not worth seconds of it
+                    rows = tuple(n for n in rows if n <= MOST_EXACT)
                 timed = blocks.Blocks(subject, effort.layers, unit_s, self._meter, area, exact=exact)
                 figures = timed.figures(rows, tokens if not exact else tokens[:1], kept)
                 self._found.ops += (t for t in figures.tables if t.op in (EXACT_TABLES if exact else FAST_TABLES))
@@ -67,6 +70,27 @@ class Computing:
                 self._found.costs.setdefault("waking", figures.waking_s)
         except ModelError as error:
             self._found.notes.append(f"blocks were not measured: {error}")
+
+    @property
+    def figures_of_blocks(self) -> int:
+        """About how many figures `blocks` takes: each of two models, and of our own kernels and torch's."""
+        tokens = self._subject.fitting(self._effort.tokens)
+        each = len(_rows_of_blocks(tokens)) + len(self._effort.kv_tokens) + 3
+        return 2 * (2 * each + len(tokens))
+
+    @property
+    def figures_of_ops(self) -> int:
+        """About how many figures `ops` and `processor` take."""
+        subject, effort = self._subject, self._effort
+        matrices = len(subject.shapes) + len(subject.transposed) + len(subject.stacks)
+        small = 4 * len(effort.rows[::3])
+        return matrices * (len(effort.rows) + len(effort.torch_rows)) + len(effort.kv_tokens) + small + 8
+
+    @property
+    def figures_of_packed(self) -> int:
+        """About how many figures `packed` takes."""
+        formats = {*self._formats, *self._subject.matrices} - {self._subject.dtype_name}
+        return len(formats) * len(self._subject.shapes) * (len(self._effort.rows) + 1)
 
     def ops(self, area: Area, meter: Meter) -> None:
         """Products with plain matrices of every layout, attention, small ops and optimizers."""
@@ -155,3 +179,7 @@ class Computing:
         kernels = Kernels(meter.device.partition(":")[0], exact=True)
         sample = meter.time(*linears.product(weights, GEMM_ROWS, kernels))
         return 2.0 * GEMM_ROWS * shape[0] * shape[1] / sample.seconds
+
+
+def _rows_of_blocks(tokens: Sequence[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys((1, 8, 64, *(t for t in tokens if t > 64))))

@@ -45,14 +45,26 @@ class Stream:
         block_nbytes: a multiple of the file's alignment.
         depth: blocks in flight.
         is_write: overwrites the file with what the memory holds.
+        memory: for the blocks, of somebody who closes it; default: its own. Fresh memory can be slower than a disk.
     """
 
     def __init__(
-        self, engine: Engine, file: File, block_nbytes: int, depth: int, *, is_write: bool = False, now: Now
+        self,
+        engine: Engine,
+        file: File,
+        block_nbytes: int,
+        depth: int,
+        *,
+        is_write: bool = False,
+        now: Now,
+        memory: Buffer | None = None,
     ) -> None:
         assert file.nbytes >= block_nbytes, "the file is shorter than a block"
         self._engine, self._file, self._size, self._write, self._now = engine, file, block_nbytes, is_write, now
-        self._memory = Buffer(block_nbytes * depth)
+        self._own = Buffer(block_nbytes * depth) if memory is None else None
+        self._memory = self._own or memory
+        assert self._memory is not None
+        assert self._memory.nbytes >= block_nbytes * depth, "too little memory"
         if is_write:
             self._memory.view[:] = bytes(range(256)) * (self._memory.nbytes // 256)
         self._flying: deque[tuple[int, Future[int]]] = deque()
@@ -88,7 +100,8 @@ class Stream:
                 future.result()
 
     def close(self) -> None:
-        self._memory.close()
+        if self._own is not None:
+            self._own.close()
 
     def _next(self) -> int:
         slot, future = self._flying.popleft()
@@ -108,7 +121,7 @@ class Stream:
 @contextmanager
 def stream(
     path: Path, block_nbytes: int, depth: int, *, fd: int | None = None, is_write: bool = False,
-    backend: str = "threads", now: Now = time.perf_counter,
+    backend: str = "threads", now: Now = time.perf_counter, memory: Buffer | None = None,
 ) -> Iterator[Stream]:  # fmt: skip
     """A stream with an engine of its own.
 
@@ -119,7 +132,7 @@ def stream(
     threads = 2 * depth if is_write else depth  # half as many writes as reads are in flight
     with Engine(backend, threads=threads, block_nbytes=block_nbytes) as engine:
         file = engine.open(path, writable=is_write, fd=None if fd is None else os.dup(fd))
-        one = Stream(engine, file, block_nbytes, depth, is_write=is_write, now=now)
+        one = Stream(engine, file, block_nbytes, depth, is_write=is_write, now=now, memory=memory)
         try:
             yield one
         finally:
@@ -128,23 +141,24 @@ def stream(
 
 def rates(
     path: Path, blocks: Sequence[tuple[int, int]], seconds: float, *, fd: int | None = None, is_write: bool = False,
-    now: Now = time.perf_counter,
+    now: Now = time.perf_counter, memory: Buffer | None = None,
 ) -> Iterator[CopyRate]:  # fmt: skip
     """A figure for each (bytes of a block, blocks in flight) that the file is long enough for."""
     nbytes = path.stat().st_size if fd is None else _size(fd)
     for block_nbytes, depth in blocks:
         if block_nbytes > nbytes:
             continue
-        with stream(path, block_nbytes, depth, fd=fd, is_write=is_write, now=now) as one:
+        with stream(path, block_nbytes, depth, fd=fd, is_write=is_write, now=now, memory=memory) as one:
             ends = one.run(seconds)
         yield CopyRate(block_nbytes, depth, rate_of(ends), _spread(ends))
 
 
 def sustained(
-    path: Path, best: CopyRate, seconds: float, *, fd: int | None = None, now: Now = time.perf_counter
-) -> Sustained:
+    path: Path, best: CopyRate, seconds: float, *, fd: int | None = None, now: Now = time.perf_counter,
+    memory: Buffer | None = None,
+) -> Sustained:  # fmt: skip
     """Reads for so long with the blocks that were fastest."""
-    with stream(path, best.nbytes, best.threads, fd=fd, now=now) as one:
+    with stream(path, best.nbytes, best.threads, fd=fd, now=now, memory=memory) as one:
         ends = one.run(seconds)
     began = ends[0][0]
     first = sum(end[0] - began <= 1.0 for end in ends)

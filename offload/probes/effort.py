@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from offload.units import GIB, KIB, MIB
@@ -16,7 +17,10 @@ class Effort:
         rounds: an op is timed at least so often at every place.
         point_s: seconds that one figure of an op may take before it is left at `rounds`.
         rate_s: seconds of one figure of a rate, after it has warmed up.
+        pair_s: the same of two activities at once.
         sustained_s: seconds that reading goes on to find what is left of the rate.
+        look_s: seconds of each look at the disk while the rest is measured.
+        part_s: part of the survey -> seconds after which nothing of it is repeated; none: no part has an end.
         area_nbytes: of memory that weights are taken from, larger than any cache.
         scratch_nbytes: of the file that writing is measured with.
         blocks: (bytes of a block, blocks in flight) of reads.
@@ -35,7 +39,10 @@ class Effort:
     rounds: int
     point_s: float
     rate_s: float
+    pair_s: float
     sustained_s: float
+    look_s: float
+    part_s: Mapping[str, float]
     area_nbytes: int
     scratch_nbytes: int
     blocks: tuple[tuple[int, int], ...]
@@ -54,9 +61,12 @@ QUICK = Effort(
     name="quick",
     rounds=3,
     point_s=0.15,
-    rate_s=0.3,
-    sustained_s=3.0,
-    area_nbytes=384 * MIB,
+    rate_s=0.25,
+    pair_s=0.18,
+    sustained_s=1.0,
+    look_s=0.25,
+    part_s={"memory": 1.5, "software": 2.5, "blocks": 9.0, "products": 9.0, "packed weights": 4.0, "again": 1.0},
+    area_nbytes=256 * MIB,
     scratch_nbytes=512 * MIB,
     blocks=((256 * KIB, 1), (MIB, 1), (4 * MIB, 1), (4 * MIB, 2), (4 * MIB, 4), (4 * MIB, 8)),
     write_blocks=((MIB, 1), (4 * MIB, 1), (4 * MIB, 4)),
@@ -74,7 +84,10 @@ FULL = Effort(
     rounds=5,
     point_s=0.4,
     rate_s=1.0,
+    pair_s=1.0,
     sustained_s=20.0,
+    look_s=1.0,
+    part_s={"memory": 10, "software": 10, "blocks": 60, "products": 60, "packed weights": 60, "again": 5},
     area_nbytes=768 * MIB,
     scratch_nbytes=4 * GIB,
     blocks=tuple((size, n) for size in (256 * KIB, MIB, 4 * MIB, 16 * MIB) for n in (1, 2, 4, 8, 16)),
@@ -93,7 +106,10 @@ TINY = Effort(
     rounds=1,
     point_s=0.0,
     rate_s=0.0,
+    pair_s=0.0,
     sustained_s=0.0,
+    look_s=0.0,
+    part_s={},
     area_nbytes=8 * MIB,
     scratch_nbytes=256 * KIB,
     blocks=((64 * KIB, 1), (64 * KIB, 2)),

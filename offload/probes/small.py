@@ -6,9 +6,10 @@ Matrices answer with memory that lies there, but read as much as a real one befo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from offload.runtime.discovery import is_conv1d
 from offload.units import MIB
 
 VOCABULARY = 512
+PLACES = 4  # that results of one shape take turns in: queries and a gate beside its other half are not one tensor
 TIMED = "offload_probe_timed"  # the name of sdpa under a watch
 MOST_READ = 16 * MIB  # of a matrix: half of a usual cache is as good as all of it
 
@@ -67,12 +69,12 @@ def small_model(subject: Subject, layers: int, watch: Watch, area: Area) -> nn.M
         text.layer_types = text.layer_types[:layers]
     text.pad_token_id = text.bos_token_id = text.eos_token_id = None
     model = build(config, subject.dtype, attn_implementation=TIMED)
-    reader = _Reader(area)
+    reader, answers = _Reader(area), _Answers(area)
     for module in model.modules():
         if type(module) is nn.Linear or is_conv1d(module):
             outputs = module.out_features if type(module) is nn.Linear else module.nf
             nbytes = _numel(module._parameters["weight"]) * subject.dtype.itemsize  # type: ignore[arg-type]
-            module.forward = _Answer(int(outputs), partial(reader.read, nbytes), watch)  # type: ignore[method-assign, assignment]
+            module.forward = _Answer(int(outputs), partial(reader.read, nbytes), watch, answers)  # type: ignore[method-assign, assignment]
         elif (stacks := experts.stacks_of(module)) is not None:  # all but their products
             module.forward = partial(experts.mix, module, stacks, product=partial(_answer_groups, reader, watch))  # type: ignore[method-assign]
         elif any(p is not None and p.dim() > 2 for p in module._parameters.values()):  # a stack of experts
@@ -110,19 +112,31 @@ class _Reader:
             piece.view(torch.float32).sum()
 
 
-class _Answer:
-    """A product that takes no time by the watch: one tensor for each shape of its input."""
+class _Answers:
+    """Results of products by their shape: some places of the area in turn, which is memory that has been touched."""
 
-    def __init__(self, outputs: int, read: Callable[[], None], watch: Watch) -> None:
-        self._outputs, self._read, self._watch = outputs, read, watch
-        self._known: dict[tuple[int, ...], torch.Tensor] = {}
+    def __init__(self, area: Area) -> None:
+        self._area, self._known = area, dict[tuple[tuple[int, ...], torch.dtype], Iterator[torch.Tensor]]()
+
+    def next(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if (shape, dtype) not in self._known:
+            places = self._area.copies(shape, dtype)[:PLACES] or [torch.full(shape, 0.01, dtype=dtype)]
+            self._known[shape, dtype] = cycle(places)
+        return next(self._known[shape, dtype])
+
+
+class _Answer:
+    """A product that takes no time by the watch."""
+
+    def __init__(self, outputs: int, read: Callable[[], None], watch: Watch, answers: _Answers) -> None:
+        self._outputs, self._read, self._watch, self._answers = outputs, read, watch, answers
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self._watch.aside(self._read)
-        shape = (*x.shape[:-1], self._outputs)
-        if shape not in self._known:
-            self._known[shape] = torch.full(shape, 0.01, dtype=x.dtype)
-        return self._known[shape]
+        def answer() -> torch.Tensor:
+            self._read()
+            return self._answers.next((*x.shape[:-1], self._outputs), x.dtype)
+
+        return self._watch.aside(answer)  # type: ignore[no-any-return]
 
 
 def _answer_groups(

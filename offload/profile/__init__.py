@@ -6,12 +6,13 @@ profile.lane("read").seconds(64 * MIB, total=2 << 30)     # a copy
 profile.op_seconds("linear", processor="cpu", format="bfloat16", shape=(8192, 3072), amount=1)
 """
 
-from offload.profile.cache import forget, learn, load_profile, own_profile, save_profile
+from offload.profile.cache import forget, learn, load_profile, own_profile, remember_disk, save_profile
 from offload.profile.curve import Anchor, Curve
 from offload.profile.learned import Learned
+from offload.profile.looks import together
 from offload.profile.machine import FORMAT_BITS, OpCost, OpTable, Processor, Profile, Tier
 from offload.profile.presets import preset, presets
-from offload.profile.rates import CopyRate, Lane, MemoryRate
+from offload.profile.rates import CopyRate, Lane, Look, MemoryRate
 from offload.profile.text import dump, load, parse
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Curve",
     "Lane",
     "Learned",
+    "Look",
     "MemoryRate",
     "OpCost",
     "OpTable",
@@ -36,5 +38,7 @@ __all__ = [
     "parse",
     "preset",
     "presets",
+    "remember_disk",
     "save_profile",
+    "together",
 ]

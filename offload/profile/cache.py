@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from offload.errors import UsageError
 from offload.hardware import cache_dir, disk_of, fingerprint, versions
 from offload.profile.learned import Learned, parse_learned
+from offload.profile.looks import sharing_disk, with_looks
 from offload.profile.machine import Profile
+from offload.profile.rates import Look
 from offload.profile.text import dump, load
 
 _DECIDES = ("torch", "transformers", "numba", "triton")  # of what is installed: whose code is timed
+NEIGHBOURS = 8  # profiles, the latest ones, whose looks at a disk are shared
 RESIDUALS = ".residuals.toml"  # in place of .toml: what runs have taught, beside the profile
 
 
 def load_profile(model: str | os.PathLike[str] | None = None) -> Profile | None:
     """What `offload probe` has measured here, or None where nothing that is still true is kept.
+
+    What each of them has seen of a disk is all of theirs.
 
     Args:
         model: the folder of a checkpoint. Where it was not measured itself, the machine's own profile answers, or else
@@ -30,6 +35,8 @@ def load_profile(model: str | os.PathLike[str] | None = None) -> Profile | None:
     others = sorted(_profiles(here), key=lambda f: f.stat().st_mtime, reverse=True)
     for file in dict.fromkeys([*own, _path(here, None), *others]):
         if (profile := _valid(file, here)) is not None:
+            beside = [found for other in others[:NEIGHBOURS] if other != file and (found := _valid(other, here))]
+            profile = sharing_disk(profile, beside)
             return replace(profile, learned=_learned(file).over(_learned(_path(here, None))))
     return None
 
@@ -49,6 +56,14 @@ def learn(model: str | os.PathLike[str] | None, residuals: Mapping[str, float]) 
     for file in dict.fromkeys([*known[:1], general]) if known else ():
         _write(file.with_suffix(RESIDUALS), _learned(file).with_run(residuals).dump())
     return bool(known)
+
+
+def remember_disk(model: str | os.PathLike[str] | None, looks: Sequence[Look]) -> None:
+    """Adds looks at the disk to a profile that was measured for this very model (or, with None, without one)."""
+    here = fingerprint()
+    file = _path(here, model)
+    if (profile := _valid(file, here)) is not None:
+        _write(file, dump(with_looks(profile, looks)))
 
 
 def forget(model: str | os.PathLike[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from offload.errors import UsageError
@@ -27,6 +27,19 @@ class CopyRate:
     spread: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Look:
+    """A moment's rate of a disk.
+
+    Attributes:
+        at: seconds since 1970.
+        bytes_per_s: of long work.
+    """
+
+    at: float
+    bytes_per_s: float
+
+
 @dataclass(frozen=True)
 class Lane:
     """One direction of a link or a disk.
@@ -36,12 +49,14 @@ class Lane:
         sustained_bytes_per_s: what is left after long use (a disk whose cache is full); None: the best of `rates`.
         latency_s: of one transfer, before its first byte; 0 where `rates` of small sizes hold it.
         shares: shared capacity -> bytes of it that one byte of this lane takes (`{"dram": 1}`).
+        looks: at long work, at different times: a disk's rate moves from one minute to the next.
     """
 
     rates: tuple[CopyRate, ...]
     sustained_bytes_per_s: float | None = None
     latency_s: float = 0.0
     shares: Mapping[str, float] = field(default_factory=dict)
+    looks: tuple[Look, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.rates:
@@ -74,6 +89,14 @@ class Lane:
     @cached_property
     def best(self) -> float:
         return max(rate.bytes_per_s for rate in self.rates)
+
+    def times(self, factor: float, spread: float) -> Lane:
+        """The same at another rate of long work; nothing of it spreads less than that."""
+        rates = tuple(
+            CopyRate(r.nbytes, r.threads, max(1.0, float(round(r.bytes_per_s * factor))), max(r.spread, spread))
+            for r in self.rates
+        )
+        return replace(self, rates=rates, sustained_bytes_per_s=max(1.0, float(round(self.bytes_per_s * factor))))
 
     def seconds(self, nbytes: float) -> float:
         """So many bytes, by themselves. They never go faster than the sustained rate.

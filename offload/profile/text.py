@@ -2,6 +2,7 @@
 
 Sizes and rates may be written as numbers or as "24GiB" and "25GB/s". Measurements are rows:
 
+    lanes.*.looks      [seconds since 1970, bytes per second]
     lanes.*.rates      [bytes of a transfer, transfers in flight, bytes per second, relative spread]
     *.memory, copy     [threads, bytes per second, relative spread]
     ops[].curve        [rows, bytes, tokens or parameters; seconds; relative spread]
@@ -19,12 +20,14 @@ from offload.errors import UsageError
 from offload.profile.curve import Curve
 from offload.profile.fields import LONGEST, Fields, number, rate
 from offload.profile.machine import OpTable, Processor, Profile, Tier
-from offload.profile.rates import CopyRate, Lane, MemoryRate
+from offload.profile.rates import CopyRate, Lane, Look, MemoryRate
 from offload.units import parse_bytes
 
 SCHEMA = 1
 LARGEST_FILE = 16 << 20
 MOST_OF_A_CURVE = 1e15
+MOST_SECONDS = 1e11  # since 1970
+LOOK = ("seconds since 1970", "bytes per second")
 
 
 def load(path: str | os.PathLike[str]) -> Profile:
@@ -127,6 +130,10 @@ def _lane(fields: Fields) -> Lane:
         sustained_bytes_per_s=fields.rate("sustained", None),
         latency_s=fields.number("latency_s", 0.0, 0, LONGEST),
         shares=fields.numbers("shares", lambda v, at: number(v, at, 0, 1000)),
+        looks=tuple(
+            Look(number(when, f"looks[{k}]", 0, MOST_SECONDS), rate(speed, f"looks[{k}]"))
+            for k, (when, speed) in enumerate(fields.rows("looks", LOOK, 0, must=False))
+        ),
     )
     fields.done()
     return lane
@@ -199,6 +206,8 @@ def dump(profile: Profile) -> str:
         if lane.sustained_bytes_per_s is not None:
             out.append(f"sustained = {_number(lane.sustained_bytes_per_s)}")
         out.append(f"latency_s = {_number(lane.latency_s)}")
+        if lane.looks:
+            out += _rows("looks", ", ".join(LOOK), [(look.at, look.bytes_per_s) for look in lane.looks])
         out += _inline("shares", lane.shares)
     for name, processor in profile.processors.items():
         out += ["", f"[processors.{_key(name)}]", f"cores = {processor.cores}"]

@@ -19,13 +19,15 @@ from offload.specs import Products
 from offload.tiers.layout import Source
 from offload.tiers.packing import pack
 from offload.tiers.store import Store
-from offload.units import MIB
+from offload.units import KIB, MIB
 
 LEAST_NBYTES = 96 * MIB  # of matrices: more than caches hold
 MOST_NBYTES = 512 * MIB  # of matrices that lie in memory anyway
 PIECE_NBYTES = 32 * MIB  # of a matrix that is measured, at most: the budget counts nothing of this
 MOST = 64  # matrices, where they are small
 ROUNDS = 5
+EXPERTS = 3  # dimensions of a stack of experts' matrices
+LEAST_EXPERT = 64 * KIB
 
 
 def cpu_rate(kernels: Kernels, matrices: Iterable[Source], rows: int) -> float:
@@ -55,7 +57,8 @@ def cpu_rate(kernels: Kernels, matrices: Iterable[Source], rows: int) -> float:
 
 
 def resident_products(store: Store, kernels: Kernels, linears: Collection[str]) -> Products | None:
-    """Multiplies by what lies in memory, where it lies; None where that is packed, or too little to leave the caches.
+    """Multiplies by what lies in memory, where it lies, experts one by one; None where that is packed, or too little to
+    leave the caches.
 
     The same memory is read at 20 to 40 GB/s, depending on which pages a process was given and on who else is there: it
     is known only in the process itself.
@@ -63,10 +66,9 @@ def resident_products(store: Store, kernels: Kernels, linears: Collection[str]) 
     wanted = [
         (name, source)
         for name, source in store.sources.items()
-        if name in linears
+        if ((name in linears and len(source.shape) == 2) or _has_experts(source))
         and store.placement.home[name] is not Tier.DISK
         and source.form is None
-        and len(source.shape) == 2
     ]
     dtypes = Counter(source.dtype for _, source in wanted)
     if not dtypes or not (dtype := dtypes.most_common(1)[0][0]).is_floating_point:
@@ -74,7 +76,8 @@ def resident_products(store: Store, kernels: Kernels, linears: Collection[str]) 
     weights, total = [], 0
     for name, source in wanted:
         if source.dtype is dtype and total + source.nbytes <= MOST_NBYTES:
-            weights.append(store.kept(name))
+            kept = store.kept(name)
+            weights += kept.unbind() if kept.dim() == EXPERTS else [kept]
             total += source.nbytes
     if total < LEAST_NBYTES:
         return None
@@ -88,6 +91,11 @@ def resident_products(store: Store, kernels: Kernels, linears: Collection[str]) 
             seconds.append(time.perf_counter() - began)
     shapes = tuple((int(w.shape[0]), int(w.shape[1])) for w in weights)
     return Products(shapes=shapes, dtype=str(dtype).removeprefix("torch."), seconds=median(seconds))
+
+
+def _has_experts(source: Source) -> bool:
+    """A stack with a matrix for each expert; convolutions have three dimensions, too, but next to no bytes."""
+    return len(source.shape) == EXPERTS and source.nbytes >= LEAST_EXPERT * source.shape[0]
 
 
 def _like(plain: torch.Tensor, form: Form | None, kernels: Kernels) -> torch.Tensor:

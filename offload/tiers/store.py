@@ -139,6 +139,9 @@ class Store:
             else:
                 filling.bring(self.sources[name], target, on_device=True)
         filling.finish(progress)
+        if self.device.torch_device.type == "cpu":  # its slots are fresh pages, which the first upload would wait for
+            for slot in self._device_slots:
+                slot[::ALIGNMENT].zero_()
         for name, (form, error) in filling.packed.items():
             self.sources[name], self.weight_errors[name] = replace(self.sources[name], form=form), error
 

@@ -13,7 +13,7 @@ from offload.errors import StorageError
 from offload.hardware import disk_of
 from offload.probes import disk, quiet
 from offload.probes.interference import ROUNDS, Activity, IsOver, matrix
-from offload.probes.sampling import Meter, Sample
+from offload.probes.sampling import Allowance, Meter, Sample
 
 
 def clock(*steps: float) -> Callable[[], float]:
@@ -42,6 +42,22 @@ def test_pieces_go_in_turn_and_the_first_are_not_counted() -> None:
 def test_a_figure_ends_when_its_time_is_over() -> None:
     assert Meter(2, 100.0, now=clock(1.0)).time(lambda: None).count == 20, "ten times the rounds at most"
     assert Meter(2, 7.0, now=clock(1.0)).time(lambda: None).count < 20
+
+
+def test_figures_share_the_seconds_of_a_part() -> None:
+    now = clock(1.0)
+    allowance = Allowance(20.0, 2, now)
+    meter = Meter(100, 100.0, now=now, allowance=allowance)
+    first = meter.time(lambda: None).count
+    assert 1 < first < 10, "half of them, and each look at the clock takes one"
+    assert meter.time(lambda: None).count > 1, "the other half"
+    assert meter.time(lambda: None).count == 1, "never less than one"
+
+
+def test_what_a_figure_leaves_others_may_use() -> None:
+    allowance = Allowance(10.0, 2, lambda: 0.0)
+    assert allowance.next() == 5.0
+    assert allowance.next() == 10.0
 
 
 def test_reading_and_writing(tmp_path: Path) -> None:
