@@ -32,7 +32,7 @@ def plan_cells(cells: Mapping[str, int], room: int, most: int | None = None) -> 
     """The fewest bytes that travel.
 
     A slot is as large as the largest cell that travels; of all sizes, the one that lets the most stay is best. What
-    stays is spread evenly, so that the disk always has about as much to do.
+    stays is spread evenly, so that the disk always has about as much to do. What has no bytes stays.
 
     Args:
         cells: name -> bytes, in the order of their use.
@@ -67,9 +67,9 @@ def _best(cells: Mapping[str, int], room: int, most: int, work: int) -> CellPlan
         if left < 0:
             continue
         small = sum(n for n in cells.values() if n <= size)
-        kept, taken, wanted = {c for c, n in cells.items() if n > size}, 0.0, 0.0
+        kept, taken, wanted = {c for c, n in cells.items() if n > size or not n}, 0.0, 0.0
         for name, nbytes in cells.items():
-            if nbytes > size:
+            if name in kept:
                 continue
             wanted += min(left, small) * nbytes / small
             if taken + nbytes / 2 <= wanted and taken + nbytes <= left:

@@ -70,7 +70,9 @@ class Holdings:
         """
         self._lanes.rest()
         self._walk.put_away()
-        for unit in self._cells.layouts:
+        for unit, cell in self._cells.layouts.items():
+            if not cell.places:  # it has nothing to keep
+                continue
             if self._cells.stays(unit) and unit not in kept and unit != LOOSE:
                 if is_due or has_copies:
                     self._spill.write(unit, self._cells.memory(unit)).result()

@@ -28,11 +28,12 @@ class PlainMezo:
     Args:
         model: in memory.
         sparsity: share of each parameter's weights that stays as it is.
+        seed: of the directions.
     """
 
-    def __init__(self, model: Any, sparsity: float = 0.0) -> None:
+    def __init__(self, model: Any, sparsity: float = 0.0, seed: int = SEED) -> None:
         self.model, self._steps = model.eval(), 0
-        self._along = {n: Along(SEED, n, threshold(p, sparsity)) for n, p in model.named_parameters()}
+        self._along = {n: Along(seed, n, threshold(p, sparsity)) for n, p in model.named_parameters()}
 
     @torch.no_grad()
     def step(self, given: list[dict[str, torch.Tensor]]) -> tuple[float, float]:
