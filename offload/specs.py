@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from offload.errors import UsageError
 
@@ -112,10 +111,6 @@ class ModelSpec:
     @property
     def nbytes(self) -> int:
         return self.loose_nbytes + sum(u.nbytes for u in self.units)
-
-    @cached_property
-    def largest_tensor_nbytes(self) -> int:
-        return max((t.nbytes for u in self.units for t in u.tensors if not t.is_table), default=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

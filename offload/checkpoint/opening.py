@@ -21,8 +21,10 @@ from offload.io.safetensors import Checkpoint, read_checkpoint
 from offload.kernels.formats.weights import WeightFormat
 from offload.runtime.discovery import Anatomy
 from offload.specs import ModelSpec
+from offload.tiers.bundle_reads import read_bundle
 from offload.tiers.host import as_tensor
-from offload.tiers.layout import Source, assemble, lay_out
+from offload.tiers.layout import Source, lay_out
+from offload.tiers.open_files import OpenFiles
 from offload.tiers.transit import is_same
 
 
@@ -86,19 +88,16 @@ def open_checkpoint(
 
 def _load_buffers(model: nn.Module, located: Mapping[str, Source], engine: Engine) -> None:
     """Reads the buffers that the checkpoint stores; the others are as the constructor made them."""
-    for name, _ in list(model.named_buffers()):
-        source = located.get(name)
-        if source is None:
-            continue
-        layout = lay_out([source])
-        buffer = Buffer(layout.nbytes)
-        for op in layout.reads:
-            view = buffer.view[layout.final_nbytes * op.is_staging + op.at :][: op.nbytes]
-            engine.read(engine.open(op.path), op.offset, view, need=op.need).result()
-        area = as_tensor(buffer.view)
-        assemble(layout, area, area[layout.final_nbytes :])
-        path, _, attribute = name.rpartition(".")
-        model.get_submodule(path)._buffers[attribute] = layout.views[name].of(area).clone()
+    with OpenFiles(engine) as files:
+        for name, _ in list(model.named_buffers()):
+            source = located.get(name)
+            if source is None:
+                continue
+            layout = lay_out([source])
+            buffer = Buffer(layout.nbytes)
+            read_bundle(layout, buffer.view, engine, files.__getitem__).result()
+            path, _, attribute = name.rpartition(".")
+            model.get_submodule(path)._buffers[attribute] = layout.views[name].of(as_tensor(buffer.view)).clone()
 
 
 def _take_generation_config(model: Any, directory: Path) -> None:

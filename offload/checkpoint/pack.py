@@ -26,6 +26,7 @@ from offload.kernels.chosen import Kernels
 from offload.kernels.formats.form import Form, form_of
 from offload.kernels.formats.weights import WeightFormat
 from offload.tiers import transit
+from offload.tiers.durable import sync_folder
 from offload.tiers.layout import Source
 from offload.tiers.packing import error_of, pack_into
 from offload.tiers.sink import Sink
@@ -96,7 +97,7 @@ def pack_checkpoint(
         config["quantization_config"] = {"quant_method": METHOD, "weights": str(format)}
         config.setdefault("dtype", str(opened.model.dtype).removeprefix("torch."))
         _write(out / "config.json", json.dumps(config, indent=2).encode())  # last: without it, it is no model
-        _sync_folder(out)
+        sync_folder(out)
     except BaseException:
         _remove(out, is_new)
         raise
@@ -232,14 +233,6 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _remove(out: Path, is_new: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -207,18 +208,19 @@ class Session:
         if self._is_closed:
             return
         self._is_closed = True
-        for handle in self._handles:
-            handle.remove()
-        self._uninstall()
-        for module, name, buffer in self._buffers:
-            module._buffers[name] = buffer
-        if self._executor is not None:
-            self._executor.close()
-        self._binder.unbind(tuple(self.anatomy.owners))
-        self._binder.clear()
-        self.store.check_integrity()
-        self.store.close()
-        self.engine.close()
+        with ExitStack() as last:  # whatever fails before, memory and files go back, in this order
+            last.callback(self.engine.close)
+            last.callback(self.store.close)
+            for handle in self._handles:
+                handle.remove()
+            self._uninstall()
+            for module, name, buffer in self._buffers:
+                module._buffers[name] = buffer
+            if self._executor is not None:
+                self._executor.close()
+            self._binder.unbind(tuple(self.anatomy.owners))
+            self._binder.clear()
+            self.store.check_integrity()
 
     # What absent parameters ask for.
 

@@ -156,11 +156,12 @@ def measure_link(device: torch.device, nbytes: int = 64 * MIB, rounds: int = 3) 
     host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(host, device=device)
     times = []
-    for _ in range(rounds + 1):  # the first one touches everything
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        target.copy_(host, non_blocking=True)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
+    with torch.cuda.device(device):  # events are recorded on the current one's stream
+        for _ in range(rounds + 1):  # the first one touches everything
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            target.copy_(host, non_blocking=True)
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
     return nbytes / min(times[1:])

@@ -70,9 +70,6 @@ class DeviceCells:
         for name in self.layouts[unit].places:
             del self.views[name]
 
-    def is_shown(self, unit: str) -> bool:
-        return unit in self._shown
-
     def padded(self, unit: str) -> Iterable[tuple[str, torch.Tensor]]:
         """See Cells.padded."""
         return [(name, place.padded_of(self._shown[unit])) for name, place in self.layouts[unit].places.items()]

@@ -56,22 +56,33 @@ class Filling:
         self._jobs.append((source, put))
 
     def wait(self, progress: Progress | None) -> None:
-        """Waits for what `read` started."""
-        for future in self._reads:
-            done = future.result()
-            if progress is not None:
-                progress(done)
+        """Waits for what `read` started.
+
+        Raises:
+            StorageError: something could not be read. Nothing is in flight then.
+        """
+        try:
+            for future in self._reads:
+                done = future.result()
+                if progress is not None:
+                    progress(done)
+        finally:
+            for future in self._reads:
+                future.exception()
 
     def finish(self, progress: Progress | None) -> None:
-        """Reads what `bring` noted."""
-        if self._jobs:
-            pool = transit.buffers()
-            self._device.register(pool.buffer)
+        """Reads what `bring` noted. Raises StorageError, as `wait`."""
+        if not self._jobs:
+            return
+        pool = transit.buffers()
+        self._device.register(pool.buffer)
+        try:
             transit.bring(self._jobs, self._engine, pool, progress)
+        finally:
             self._device.synchronize()
-            self._device.unregister(pool.buffer)
+            self._device.unregister(pool.buffer)  # before the memory goes
             pool.close()
-        self._scratch.close()
+            self._scratch.close()
 
     def _upload_to(self, target: torch.Tensor) -> Put:
         flat = target.reshape(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from offload.errors import CheckpointError, StorageError
-from offload.io.buffers import BufferPool
+from offload.io.buffers import BufferPool, Lease
 from offload.io.engine import Engine, File
 from offload.io.extents import ALIGNMENT, Extent
 from offload.tiers.host import as_tensor
@@ -62,8 +63,10 @@ class Base:
         """
         path, pool = folder / self.file, BufferPool(2, MOST)
         file = engine.open(path)
+        flights: deque[tuple[Lease, Future[int], int, int, str]] = deque()
 
-        def land(lease: Any, future: Future[int], at: int, nbytes: int, expected: str) -> None:
+        def land() -> None:
+            lease, future, at, nbytes, expected = flights.popleft()
             future.result()
             if checksum(as_tensor(lease.view[:nbytes])) != expected:
                 raise CheckpointError(
@@ -72,19 +75,17 @@ class Base:
                 )
             lease.release()
 
-        before: Any = None
         try:
             for at, nbytes, expected in self.areas:
                 lease = pool.lease()
-                now = lease, engine.read(file, at, lease.view[:nbytes]), at, nbytes, expected
-                if before is not None:
-                    land(*before)
-                before = now
-            if before is not None:
-                land(*before)
+                flights.append((lease, engine.read(file, at, lease.view[:nbytes]), at, nbytes, expected))
+                if len(flights) == 2:
+                    land()
+            while flights:
+                land()
         finally:
-            if before is not None:
-                before[1].exception()
+            for _, future, *_ in flights:
+                future.exception()
             file.close()
             pool.close()
 

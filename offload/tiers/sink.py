@@ -17,6 +17,7 @@ import torch
 from offload.errors import StorageError
 from offload.io.engine import Engine
 from offload.io.extents import ALIGNMENT
+from offload.tiers.durable import sync_folder
 from offload.tiers.host import as_tensor
 from offload.tiers.ring import Ring
 from offload.units import MIB, format_bytes
@@ -46,17 +47,14 @@ class Sink:
         self.path, self._engine, self._head = path, engine, head_nbytes
         self._partial = path.with_name(f".{path.name}.partial")
         self._has_name = False
+        self._ring = Ring(max(longest + 2 * ALIGNMENT, CHUNK) + AHEAD)
         fd = self._create()
         try:
-            os.posix_fallocate(fd, 0, head_nbytes + -(-room_nbytes // ALIGNMENT) * ALIGNMENT)
-        except OSError as error:
-            os.close(fd)
+            self._take_room(fd, head_nbytes + -(-room_nbytes // ALIGNMENT) * ALIGNMENT)
+            self._file = engine.open(path, writable=True, fd=fd)
+        except BaseException:
             self._forget()
-            raise StorageError(
-                f"no room for {format_bytes(room_nbytes)}: {error.strerror}", path=str(path), errno=error.errno
-            ) from error
-        self._file = engine.open(path, writable=True, fd=fd)
-        self._ring = Ring(max(longest + 2 * ALIGNMENT, CHUNK) + AHEAD)
+            raise
         self._pending: deque[Future[int]] = deque()  # one for each run of the ring, but for the current one
         self._run: torch.Tensor | None = None  # current; it begins with the file's byte `_flushed`
         self._filled = 0  # of the current run
@@ -125,9 +123,12 @@ class Sink:
                 os.rename(self._partial, self.path)
             else:
                 self._link(fd)
+            self._has_name = False
+            sync_folder(self.path.parent)
+        except StorageError:
+            raise
         except OSError as error:
             raise StorageError(f"{error.strerror}", path=str(self.path), errno=error.errno) from error
-        self._has_name = False
 
     def close(self) -> None:
         """Gives buffers and the descriptor back; an unfinished file is gone."""
@@ -172,6 +173,16 @@ class Sink:
         except OSError as error:
             raise StorageError(
                 f"a file cannot be made here: {error.strerror}", path=str(self.path.parent), errno=error.errno
+            ) from error
+
+    def _take_room(self, fd: int, nbytes: int) -> None:
+        """Closes the descriptor where there is none."""
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+        except OSError as error:
+            os.close(fd)
+            raise StorageError(
+                f"no room for {format_bytes(nbytes)}: {error.strerror}", path=str(self.path), errno=error.errno
             ) from error
 
     def _flush(self) -> None:

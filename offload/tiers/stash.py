@@ -70,7 +70,6 @@ class Stash:
     def __init__(self, folder: Path, engine: Engine, limit: int | None = None) -> None:
         self._folder, self._engine, self._limit = folder, engine, limit
         self._file: File | None = None
-        self._fd = -1
         self._ring: BufferPool | None = None
         self._room = self._end = 0
         self._out: dict[Ticket, _Kept] = {}  # put away in this pass
@@ -150,7 +149,6 @@ class Stash:
         self.clear()
         if self._file is not None and self._ring is not None:
             self._file.close()
-            os.close(self._fd)
             self._ring.close()
             self._file = None
 
@@ -188,9 +186,8 @@ class Stash:
         """The file, with room for so many bytes, and the ring; both are made when they are first needed."""
         if self._file is None or self._ring is None:
             path, fd = unlinked_file(self._folder, 0)
-            self._fd = os.dup(fd)
-            self._file = self._engine.open(path, writable=True, fd=fd)
             self._ring = BufferPool(BLOCKS, BLOCK)
+            self._file = self._engine.open(path, writable=True, fd=fd)  # the descriptor is its own from here on
         if nbytes > self._room:
             room = -(-nbytes // GROWTH) * GROWTH
             if self._limit is not None and room > self._limit:
@@ -198,8 +195,9 @@ class Stash:
                     f"activations take {format_bytes(room)} on disk in this step, but {format_bytes(self._limit)} are "
                     "left of disk_limit. Raise disk_limit, take fewer tokens a step, or keep activations in memory"
                 )
+            fd, _ = self._file.descriptor()
             try:
-                os.posix_fallocate(self._fd, self._room, room - self._room)
+                os.posix_fallocate(fd, self._room, room - self._room)
             except OSError as error:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
                 what = f"there is no room for {format_bytes(room)} of activations" if full else error.strerror

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -57,13 +58,14 @@ def swap_out(
     file = engine.open(path, writable=True, fd=fd)
     pool = BufferPool(2, CHUNK)
     pending: list[tuple[Lease, Future[int]]] = []
+    left = deque((at, tensors[name].detach().reshape(-1).view(torch.uint8)) for name, at in places.items())
     try:
         for start in range(0, size, CHUNK):
             if len(pending) == 2:
                 _finish(pending)
             lease = pool.lease()
             nbytes = min(CHUNK, size - start)
-            _copy(tensors, places, start, as_tensor(lease.view[:nbytes]))
+            _copy(left, start, as_tensor(lease.view[:nbytes]))
             pending.append((lease, engine.write(file, start, lease.view[:nbytes])))
         while pending:
             _finish(pending)
@@ -125,14 +127,20 @@ def _open_unnamed(directory: Path) -> tuple[Path, int]:
     return path, fd
 
 
-def _copy(tensors: Mapping[str, torch.Tensor], places: Mapping[str, int], start: int, target: torch.Tensor) -> None:
-    """Puts the bytes that belong at `start` of the file and behind it into `target`."""
+def _copy(sources: deque[tuple[int, torch.Tensor]], start: int, target: torch.Tensor) -> None:
+    """Puts the bytes that belong at `start` of the file and behind it into `target`; drops tensors that end there.
+
+    Args:
+        sources: first byte in the file and bytes of each tensor that does not end before `start`, in their order.
+    """
     end = start + target.numel()
-    for name, at in places.items():
-        source = tensors[name].detach().reshape(-1).view(torch.uint8)
+    while sources and sources[0][0] < end:
+        at, source = sources[0]
         begin, stop = max(at, start), min(at + source.numel(), end)
-        if begin < stop:
-            target[begin - start : stop - start] = source[begin - at : stop - at]
+        target[begin - start : stop - start] = source[begin - at : stop - at]
+        if at + source.numel() > end:
+            return
+        sources.popleft()
 
 
 def _finish(pending: list[tuple[Lease, Future[int]]]) -> None:

@@ -14,11 +14,11 @@ from offload.io.engine import Engine
 from offload.io.extents import ALIGNMENT, Extent
 from offload.tiers.host import Scratch, as_tensor
 from offload.tiers.layout import Piece, Source
+from offload.tiers.open_files import OpenFiles
 from offload.units import MIB
 
 CHUNK = 16 * MIB
 BUFFERS = 4
-NBYTES = BUFFERS * (CHUNK + 2 * ALIGNMENT)  # what a transfer takes while it runs
 
 Put = Callable[[int, torch.Tensor], None]
 """Called with the index of the first element and the elements, in the model's dtype and row-major order."""
@@ -88,20 +88,21 @@ def bring(
         if progress is not None:
             progress(nbytes)
 
-    try:
-        for source, put in jobs:
-            for piece in chunks(source):
-                if len(flights) == BUFFERS:
-                    land()
-                lease, whole = pool.lease(), piece.extent.aligned()
-                need = piece.extent.end - whole.offset
-                future = engine.read(engine.open(whole.path), whole.offset, lease.view[: whole.nbytes], need=need)
-                flights.append((lease, future, source, piece, put))
-        while flights:
-            land()
-    finally:
-        for _, future, *_ in flights:
-            future.exception()
+    with OpenFiles(engine) as files:
+        try:
+            for source, put in jobs:
+                for piece in chunks(source):
+                    if len(flights) == BUFFERS:
+                        land()
+                    lease, whole = pool.lease(), piece.extent.aligned()
+                    need = piece.extent.end - whole.offset
+                    future = engine.read(files[whole.path], whole.offset, lease.view[: whole.nbytes], need=need)
+                    flights.append((lease, future, source, piece, put))
+            while flights:
+                land()
+        finally:
+            for _, future, *_ in flights:
+                future.exception()
 
 
 def bring_into(tensors: Mapping[str, torch.Tensor], sources: Mapping[str, Source], engine: Engine) -> None:

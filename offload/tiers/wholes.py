@@ -12,6 +12,7 @@ import torch
 from offload.io.engine import Engine
 from offload.tiers.host import Scratch, as_tensor
 from offload.tiers.layout import Source
+from offload.tiers.open_files import OpenFiles
 from offload.tiers.ring import Ring
 from offload.units import MIB
 
@@ -38,11 +39,12 @@ def bring_wholes(
         return
     ring, scratch = Ring(max(_run_nbytes(source) for source, _ in jobs) + AHEAD), Scratch()
     waiting, flights = deque(source for source, _ in jobs), deque[Reads]()
+    files = OpenFiles(engine)
     try:
         for source, use in jobs:
             while waiting and (run := ring.take(_run_nbytes(waiting[0]))) is not None:
                 flights.append([])
-                _read(waiting.popleft(), run, engine, flights[-1])
+                _read(waiting.popleft(), run, engine, files, flights[-1])
             for _, future in flights[0]:
                 nbytes = future.result()
                 if progress is not None:
@@ -55,6 +57,7 @@ def bring_wholes(
             for _, future in reads:
                 future.exception()
         flights.clear()
+        files.__exit__()
         scratch.close()
         ring.close()
 
@@ -63,13 +66,13 @@ def _run_nbytes(source: Source) -> int:
     return sum(piece.extent.aligned().nbytes for piece in source.pieces)
 
 
-def _read(source: Source, run: memoryview, engine: Engine, reads: Reads) -> None:
+def _read(source: Source, run: memoryview, engine: Engine, files: OpenFiles, reads: Reads) -> None:
     """Starts to read every piece to its part of `run`."""
     for piece in source.pieces:
         whole = piece.extent.aligned()
         part, run = run[: whole.nbytes], run[whole.nbytes :]
         need = piece.extent.end - whole.offset
-        reads.append((part, engine.read(engine.open(whole.path), whole.offset, part, need=need)))
+        reads.append((part, engine.read(files[whole.path], whole.offset, part, need=need)))
 
 
 def _tensor(source: Source, reads: Reads, scratch: Scratch) -> torch.Tensor:
