@@ -19,7 +19,7 @@ from offload.bench.planning import PlanBench, scattered
 from offload.bench.regret import CHOSEN, CONTROL, OTHER, regret, turns
 from offload.bench.scores import NOISE, drift, errors, scores
 from offload.bench.trial import trial
-from offload.bench.visits import apart, by_cell, one_by_another, rounds_apart, together
+from offload.bench.visits import agree, apart, by_cell, one_by_another, rounds_apart, together
 from offload.errors import UsageError
 
 CELLS = tuple(replace(c, keep=1.4) for c in grid(["llama"])[:8])
@@ -28,7 +28,7 @@ CELLS = tuple(replace(c, keep=1.4) for c in grid(["llama"])[:8])
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanBench:
     """A benchmark whose machine is not measured and whose runs take what was predicted, and a tenth more; the second
-    process of a cell is two tenths slower than predicted."""
+    process of a cell is two tenths slower than predicted, so that a third is asked."""
     monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(planning, "own_profile", lambda _: object())
     monkeypatch.setattr(planning, "_in_python", lambda *_: "400000000\n")
@@ -36,7 +36,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanBench:
 
     def run(asked: Mapping[str, Any]) -> Line:
         known = ledger.of("predicted")[asked["cell"]]
-        seconds = (1.2 if asked["visit"] else 1.1) * known["decode_s_per_token"]
+        seconds = (1.2 if asked["visit"] == 1 else 1.1) * known["decode_s_per_token"]
         return {
             **{name: known[name] for name in ("peak_rss_bytes", "binding")},
             "prefill_s": known["prefill_s"] / 1.1,
@@ -65,7 +65,7 @@ def test_predictions_come_first(bench: PlanBench) -> None:
     assert len(bench.ledger.of("measured")) == len(CELLS)
     for cell in CELLS:
         kinds = [line["kind"] for line in lines if line.get("cell") == cell.name and line["kind"] != "alternative"]
-        assert kinds == ["predicted", *["calibrated"] * cell.is_held_out, "measured", "measured"]
+        assert kinds == ["predicted", *["calibrated"] * cell.is_held_out, *["measured"] * 3], "two do not agree"
     visits = [(line["visit"], line["cell"]) for line in lines if line["kind"] == "measured"]
     assert [visit for visit, _ in visits] == sorted(visit for visit, _ in visits), "all cells lie between two visits"
     last = max(k for k, line in enumerate(lines) if line["kind"] == "predicted")
@@ -81,7 +81,7 @@ def test_what_is_done_stays_done(bench: PlanBench) -> None:
     bench.ledger.path.write_bytes(b"".join(lines[: len(lines) // 2]) + b'{"kind": "measu')
     bench.ledger.reload()
     bench.run()
-    assert len(bench.ledger.all_of("measured")) == 2 * len(CELLS)
+    assert len(bench.ledger.all_of("measured")) == 3 * len(CELLS)
 
 
 def test_its_figures(bench: PlanBench) -> None:
@@ -95,9 +95,9 @@ def test_its_figures(bench: PlanBench) -> None:
         assert figures["binding_right"] == 1.0
         assert figures["interval_holds"] == 1.0
     other = found["errors"][NOISE]
-    assert other["count"] == len(CELLS)
-    assert other["tokens_per_s"]["mean"] == pytest.approx(1.2 / 1.1 - 1)
-    assert found["each"][0]["apart"] == pytest.approx(0.1 / 1.15)
+    assert other["count"] == 2 * len(CELLS)
+    assert other["tokens_per_s"]["mean"] == pytest.approx((1.2 / 1.1 - 1 + 1 - 1.1 / 1.2) / 2)
+    assert found["each"][0]["apart"] == pytest.approx(0.1 / (3.4 / 3))
     assert found["noise"] == 0.0
     assert "held-out cells, sum of times" in found["errors"]
     text = page(found)
@@ -147,6 +147,10 @@ def test_visits_of_a_cell_are_one_figure() -> None:
         visit["peak_rss_bytes"] = peak
     found = together(visits)
     assert [found[n] for n in ("decode_s_per_token", "prefill_s", "peak_rss_bytes")] == [1.1, 3.0, 8]
+    third = visits[0] | {"decode_s_per_token": 5.0, "prefill_s": 9.0}
+    assert together([*visits, third])["decode_s_per_token"] == 1.2, "a slow spell is outvoted"
+    assert not agree(visits)
+    assert agree([visits[0], visits[0] | {"prefill_s": 2.1}])
     assert one_by_another(by_cell([*visits, {"cell": "b", "failed": "x"}])) == [(visits[0], visits[1])]
     assert apart(visits) == pytest.approx(0.2 / 1.1)
     assert apart(visits[:1]) is None

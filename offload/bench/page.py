@@ -19,7 +19,8 @@ def page(found: dict[str, Any]) -> str:
     ]
     lines += [
         "Every cell ran in several processes, minutes apart, with all other cells between them: what it took is the "
-        "median of all rounds, and what a run predicted at its start is held to the rounds of that process.",
+        "median of its processes, two of them or, where two lie apart, three; each is the median of its rounds. What a "
+        "run predicted at its start is held to the rounds of that process.",
         f'"{NOISE}" takes one process\'s figures for a prediction of the next: no prediction of a process can be much '
         "better, whatever it knows of the model and the machine.",
     ]

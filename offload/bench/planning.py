@@ -3,7 +3,7 @@
 Fitted cells come first. Their residuals calibrate the machine's profile, which lives in a folder of the benchmark's
 own; what the held-out cells will take is then predicted once more, before any of them is measured. Neighbours in the
 grid are measured far apart, so that a slow spell of the machine hits all kinds of cells, and when all are done, every
-cell is measured again in another process: see bench/visits.py.
+cell is measured again in another process, and once more where the two do not agree: see bench/visits.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from offload.bench.cells import Cell
 from offload.bench.checkpoints import make as make_checkpoint
 from offload.bench.ledger import Ledger, Line
 from offload.bench.regret import CHOSEN, CONTROL, OTHER, turns
+from offload.bench.visits import agree, by_cell
 from offload.budgets import DEVICE_SLACK, TRANSIT, resolve
 from offload.checkpoint.numbers import Numbers, numbers
 from offload.errors import OffloadError, UsageError
@@ -34,7 +35,8 @@ from offload.units import MIB
 
 Progress = Callable[[str, int, int], None]
 Trial = Callable[[Mapping[str, Any]], Line]
-ROUNDS = 3, 2  # of generating, in each process that visits a cell
+ROUNDS = 2, 2, 2  # of generating, in each process that visits a cell
+SURE = 2  # visits after which a cell is visited again only where they do not agree
 ALTERNATIVES = 2  # rejected placements that are measured beside a chosen one
 NOT_WORSE_THAN = 1.6  # times the chosen one, by prediction: no measurement is needed to reject what is worse
 TIMEOUT_S = 300.0
@@ -99,7 +101,8 @@ class PlanBench:
             self._measure(cell, 0)
         for visit in range(1, len(ROUNDS)):
             for cell in scattered(self.cells):
-                self._measure(cell, visit)
+                if visit < SURE or not agree(by_cell(self.ledger.all_of("measured")).get(cell.name, [])):
+                    self._measure(cell, visit)
         streaming = [c for c in scattered(self.cells) if self.ledger.of("predicted")[c.name].get("streams")]
         for cell in streaming[: self.regrets]:
             self._measure_alternatives(cell)
