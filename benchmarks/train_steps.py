@@ -93,6 +93,7 @@ def streamed(a: argparse.Namespace) -> dict[str, Any]:
         "read_bytes": [r.read_bytes for r in lines],
         "write_bytes": [r.write_bytes for r in lines],
         "waited_s": [t.stall_s.get("compute:read", 0.0) for t in lanes],
+        "stall_s": [t.stall_s for t in lanes],
         "update_s": [t.busy_s.get("update", 0.0) for t in lanes],
         "busy_s": [t.busy_s for t in lanes],
         "disk_busy_s": disk,

@@ -77,7 +77,7 @@ class DataError(OffloadError):
 
 
 class TrainingError(OffloadError):
-    """Training cannot go on, for a reason in its own numbers; the last commit is whole."""
+    """Training cannot go on, for a reason in its own numbers or in what it runs on; the last commit is whole."""
 
 
 class StrictError(OffloadError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -176,22 +176,26 @@ def assemble(
         undone.pop_all()
 
     def finish(is_whole: bool) -> None:
-        try:
+        with ExitStack() as closing:  # the last one first, and all of them whatever fails
+            closing.callback(cells.close)
+            closing.callback(engine.close)
+            closing.callback(state.close)
+            if device is not None:
+                closing.callback(_close, device, is_whole)
+            closing.callback(training.close)
             if put_back is not None and is_whole:
                 put_back(training.present)
-        finally:
-            training.close()
-            if device is not None:
-                device.close()
-            state.close()
-            engine.close()
-            cells.close()
 
     return Trainer(
         root, training, optimizer, engine,
         learning_rate=learning_rate, cpu_memory=cpu_memory, wishes=wishes, travels=travels,
         save=lambda folder: save(training.weights, folder), finish=finish,
     )  # fmt: skip
+
+
+def _close(device: Device, is_whole: bool) -> None:
+    with nullcontext() if is_whole else suppress(Exception):  # one that has failed would say so again
+        device.close()
 
 
 def _warm(optimizer: Any, kernels: Kernels) -> None:

@@ -64,6 +64,8 @@ class WalkBeside(Walk):
         overlaps: lanes work at once.
     """
 
+    _updating = "update"
+
     def __init__(
         self, *parts: Any, there: DeviceCells, device: Device, updates: UpdatesThere | None, overlaps: bool = True
     ) -> None:
@@ -190,7 +192,7 @@ class WalkBeside(Walk):
             return
         assert isinstance(step, UploadCell)
         unit, progress = step.unit, self._lanes.progress
-        self._bring(unit)
+        self._bring(unit, "upload")
         lease = self._there.ring.lease() if step.ring is not None else None
         try:
             start = now()
@@ -240,15 +242,15 @@ class WalkBeside(Walk):
         if unit not in self._left:  # no visit: updates alone
             self._left[unit] = self._flights[unit].popleft()
         flight = self._left[unit]
-        self._bring(unit)
+        self._bring(unit, "download")
         start = now()
         pairs = [(below, above) for above, below in self._pairs(unit, step.shards, flight.slot)]
         self._device.download_into(pairs, flight.event).wait()
         self._timeline.add("download", unit, start, now(), sum(below.numel() for below, _ in pairs))
 
-    def _bring(self, unit: str) -> None:
+    def _bring(self, unit: str, lane: str) -> None:
         with self._bringing[unit]:
-            super()._bring(unit)
+            super()._bring(unit, lane)
 
     def _pairs(self, unit: str, shards: Sequence[str], slot: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """A cell's bytes there and in main memory, or those of some of its shards."""
@@ -276,5 +278,5 @@ class WalkBeside(Walk):
             table.clear()
         if self._updates is not None:
             self._updates.drop()
-        self._device.synchronize()
         self.put_away()
+        self._device.synchronize()  # the slots are free: a device that has failed says so here again

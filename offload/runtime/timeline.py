@@ -42,7 +42,8 @@ class Totals:
     Attributes:
         busy_s: lane -> seconds in which it had work, summed over spans.
         nbytes: lane -> bytes it moved.
-        stall_s: what was waited for -> seconds; `compute:read` is the model waiting for the disk.
+        stall_s: what was waited for -> seconds; `compute:read` is the model waiting for the disk,
+            `upload:read` the lane that uploads.
     """
 
     busy_s: dict[str, float]

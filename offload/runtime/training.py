@@ -172,13 +172,14 @@ class Training:
         self._sums.begin()
         if self._max_norm is None:
             self._walk.numbers, self._walk.generation = numbers(1.0), step
-        self._order.begin(forward=True, backward=True)
-        found = self.backprop.run(losses, scales, step)
-        self._order.check(self._parameters.trained, self._loose)
-        if self._loose:
-            self._sums.finish_loose(LOOSE, self._parameters.trained)
-        norm = self._sums.norm(step, found)
-        self._order.finish()
+        with self._lanes.watched():
+            self._order.begin(forward=True, backward=True)
+            found = self.backprop.run(losses, scales, step)
+            self._order.check(self._parameters.trained, self._loose)
+            if self._loose:
+                self._sums.finish_loose(LOOSE, self._parameters.trained)
+            norm = self._sums.norm(step, found)
+            self._order.finish()
         clip = 1.0
         if self._max_norm is not None:
             clip = min(1.0, self._max_norm / (norm + EPSILON))
@@ -189,16 +190,18 @@ class Training:
         """Losses of micro-batches with the present weights."""
         found = []
         for first in range(0, len(losses), TOGETHER):
-            self._order.begin(forward=True, backward=False)
-            found += self.backprop.run(losses[first : first + TOGETHER], None, step)
-            self._order.finish()
+            with self._lanes.watched():
+                self._order.begin(forward=True, backward=False)
+                found += self.backprop.run(losses[first : first + TOGETHER], None, step)
+                self._order.finish()
         return found
 
     def flush(self) -> None:
         """Applies every update that is due. The model's parameters are its weights then, where those stay in memory."""
         if self._order.is_due:
-            self._order.begin(forward=False, backward=False)
-            self._order.finish()
+            with self._lanes.watched():
+                self._order.begin(forward=False, backward=False)
+                self._order.finish()
         if self._there is not None:
             self._between.come_down()
             self._parameters.show(self.cells.views)

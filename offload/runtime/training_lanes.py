@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from offload.errors import OffloadError, TrainingError
 from offload.io.buffers import BufferPool, Interrupted
 from offload.planner.schedule import Schedule, Step, Upload
 from offload.runtime.kept_state import KeptState
@@ -28,6 +29,8 @@ from offload.tiers.spill import Spill
 from offload.tiers.statefile import StateFile
 
 LOOSE = "(loose)"
+DOING = {"read": "reading", "upload": "uploading", "update": "updating", "download": "downloading",
+         "aside": "updating on the accelerator"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,6 @@ class TrainingLanes:
         """
         self._lanes += beside
         self._pools, self._drop = pools, drop
-        self.reads.waits_in = "update"
 
     def pin(self, names: Collection[str]) -> None:
         """The state of these shards crosses a link from now on. None is kept yet."""
@@ -132,6 +134,17 @@ class TrainingLanes:
         """The model's steps before this one are done, or, if they are writes, have begun."""
         self.progress.move(MODEL, self.progress.number, at)
 
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """What the model's thread fails with behind the failure of a lane follows from it: raises the lane's."""
+        try:
+            yield
+        except Exception as error:
+            failure = self.progress.failure
+            if failure is None or failure is error:
+                raise
+            raise failure from error
+
     def rest(self) -> None:
         """Stops all lanes and gives back what was read ahead. Raises what a lane failed with."""
         if not self._threads:
@@ -146,14 +159,16 @@ class TrainingLanes:
         for thread in self._threads:
             thread.join()
         self.reads.drop()
-        self._drop()
-        for pool in pools:
-            pool.resume()
-        self._threads.clear()
-        self._schedule = ()
-        with progress.changed:
-            progress.is_stopping = False
-            failure, progress.failure = progress.failure, None
+        try:
+            self._drop()
+        finally:  # an accelerator that has failed may say so again
+            for pool in pools:
+                pool.resume()
+            self._threads.clear()
+            self._schedule = ()
+            with progress.changed:
+                progress.is_stopping = False
+                failure, progress.failure = progress.failure, None
         if failure is not None:
             raise failure
 
@@ -176,7 +191,7 @@ class TrainingLanes:
                     always = isinstance(step, Upload) and step.unit == LOOSE
                     if number > first or step.index >= at or always:
                         progress.wait(step, number, is_ahead=lane.is_ahead)
-                        lane.run(step)
+                        _do(lane, step)
                     progress.move(lane.name, number, step.index + 1)
                 progress.move(lane.name, number, size)
                 number += 1
@@ -184,3 +199,15 @@ class TrainingLanes:
             return
         except BaseException as error:
             progress.fail(error)
+
+
+def _do(lane: Lane, step: Step) -> None:
+    """One step. Raises a TrainingError that names it, where what went wrong does not say so itself."""
+    try:
+        lane.run(step)
+    except OffloadError:
+        raise
+    except Exception as error:
+        shard = getattr(step, "shard", None)
+        what = f"the state of {shard}" if shard is not None else step.unit
+        raise TrainingError(f"{DOING[lane.name]} {what} failed: {type(error).__name__}: {error}") from error

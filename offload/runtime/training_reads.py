@@ -14,7 +14,7 @@ from offload.planner.schedule import Read, Step
 from offload.planner.training_steps import ReadCell, ReadShard
 from offload.runtime.kept_state import KeptState
 from offload.runtime.masters import STAGES, Masters
-from offload.runtime.progress import MODEL, Progress
+from offload.runtime.progress import Progress
 from offload.runtime.timeline import Timeline, now
 from offload.runtime.training_rings import TrainingRings
 from offload.tiers.cells import Cells
@@ -51,7 +51,6 @@ class TrainingReads:
         self._largest = max(self._shards.values(), default=0)
         self._masters: Masters | None = None
         self._arrived: dict[_Key, deque[tuple[Read, Lease, Future[int]]]] = {}  # bounded by the rings
-        self.waits_in = MODEL
 
     # The read lane.
 
@@ -84,22 +83,29 @@ class TrainingReads:
 
     # Whoever needs it.
 
-    def take_shard(self, name: str) -> tuple[memoryview, Lease | None]:
+    def take_shard(self, name: str, lane: str) -> tuple[memoryview, Lease | None]:
         """Waits for a shard; returns its bytes, and the slot that they lie in unless the shard stays in memory.
+
+        Args:
+            lane: who waits, for the timeline.
 
         Raises:
             CheckpointError: its bytes are not those that were given last.
         """
         if name in self._kept.views:
             return self._kept.views[name], None
-        _, lease = self._wait(("state", name))
+        _, lease = self._wait(("state", name), lane)
         view = lease.view[: self._state.nbytes(name)]
         self._state.verify(name, view)
         return view, lease
 
-    def take_cell(self, unit: str) -> Lease:
-        """Waits for a cell. What was written in this run is compared with what comes back."""
-        step, lease = self._wait(("cells", unit))
+    def take_cell(self, unit: str, lane: str) -> Lease:
+        """Waits for a cell. What was written in this run is compared with what comes back.
+
+        Args:
+            lane: who waits, for the timeline.
+        """
+        step, lease = self._wait(("cells", unit), lane)
         assert isinstance(step, ReadCell)
         if step.what in ("gradient", "weights"):
             self._spill.verify(unit, lease.view)
@@ -165,7 +171,7 @@ class TrainingReads:
             return self._spill.read(step.unit, lease.view)
         return self.weights(step.unit, lease.view)
 
-    def _wait(self, key: _Key) -> tuple[Read, Lease]:
+    def _wait(self, key: _Key, lane: str) -> tuple[Read, Lease]:
         start = now()
         progress = self._progress
         with progress.changed:
@@ -180,7 +186,7 @@ class TrainingReads:
         except BaseException:
             lease.release()
             raise
-        self._timeline.stall(f"{self.waits_in}:read", key[1], start, now())
+        self._timeline.stall(f"{lane}:read", key[1], start, now())
         return step, lease
 
     def _masters_of(self) -> Masters:

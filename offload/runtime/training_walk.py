@@ -14,6 +14,7 @@ from offload.io.buffers import Lease
 from offload.planner.schedule import Release, Schedule, Step
 from offload.planner.training_steps import Backward, Forward, Update, WriteCell, WriteShard
 from offload.runtime.parameters import Parameters
+from offload.runtime.progress import MODEL
 from offload.runtime.timeline import Timeline, now
 from offload.runtime.training_lanes import TrainingLanes
 from offload.tiers.cells import Cells, Shard
@@ -36,6 +37,8 @@ class Walk:
         numbers: of the optimizer's step that updates apply.
         generation: the step that they lead to.
     """
+
+    _updating = MODEL  # the lane that does updates
 
     def __init__(
         self, cells: Cells, lanes: TrainingLanes, parameters: Parameters, rule: Rule, timeline: Timeline
@@ -72,7 +75,7 @@ class Walk:
     def enter(self, unit: str) -> None:
         """The visit that comes next begins: the unit's parameters are its weights."""
         if not self._cells.stays(unit):
-            self._bring(unit)
+            self._bring(unit, MODEL)
         if not self._cells.stays(unit) or unit in self._asides:
             self._show(unit)
         self._entered = now()
@@ -163,9 +166,9 @@ class Walk:
             assert self._lanes.rings.aside is not None
             self._asides[step.unit] = lent = self._lanes.rings.aside.lease()
             self._cells.lend(step.unit, lent.view)
-        self._bring(step.unit)
+        self._bring(step.unit, self._updating)
         shard = self._shards[step.shard]
-        view, lease = self._lanes.reads.take_shard(shard.name)
+        view, lease = self._lanes.reads.take_shard(shard.name, self._updating)
         start = now()
         state, cell = self.state_of(shard.name, view), self._cells.shard(shard)
         if step.goes_aside:
@@ -188,10 +191,10 @@ class Walk:
     def _show(self, unit: str) -> None:
         self._parameters.show({n: self._cells.views[n] for n in self._cells.layouts[unit].places})
 
-    def _bring(self, unit: str) -> None:
-        """Waits for a cell that travels, where it is not here yet."""
+    def _bring(self, unit: str, lane: str) -> None:
+        """Waits, in a lane, for a cell that travels, where it is not here yet."""
         if not self._cells.has(unit):
-            self.lend(unit, self._lanes.reads.take_cell(unit))
+            self.lend(unit, self._lanes.reads.take_cell(unit, lane))
 
 
 class LazyWeights(Mapping[str, torch.Tensor]):

@@ -61,7 +61,7 @@ class UpdatesThere:
         name = step.shard
         lease = self.slots.ring.lease()
         try:
-            view, from_disk = self._lanes.reads.take_shard(name)
+            view, from_disk = self._lanes.reads.take_shard(name, "upload")
         except BaseException:
             lease.release()
             raise

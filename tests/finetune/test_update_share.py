@@ -103,6 +103,18 @@ def test_bytes_are_what_the_tuple_says_and_every_slot_goes_back(tier: str, clip:
         assert device.statistics().peak_bytes <= device.memory_nbytes
 
 
+@pytest.mark.parametrize(("update_share", "waiting"), [(1.0, {"upload"}), (0.0, {"update"})])
+def test_who_waits_for_the_disk_is_booked(update_share: float, waiting: set[str], tmp_path: Path) -> None:
+    options = TIERS["half on the device, state on disk"] | {"update_share": update_share, "max_grad_norm": None}
+    with accelerated(tmp_path, "llama-tied", B, **options) as mine:
+        for step in range(2):
+            mine.step(batches(step, 1))
+        totals = mine.training.timeline.totals()
+        assert {cause.partition(":")[0] for cause in totals.stall_s if cause.endswith(":read")} == waiting
+        assert {"read", "upload", "compute", "download", "write"} <= totals.busy_s.keys()
+        assert ("aside" in totals.busy_s) == bool(update_share)
+
+
 def is_up(step: Any) -> bool:
     return type(step).__name__.startswith("Upload")
 
