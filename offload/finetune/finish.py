@@ -10,6 +10,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from offload.finetune.protocol import Trainer
+from offload.finetune.written import written
 
 CHECKPOINT = "checkpoint-"
 
@@ -20,11 +21,15 @@ def save(trainer: Trainer, folder: Path, *, tokenizer: Any, source: Path) -> Non
     Args:
         tokenizer: with the chat template that was trained on.
         source: folder of the model that training began with.
+
+    Raises:
+        StorageError: something cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer.save(folder)
-    tokenizer.save_pretrained(folder)
-    _generation(folder, tokenizer, source)
+    with written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        trainer.save(folder)
+        tokenizer.save_pretrained(folder)
+        _generation(folder, tokenizer, source)
 
 
 def export(trainer: Trainer, output_dir: Path, step: int, *, keep: int | None, **what: Any) -> Path:
@@ -33,12 +38,13 @@ def export(trainer: Trainer, output_dir: Path, step: int, *, keep: int | None, *
     part = output_dir / f".{target.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     save(trainer, part, **what)
-    if target.exists():  # of a run that was cut off behind it
-        shutil.rmtree(target)
-    os.rename(part, target)
-    found = sorted(output_dir.glob(CHECKPOINT + "*"), key=_number)
-    for old in found[: max(0, len(found) - keep)] if keep else []:
-        shutil.rmtree(old)
+    with written(target):
+        if target.exists():  # of a run that was cut off behind it
+            shutil.rmtree(target)
+        os.rename(part, target)
+        found = sorted(output_dir.glob(CHECKPOINT + "*"), key=_number)
+        for old in found[: max(0, len(found) - keep)] if keep else []:
+            shutil.rmtree(old)
     return target
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.errors import UsageError
+from offload.finetune.written import written
 
 NAME = "log.jsonl"
 ABSENT = "tensorboard is not installed (pip install tensorboard), so only log.jsonl is written"
@@ -45,10 +46,11 @@ class Journal:
 
     def __init__(self, folder: Path, *, report_to: str, keep: int | None) -> None:
         self.path = folder / NAME
-        folder.mkdir(parents=True, exist_ok=True)
-        if keep is not None:
-            _cut(self.path, keep)
-        self._file = self.path.open("a", encoding="utf-8")
+        with written(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            if keep is not None:
+                _cut(self.path, keep)
+            self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         self.note = ""
         if report_to != "none":
@@ -63,15 +65,21 @@ class Journal:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
         if self._board is not None:
             self._board.close()
+        with written(self.path):
+            self._file.close()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Adds a line; it must have `step`. Numbers also go to tensorboard, under train/ or, if the line has eval_loss,
-        under eval/."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        under eval/.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        with written(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         if self._board is not None:
             group = "eval" if "eval_loss" in line else "train"
             for key, value in line.items():

@@ -17,6 +17,7 @@ from offload.errors import ClosedError, ModelError, UsageError
 from offload.finetune.activations import plan_swaps
 from offload.finetune.memory import Spare, Wishes, fit_first, give_back, plan_memory
 from offload.finetune.rehearsal import rehearse, working
+from offload.finetune.written import written
 from offload.hardware import peak_rss_bytes, reset_peak_rss
 from offload.io.engine import Engine
 from offload.optim.base import Numbers, Optimizer
@@ -200,9 +201,14 @@ class Trainer:
         self.training.commit(self.extra)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the model as it is now: config and weights in the layout of the checkpoint that it came from."""
+        """Writes the model as it is now: config and weights in the layout of the checkpoint that it came from.
+
+        Raises:
+            StorageError: something cannot be written.
+        """
         self.flush()
-        self._save(Path(folder))
+        with written(Path(folder)):
+            self._save(Path(folder))
 
     def close(self) -> None:
         """Gives memory and files back. What was not committed is lost. A module that was given has the last weights, or

@@ -173,6 +173,28 @@ def test_resume_after_a_crash_is_exact(
     assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "tokenizer.json", "tokenizer_config.json"])
+def test_a_disk_that_is_full_for_a_small_file_costs_no_step(
+    config: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever writes it: we, transformers or tokenizers."""
+    options = ["train.max_steps=4"]
+    assert run(config, *options, f"train.output_dir={tmp_path / 'whole'}") == 0
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).symlink_to("/dev/full")
+    capsys.readouterr()
+    assert run(config, *options) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert str(out) in said
+    assert "resume" in said
+    (out / name).unlink()
+    assert run(config, *options, "--resume") == 0
+    assert facts(out) == facts(tmp_path / "whole")
+    assert same(weights(out), weights(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_and_commits(
     config: Path, trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int,
