@@ -5,12 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from models import MODELS
 
-from offload.planner.workspace import HOLES, LOADED, MOST_HOLES, PASSAGE, RUNNING, expected_peak
+from offload.planner.workspace import (
+    HOLES,
+    LOADED,
+    MOST_HOLES,
+    PASSAGE,
+    PASSING,
+    RUNNING,
+    crossing_nbytes,
+    expected_peak,
+)
+from offload.specs import ModelSpec, TensorSpec, UnitSpec, Workload
 from offload.units import GIB, MIB
 
 RUN = """
@@ -37,6 +48,19 @@ def test_the_peak_is_the_fullest_of_three_moments() -> None:
     assert expected_peak(100, 10, 5, 0, passing=GIB, on_disk=GIB) == 115 + LOADED + PASSAGE
     assert expected_peak(0, 0, 0, GIB) == RUNNING + GIB + MOST_HOLES
     assert LOADED < RUNNING < PASSAGE == 64 * MIB
+
+
+def test_rows_cross_only_where_there_are_many_of_activations() -> None:
+    def parts(nbytes: int) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(name="a", nbytes=nbytes, read_nbytes=nbytes, slot_nbytes=nbytes),)
+
+    spec = ModelSpec(units=(UnitSpec(name="block", tensors=()), UnitSpec(name="head", tensors=(), is_head=True)))
+    both = {"block": parts(3 * MIB), "head": parts(GIB)}
+    few, many = (Workload(batch=2, prompt_tokens=n, total_tokens=n + 1) for n in (32, 33))
+    assert crossing_nbytes(spec, both, few) == 0
+    assert crossing_nbytes(spec, both, many) == 6 * MIB, "a head sees the last tokens alone"
+    assert crossing_nbytes(spec, both, replace(few, batch=65)) == 2 * PASSING
+    assert expected_peak(0, 0, 0, 0, crossing=MIB) == RUNNING + MIB
 
 
 @pytest.mark.parametrize(

@@ -233,3 +233,16 @@ def test_the_share_follows_measured_rates() -> None:
     common = {"fits": False, "device": "emulated", "exact": False, "link_bytes_per_s": 10e9, "profile": profile}
     share = choose_share("auto", [source], 1, Kernels("cpu", exact=False), **common)
     assert share == pytest.approx(24 / 29)
+
+
+def test_what_is_put_together_arrives_whole_on_a_device() -> None:
+    """A stack of experts is stored in pieces: a slot of main memory holds them, too, one of a device does not."""
+    size = 64 * MB
+    stacks = [
+        TensorSpec(name=f"{k}.experts", nbytes=size, read_nbytes=size, slot_nbytes=2 * size + 12288) for k in range(8)
+    ]
+    spec = ModelSpec(units=tuple(UnitSpec(name=t.name, tensors=(t,)) for t in stacks))
+    found = place(spec, host_nbytes=4 * size + 4 * 12288, device_nbytes=4 * size)
+    assert found.device_ring.slots * found.device_ring.slot_nbytes <= 2 * size + 2 * 12288
+    assert found.host_ring.slot_nbytes >= 2 * size
+    assert len(found.names(Tier.DEVICE)) == 1, "two slots, and what else fits"

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from offload.budgets import Division
 from offload.planner.placement import Placement, Tier
-from offload.planner.workspace import passing_nbytes
-from offload.specs import ModelSpec
+from offload.planner.workspace import crossing_nbytes
+from offload.specs import ModelSpec, Workload
 
 Classes = dict[str, dict[str, int]]
 """Class of tensor -> tier -> bytes."""
@@ -17,6 +17,7 @@ def classes(
     spec: ModelSpec,
     placement: Placement,
     division: Division,
+    work: Workload,
     peak_nbytes: int,
     *,
     has_device: bool = False,
@@ -50,8 +51,8 @@ def classes(
     kinds["activations"] = {where: need.activations + need.logits}
     rings = (("host", placement.host_ring), ("device", placement.device_ring))
     kinds["buffers"] = {tier: ring.nbytes for tier, ring in rings if ring.slots}
-    if placement.host_parts:
-        kinds["buffers"]["device"] = kinds["buffers"].get("device", 0) + passing_nbytes(spec)
+    if crossing := crossing_nbytes(spec, placement.host_parts, work):
+        kinds["buffers"]["device"] = kinds["buffers"].get("device", 0) + crossing
     kinds["unpacking"] = {"host": extra_nbytes} | ({"device": extra_nbytes} if has_device else {})
     counted = ("host", "device") if is_emulated else ("host",)
     kinds["process"] = {"host": peak_nbytes - sum(row.get(tier, 0) for row in kinds.values() for tier in counted)}

@@ -16,7 +16,7 @@ from offload.planner.prediction import PassCost, Prediction
 from offload.planner.processors import balanced_share
 from offload.planner.search import DEPTHS, Found, Known, Room, search
 from offload.planner.whatif import MEMORIES, RATES, Change, change_budgets, change_profile
-from offload.planner.workspace import expected_peak, passing_nbytes
+from offload.planner.workspace import crossing_nbytes, expected_peak, passing_nbytes
 from offload.profile import Profile
 from offload.specs import Budgets, ModelSpec, Workload
 from offload.units import GIB
@@ -106,6 +106,7 @@ class Plan:
             ask.spec,
             self.placement,
             self.division,
+            ask.work,
             self.prediction.peak_rss_bytes,
             has_device=ask.budgets.gpu_memory is not None,
             is_emulated=ask.link_bytes_per_s is not None,
@@ -267,13 +268,13 @@ def predict(
 ) -> Prediction:
     """Both phases, with the memory that the process, its libraries and the run take beside weights and rings."""
     has_device, is_emulated = ask.budgets.gpu_memory is not None, pricer.computer.link_bytes_per_s is not None
-    passing = passing_nbytes(ask.spec) if placement.host_parts else 0
+    crossing = crossing_nbytes(ask.spec, placement.host_parts, ask.work)
     need = division.workspace.nbytes + ask.extra_nbytes
-    beside = need + passing if has_device else 0
+    beside = need + crossing if has_device else 0
     sizes = resident(ask.spec, placement)
     weights, rings, here = sizes[Tier.HOST], placement.host_ring.nbytes, 0 if has_device else need
     if is_emulated:  # the device's memory is the process's
-        weights, rings, here = weights + sizes[Tier.DEVICE], rings + placement.device_ring.nbytes, beside
+        weights, rings, here = weights + sizes[Tier.DEVICE], rings + placement.device_ring.nbytes, need
     peak = expected_peak(
         division.base_nbytes,
         weights,
@@ -281,6 +282,7 @@ def predict(
         here,
         passing=sizes[Tier.DEVICE] if ask.weights == "none" else sum(sizes.values()),
         on_disk=sizes[Tier.DISK],
+        crossing=crossing if is_emulated else 0,
     )
     if has_device and not is_emulated:
         peak += ask.extra_nbytes

@@ -16,7 +16,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from offload.errors import BudgetError
-from offload.planner.processors import cut, with_small_slots
+from offload.planner.processors import cut, with_device_slots
 from offload.specs import ModelSpec, TensorSpec, UnitSpec
 from offload.units import MIB, format_bytes
 
@@ -154,7 +154,8 @@ def _place_on_two(
 ) -> Placement:
     """A placement with an accelerator, of whose travelling rows the CPU multiplies by a share."""
     try:
-        device = split(with_small_slots(spec.units, share), device_nbytes - spec.loose_nbytes, slots=slots, solve=solve)
+        units = with_device_slots(spec.units, share)
+        device = split(units, device_nbytes - spec.loose_nbytes, slots=slots, solve=solve)
     except TooSmall as error:
         raise TooSmall(error.missing, str(error), is_device=True) from None
     whole = {t.name: t for u in spec.units for t in u.tensors}

@@ -51,10 +51,11 @@ def host_part(name: str, first_row: int) -> str:
 
 
 @lru_cache(maxsize=8)  # a search asks for a few shares again and again
-def with_small_slots(units: tuple[UnitSpec, ...], share: float) -> tuple[UnitSpec, ...]:
-    """The same units, whose matrices need only as much of a slot as what will travel of them."""
-    if share == 0:
-        return units
+def with_device_slots(units: tuple[UnitSpec, ...], share: float) -> tuple[UnitSpec, ...]:
+    """The same units, whose tensors need only as much of a slot as what will travel of them.
+
+    What is put together from pieces arrives whole: its pieces take room in main memory's slots alone.
+    """
     return tuple(replace(u, tensors=tuple(_slotted(t, share) for t in u.tensors)) for u in units)
 
 
@@ -94,7 +95,7 @@ def _first_row(t: TensorSpec, share: float) -> int:
 
 
 def _slotted(t: TensorSpec, share: float) -> TensorSpec:
-    first = _first_row(t, share)
+    t, first = replace(t, slot_nbytes=t.slot_nbytes - t.staged_nbytes), _first_row(t, share)
     if first == t.outputs or (t.is_packed and first):
         return t
     return replace(t, slot_nbytes=_slot_nbytes(t, first))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from offload.planner.ops import FEW
 from offload.profile import FORMAT_BITS
-from offload.specs import ModelSpec, Workload
+from offload.specs import ModelSpec, TensorSpec, Workload
 from offload.units import MIB, format_bytes
 
 LIBRARIES = 80 * MIB  # set aside for kernels, thread stacks and allocator slack that appear with the first passes
@@ -15,7 +17,7 @@ HOLES = 0.5  # of the workspace: freed memory that an allocator cannot give out 
 MOST_HOLES = 48 * MIB  # large blocks come from the system and go back to it
 PROBES = 4  # reads in flight while a disk's rate is measured, none larger than the file
 PASSAGE = 64 * MIB  # buffers that loading uses on the way to a device, and measuring the disk's rate
-PASSING = 16 * MIB  # of a matrix at a time, as in runtime/linears.py
+PASSING = 16 * MIB  # of a matrix at a time, as in runtime/apart.py
 MARGIN = 0.01  # of the budget, for what nobody predicted
 
 
@@ -64,7 +66,9 @@ def workspace(spec: ModelSpec, work: Workload) -> Workspace:
     )
 
 
-def expected_peak(base: int, weights: int, rings: int, need: int, *, passing: int = 0, on_disk: int = 0) -> int:
+def expected_peak(
+    base: int, weights: int, rings: int, need: int, *, passing: int = 0, on_disk: int = 0, crossing: int = 0
+) -> int:
     """The largest resident set of a run, of three moments of which each has memory that the others have not.
 
     Filling memory (rings are not touched yet), measuring the disk's rate before the first pass, and generating. What
@@ -76,10 +80,11 @@ def expected_peak(base: int, weights: int, rings: int, need: int, *, passing: in
         need: what a run takes beside them.
         passing: bytes that go through buffers while memory fills: to a device, or to be packed.
         on_disk: bytes that live on disk, whose rate is measured by reading them.
+        crossing: see `crossing_nbytes`; for the length of a product.
     """
     filling = LOADED + min(PASSAGE, passing)
     measuring = LOADED + rings + min(PASSAGE, PROBES * on_disk)
-    return base + weights + max(filling, measuring, RUNNING + rings + need + _holes(need))
+    return base + weights + max(filling, measuring, RUNNING + rings + need + _holes(need) + crossing)
 
 
 def heap_nbytes(need: Workspace, work: Workload) -> int:
@@ -106,7 +111,15 @@ def mixed_nbytes(spec: ModelSpec) -> int:
 
 
 def passing_nbytes(spec: ModelSpec) -> int:
-    """Device memory through which the CPU's rows go up where there are many of activations; see runtime/apart.py."""
+    """Device memory set aside for the CPU's rows, which go up where there are many of activations; see
+    runtime/apart.py."""
     tensors = (t for u in spec.units for t in u.tensors)
     largest = max((t.elements for t in tensors), default=0) * int(FORMAT_BITS.get(spec.dtype, 16)) // 8
     return 2 * min(PASSING, largest)
+
+
+def crossing_nbytes(spec: ModelSpec, host_parts: Mapping[str, Sequence[TensorSpec]], work: Workload) -> int:
+    """What will be used of it: a head sees the last tokens alone, and few rows are multiplied where weights lie."""
+    heads, rows = {u.name for u in spec.units if u.is_head}, work.pass_tokens or work.batch * work.prompt_tokens
+    crossed = (t.nbytes for u, ts in host_parts.items() if (work.batch if u in heads else rows) > FEW for t in ts)
+    return 2 * min(PASSING, max(crossed, default=0))
