@@ -3,10 +3,10 @@ step tuple that follows is priced on a machine's profile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+import gc
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import product
 from typing import Any
 
 from offload.errors import BudgetError
@@ -34,6 +34,7 @@ from offload.tiers.device_state import SLOTS as STATE_SLOTS
 DEEPER = (16, 24, 32, 48, 64)  # slots, that are tried
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the state, to be written in the backward pass, that are tried
 WORTH = 0.97  # of the time, to be worth more memory
+TOO_LONG = 1.05  # times the shortest step of as deep a ring: deferring more will not make up for that
 LOSSES = 0.5  # of the logits in two and in four bytes: a loss leaves them as they are, with the gradient in their place
 
 
@@ -136,7 +137,35 @@ def forecast(
     """
     if accelerator is not None:
         accelerator = accelerator.sized(spec, batch.count)
-    wishes, first = wishes or Wishes(), update_share or 0.0
+    with _uncollected():
+        return _searched(spec, rule, profile, batch, clips, budget, base, accelerator, wishes or Wishes(), update_share)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the collector of cycles: steps are thousands of objects without any, among the libraries' million."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _searched(
+    spec: ModelSpec,
+    rule: Optimizer,
+    profile: Profile,
+    batch: Batch,
+    clips: bool,
+    budget: int,
+    base: int,
+    accelerator: Accelerator | None,
+    wishes: Wishes,
+    update_share: float | None,
+) -> Forecast:
+    first = update_share or 0.0
     best = _forecast(spec, rule, profile, batch, clips, budget, base, SLOTS, accelerator, 0.0, wishes, first)
     if update_share is None and accelerator is not None and why_not_there(rule) is None:
         tried = [best]
@@ -148,16 +177,29 @@ def forecast(
         best = shortest if shortest.cost.seconds < WORTH * best.cost.seconds else best
     if not best.cost.read_bytes:
         return best
-    for slots, defers in product((SLOTS, *DEEPER), SHARES if clips else (0.0,)):
-        try:
-            given = (spec, rule, profile, batch, clips, budget, base, slots, accelerator, defers, wishes)
-            found = _forecast(*given, best.update_share)
-        except BudgetError:
-            break
-        gain = WORTH if found.takes_from(best) else 1 + 1e-6
-        if found.cost.seconds < gain * best.cost.seconds:
-            best = found
+    for slots in (SLOTS, *DEEPER):
+        row: list[float] = []  # seconds, by what is deferred
+        for defers in SHARES if clips else (0.0,):
+            if (slots, defers) == (best.slots, best.defers):
+                row.append(best.cost.seconds)
+                continue
+            try:
+                given = (spec, rule, profile, batch, clips, budget, base, slots, accelerator, defers, wishes)
+                found = _forecast(*given, best.update_share)
+            except BudgetError:
+                return best
+            gain = WORTH if found.takes_from(best) else 1 + 1e-6
+            if found.cost.seconds < gain * best.cost.seconds:
+                best = found
+            row.append(found.cost.seconds)
+            if _climbs(row):
+                break
     return best
+
+
+def _climbs(seconds: Sequence[float]) -> bool:
+    """Whether deferring more makes a step longer and longer, or much longer at once."""
+    return seconds[-1] > TOO_LONG * min(seconds) or (len(seconds) > 2 and seconds[-1] > seconds[-2] > seconds[-3])
 
 
 def _forecast(

@@ -39,7 +39,8 @@ class Emitter:
         self._aside: set[str] = set()  # units whose weights are beside their cells
 
     def add(self, step: Step) -> int:
-        self._steps.append(replace(step, index=len(self._steps)))
+        object.__setattr__(step, "index", len(self._steps))  # made for this place, and seen by nobody yet
+        self._steps.append(step)
         return len(self._steps) - 1
 
     def compute(self, step: Compute) -> int:
