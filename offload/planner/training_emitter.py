@@ -96,13 +96,13 @@ class Emitter:
         else:
             after = _union([after, self.ready(unit), self._changes(_parts(unit, part))])
         at = self.add(DownloadCell(index=0, unit=unit.name, after=after, nbytes=nbytes, shards=shards))
-        for name in _parts(unit, part):
-            self._changed[name] = at
         if part != "there":
             self._ready[unit.name] = at
-        if is_last and not unit.stays_there:
-            self.add(Release(index=0, unit=unit.name, after=(at,), ring="device"))
+        if is_last and not unit.stays_there:  # whoever takes the cell up again waits for that, not to be taken for it
+            at = self.add(Release(index=0, unit=unit.name, after=(at,), ring="device"))
             self._arriving.discard(unit.name)
+        for name in _parts(unit, part):
+            self._changed[name] = at
 
     def update_there(self, unit: TrainedUnit) -> None:
         """The updates that the accelerator makes: state goes up, and comes back beside that of others going up."""
