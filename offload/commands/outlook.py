@@ -97,7 +97,7 @@ class _Plan:
             wishes=Wishes(activations=self.config.budgets.activations),
             update_share=parse_share(
                 self.config.budgets.update_share, method="full", has_device=self.accelerator is not None,
-                rule=self.rule,
+                rule=self.rule, kind=self.accelerator.kind if self.accelerator is not None else "cpu",
             ),
         )  # fmt: skip
         return replace(self.outlook, forecast=found)

@@ -21,7 +21,7 @@ from offload.hardware import rss_bytes
 from offload.io.engine import Engine
 from offload.io.heap import share_heap
 from offload.kernels.chosen import Kernels
-from offload.optim.base import Optimizer
+from offload.optim.base import Numbers, Optimizer
 from offload.optim.there import on_device
 from offload.planner.training import asides
 from offload.planner.update_share import spread
@@ -164,6 +164,7 @@ def assemble(
         )  # fmt: skip
         undone.callback(training.close)
         training.defer(defers)
+        training.warm_updates(Numbers(step=1, learning_rate=0.0))
         if accelerator is not None and device is not None:
             inputs = accelerator.inputs_nbytes()
             press(training.backprop, device, inputs, wishes.activations, offload_dir, engine, left)
@@ -200,8 +201,6 @@ def _close(device: Device, is_whole: bool) -> None:
 
 def _warm(optimizer: Any, kernels: Kernels) -> None:
     """Compiles what a step needs, before memory is counted: compilers are large, and stay in the process."""
-    from offload.optim.base import Numbers
-
     for dtype in DTYPES:
         cell = torch.zeros(32, 32, dtype=dtype) if optimizer.whole_rows else torch.zeros(1024, dtype=dtype)
         state = torch.zeros(optimizer.state_nbytes(tuple(cell.shape)), dtype=torch.uint8)

@@ -20,11 +20,12 @@ from offload.finetune.assemble_lora import assemble_lora
 from offload.finetune.assemble_zeroth import assemble_zeroth
 from offload.finetune.lora import Lora
 from offload.finetune.memory import Wishes
-from offload.finetune.sharing import parse_share
+from offload.finetune.sharing import AUTO, parse_share
 from offload.finetune.trainer import Trainer
 from offload.io.engine import Engine
 from offload.kernels.chosen import Kernels
 from offload.optim import make as make_optimizer
+from offload.optim.there import why_not_on
 from offload.tiers.devices import create, full_name, parse_link, warm_up
 from offload.units import parse_bytes
 
@@ -142,7 +143,8 @@ def finetuning(
         accelerator = Accelerator(
             name=device, memory=budgets.gpu_memory, link_bytes_per_s=pace, overlaps=overlap
         )  # fmt: skip
-    share = parse_share(update_share, method=method, has_device=accelerator is not None, rule=rule)
+    kind = accelerator.kind if accelerator is not None else "cpu"
+    share = parse_share(update_share, method=method, has_device=accelerator is not None, rule=rule, kind=kind)
     engine = Engine(io, strict=strict)
     try:
         if method == "lora":
@@ -170,11 +172,14 @@ def finetuning(
                 disk_limit=limit, offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
                 device=lambda nbytes: create(device, memory_nbytes=nbytes, link_bytes_per_s=pace),
             )  # fmt: skip
-        return assemble_full(
+        trainer = assemble_full(
             model, rule, engine, kernels, learning_rate=learning_rate, max_grad_norm=max_grad_norm, budgets=budgets,
             wishes=wishes, tokens=tokens, offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
             accelerator=accelerator, update_share=share, dtype=dtype, model_kwargs=model_kwargs,
         )  # fmt: skip
+        if update_share == AUTO and (why := why_not_on(rule, kind)) is not None:
+            trainer.note(why)
+        return trainer
     except BaseException:
         engine.close()
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from offload.errors import UsageError
 from offload.finetune.accelerator import Accelerator
 from offload.optim.base import Optimizer
-from offload.optim.there import why_not_there
+from offload.optim.there import why_not_on, why_not_there
 from offload.planner.training_steps import UpdateThere
 from offload.planner.update_share import balanced_share
 from offload.profile import Profile
@@ -14,14 +14,20 @@ from offload.tiers.cells import SHARD_COUNT
 AUTO = "auto"
 
 
-def parse_share(asked: float | str, *, method: str, has_device: bool, rule: Optimizer) -> float | None:
+def parse_share(
+    asked: float | str, *, method: str, has_device: bool, rule: Optimizer, kind: str = "cpu"
+) -> float | None:
     """A share, or None where the prediction of a step is to choose it; 0 where it cannot be anything else.
+
+    Args:
+        kind: of the accelerator's kernels: cpu, cuda.
 
     Raises:
         UsageError: it is no share, or one was asked for that cannot be; says why.
     """
+    why = why_not_there(rule) or why_not_on(rule, kind)
     if asked == AUTO:
-        return None if method == "full" and has_device and why_not_there(rule) is None else 0.0
+        return None if method == "full" and has_device and why is None else 0.0
     if isinstance(asked, str) or not 0 <= asked <= 1:
         raise UsageError(f'update_share={asked!r}: give "auto" or a share of the updates from 0 to 1')
     if not asked:
@@ -32,8 +38,9 @@ def parse_share(asked: float | str, *, method: str, has_device: bool, rule: Opti
         raise UsageError(
             f'update_share={asked:g}: with method={method!r} the CPU makes all updates, which are few; say 0 or "auto"'
         )
-    if (why := why_not_there(rule)) is not None:
-        raise UsageError(f'update_share={asked:g}: {why}. Say 0 or "auto", or take adamw')
+    if why is not None:
+        other = ", or take adamw" if why_not_there(rule) else ""
+        raise UsageError(f'update_share={asked:g}: {why}. Say 0 or "auto"{other}')
     return float(asked)
 
 

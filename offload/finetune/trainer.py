@@ -120,6 +120,10 @@ class Trainer:
         """What did not go the fast way, a sentence each."""
         return (*self._engine.fallbacks, *self.training.fallbacks, *self._notes)
 
+    def note(self, fallback: str) -> None:
+        """Adds to what did not go the fast way."""
+        self._notes.append(fallback)
+
     def whereabouts(self) -> Whereabouts | None:
         """Where weights that are not trained by gradients are; None where all are."""
         return self.training.whereabouts() if isinstance(self.training, Adapted | Zeroth) else None

@@ -136,6 +136,11 @@ class Training:
 
     # Start and end.
 
+    def warm_updates(self, numbers: Any) -> None:
+        """See UpdatesThere.warm; before weights are there."""
+        if self._updates is not None and self._there is not None:
+            self._updates.warm(self._there, numbers)
+
     def create(self, fill: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
         """See BetweenPasses.create."""
         self._between.create(fill)

@@ -10,6 +10,7 @@ A shard is in one of these lanes at a time, so while one comes down, another goe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ from offload.runtime.timeline import Timeline, now
 from offload.runtime.training_lanes import TrainingLanes
 from offload.runtime.training_walk import Rule
 from offload.tiers.cells import Cells, Shard
-from offload.tiers.device import Device, Event
+from offload.tiers.device import Device, Event, Happened
+from offload.tiers.device_cells import DeviceCells
 from offload.tiers.device_state import DeviceState
 from offload.tiers.host import as_tensor
+
+ALIGNED = 16  # bytes: what compilers of kernels make a difference of
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +55,30 @@ class UpdatesThere:
         self, device: Device, share: ShareThere, lanes: TrainingLanes, cells: Cells, timeline: Timeline
     ) -> None:
         self._device, self.slots, self._rule = device, share.slots, share.rule
-        self._lanes, self._timeline = lanes, timeline
+        self._lanes, self._timeline, self._going_up = lanes, timeline, share.shards
         self._shards: dict[str, Shard] = {s.name: s for cell in cells.layouts.values() for s in cell.shards}
         self._above: dict[str, Lease] = {}  # shard -> its slot there
         self._below: dict[str, tuple[torch.Tensor, Lease | None]] = {}  # where its state came from
+
+    def warm(self, there: DeviceCells, numbers: Any) -> None:
+        """Compiles the kernel for each kind of shard that goes up: with zeros, where nothing has been brought yet.
+
+        Args:
+            there: cells on the device.
+            numbers: the optimizer's, of a step that changes nothing.
+        """
+        seen = set()
+        for name in sorted(self._going_up):
+            shard = self._shards[name]
+            kind = (shard.dtype, shard.count, shard.at % ALIGNED, shard.decays)
+            if kind in seen:
+                continue
+            seen.add(kind)
+            with self.slots.ring.lease() as lease:
+                state = self.slots.area(lease.index, self._rule.state_nbytes(shard.shape)).zero_()
+                cell = shard.of(there.area(shard.unit, None if there.stays(shard.unit) else 0)).zero_()
+                work = partial(self._rule.step, state, cell, numbers, decays=shard.decays)
+                self._device.compute_aside(work, Happened()).wait()
 
     def upload(self, step: UploadShard) -> None:
         """State goes up. Waits for a slot, and for the disk."""

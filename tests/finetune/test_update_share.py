@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from reference_loop import ReferenceLoop
 from test_device import accelerated, check_all_back
 from test_full import NUMBERS, B, F, batches, check, plain
 from test_travel import held_out
 
 import offload
+from offload.finetune import assemble as assemble_module
 from offload.finetune import assemble_full
+from offload.finetune.sharing import parse_share
+from offload.kernels import Choice
+from offload.kernels.chosen import Kernels
+from offload.optim import there
+from offload.optim.adamw import AdamW
 from offload.planner.training_steps import DownloadShard, Update, UpdateThere, UploadShard
 
 COUNT = 4096  # parameters of a shard: tiny models have several in a unit
@@ -113,6 +121,46 @@ def test_who_waits_for_the_disk_is_booked(update_share: float, waiting: set[str]
         assert {cause.partition(":")[0] for cause in totals.stall_s if cause.endswith(":read")} == waiting
         assert {"read", "upload", "compute", "download", "write"} <= totals.busy_s.keys()
         assert ("aside" in totals.busy_s) == bool(update_share)
+
+
+@pytest.mark.parametrize("tier", ["a ring on the device", "all on the device"])
+@pytest.mark.parametrize("update_share", [0.0, 0.5])
+def test_kernels_for_every_kind_of_shard_are_ready_before_the_first_step(
+    tier: str, update_share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready, step = set(), AdamW.step
+
+    def watched(rule: AdamW, state: torch.Tensor, cell: torch.Tensor, *numbers: Any, **options: Any) -> None:
+        if threading.current_thread().name != "offload-update":
+            kind = (cell.dtype, cell.numel(), cell.data_ptr() % 16)
+            assert "mine" not in found or kind in ready
+            ready.add(kind)
+        step(rule, state, cell, *numbers, **options)
+
+    monkeypatch.setattr(AdamW, "step", watched)
+    monkeypatch.setattr(assemble_module, "_warm", lambda optimizer, kernels: None)
+    found: dict[str, Any] = {}
+    options = TIERS[tier] | {"update_share": update_share, "max_grad_norm": None}
+    with accelerated(tmp_path, "llama-tied", B, **options) as mine:
+        assert bool(ready) == bool(update_share)
+        found["mine"] = mine
+        for k in range(2):
+            mine.step(batches(k, 1))
+
+
+def test_a_card_without_the_kernel_makes_no_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own ops would take memory there that is in no sum."""
+    rule = AdamW(Kernels("cpu", exact=False))
+    given: dict[str, Any] = {"method": "full", "has_device": True, "rule": rule}
+    assert parse_share("auto", **given, kind="cuda") is None  # a plan for a card that is elsewhere
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(there, "choose", lambda op, kind: Choice(op, "torch", "no: triton is not installed"))
+    assert parse_share("auto", **given, kind="cuda") == 0
+    with pytest.raises(offload.UsageError, match=r"does not run \(no: triton is not installed\).*Say 0 or \"auto\"$"):
+        parse_share(0.5, **given, kind="cuda")
+    assert parse_share(0.5, **given, kind="cpu") == 0.5
+    monkeypatch.setattr(there, "choose", lambda op, kind: Choice(op, "gpu", ""))
+    assert parse_share("auto", **given, kind="cuda") is None
 
 
 def is_up(step: Any) -> bool:
