@@ -95,8 +95,11 @@ class Device(Protocol):
         """An event behind all work that the model has enqueued so far."""
 
     def compute_aside(self, work: Callable[[], None], after: Event) -> Event:
-        """Has the device do work beside the model's own, not before `after`; the event is behind it. Called from one
-        lane only."""
+        """Has the device do work beside the model's own, not before `after`. Called from one lane only.
+
+        Nothing else is ordered behind it: the caller waits for the event before anyone may use what the work has
+        changed, or lets go of what it works in.
+        """
 
     def synchronize(self) -> None:
         """Blocks until everything enqueued is done."""
