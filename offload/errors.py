@@ -5,6 +5,7 @@ OffloadError
 ├── BudgetError           it cannot fit; the message carries the arithmetic (also a MemoryError)
 ├── CheckpointError       a checkpoint cannot be used
 │   ├── FormatError       a safetensors file or an index breaks the format's rules
+│   ├── PackingError      a matrix needs more room packed than was set aside for it
 │   └── PickleError       a checkpoint in a format that runs code when it is read
 ├── StorageError          a read or write failed; carries file and offset (also an OSError)
 ├── ModelError            a module cannot be run this way
@@ -35,6 +36,10 @@ class CheckpointError(OffloadError):
 
 class FormatError(CheckpointError):
     """A safetensors file or index breaks the format's rules."""
+
+
+class PackingError(CheckpointError):
+    """A matrix needs more room packed than was set aside for it; its numbers are unusual."""
 
 
 class PickleError(CheckpointError):

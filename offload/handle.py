@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from offload.budgets import Division
-from offload.errors import StrictError
+from offload.errors import PackingError, StrictError
 from offload.io.heap import Reserve
 from offload.planner.placement import Tier
 from offload.planner.workspace import PASSAGE, heap_nbytes
@@ -56,7 +56,9 @@ class Offloaded:
         self.checkpoint_nbytes = 0
         self.weights = "none"
         self._restore: Callable[[], None] | None = None
-        self._another: Callable[[Workload, Session], tuple[Division, Session]] | None = None
+        self._another: Callable[..., tuple[Division, Session]] | None = None
+        self._packs = False  # what stays, from the next division on
+        self._notes: list[str] = []
         self._is_strict = False
         self._heap = Reserve(0)
 
@@ -98,7 +100,7 @@ class Offloaded:
     @property
     def fallbacks(self) -> tuple[str, ...]:
         """What did not go the fast way, a sentence each."""
-        return (*self.session.fallbacks, *([self._heap.reason] if self._heap.reason else []))
+        return (*self._notes, *self.session.fallbacks, *([self._heap.reason] if self._heap.reason else []))
 
     def measure_disk(self) -> float | None:
         """Measures the disk's read rate (0.4 s), for bounds; None when nothing lives on disk.
@@ -118,7 +120,8 @@ class Offloaded:
         """Divides memory anew, for this work, and gives the model a session in which weights lie as that says.
 
         Weights that stay as before are not read again. Call it between passes; counters of the session begin anew.
-        Memory that `work` does not need any more must be free already.
+        Memory that `work` does not need any more must be free already. Where the model was loaded with `packs_later`,
+        what stays is packed from now on; should a matrix not take to that, all stays as it is stored.
 
         Raises:
             BudgetError: it does not fit; the model can run on as it was.
@@ -126,10 +129,20 @@ class Offloaded:
         """
         assert self._another is not None
         before = self.session
-        self.division, self.session = self._another(work, before)
+        self.division, self.session = self._another(work, before, packs=self._packs)
         self.work = work
         before.close()
-        start(self, None, self._is_strict)
+        try:
+            _start(self, None, self._is_strict)
+        except PackingError as error:
+            self._packs = False
+            self._notes.append(f"weights were not packed: {error}")
+            self.session.close()
+            self.division, self.session = self._another(work, None, packs=False)
+            start(self, None, self._is_strict)
+        except BaseException:
+            self.close()
+            raise
 
     def measure_products(self) -> Products | None:
         """Measures products with what stays in memory (0.1 s), for predictions; None on an accelerator of its own, and
@@ -151,7 +164,15 @@ class Offloaded:
 
 
 def start(handle: Offloaded, progress: Progress | None, strict: bool) -> None:
-    """Fills what stays and starts the lanes."""
+    """Fills what stays and starts the lanes; an error closes the handle."""
+    try:
+        _start(handle, progress, strict)
+    except BaseException:
+        handle.close()
+        raise
+
+
+def _start(handle: Offloaded, progress: Progress | None, strict: bool) -> None:
     session = handle.session
     total = session.store.fill_nbytes()
     done = 0
@@ -162,15 +183,11 @@ def start(handle: Offloaded, progress: Progress | None, strict: bool) -> None:
         if progress is not None:
             progress("filling memory", done, total)
 
-    try:
-        dtypes = Counter(source.dtype for source in session.store.sources.values())
-        dtype = dtypes.most_common(1)[0][0]
-        session.store.fill(count, lambda: warm_kernels(dtype, session.device.torch_device))
-        session.start()
-        if session.device.torch_device.type == "cpu" and not handle._heap.nbytes:
-            handle._heap = Reserve(heap_nbytes(handle.division.workspace, handle.work))
-        if strict and session.fallbacks:
-            raise StrictError("strict mode: " + "; ".join(session.fallbacks))
-    except BaseException:
-        handle.close()
-        raise
+    dtypes = Counter(source.dtype for source in session.store.sources.values())
+    dtype = dtypes.most_common(1)[0][0]
+    session.store.fill(count, lambda: warm_kernels(dtype, session.device.torch_device))
+    session.start()
+    if session.device.torch_device.type == "cpu" and not handle._heap.nbytes:
+        handle._heap = Reserve(heap_nbytes(handle.division.workspace, handle.work))
+    if strict and session.fallbacks:
+        raise StrictError("strict mode: " + "; ".join(session.fallbacks))

@@ -119,14 +119,14 @@ def test_a_long_prompt_leaves_room_for_fewer_short_ones(monkeypatch: pytest.Monk
 
     limit = 0
 
-    def divided(self: _Prices, pool_tokens: int, pass_tokens: int, most: int) -> Any:
+    def divided(self: _Prices, pool_tokens: int, pass_tokens: int, most: int, packs: bool) -> Any:
         if pool_tokens + pass_tokens + 100 * most <= limit:
             return (lambda rows, _: 1.0), 0
         self.refusal = BudgetError("too small")
         return None
 
     monkeypatch.setattr(_Prices, "_divide", divided)
-    ask: Any = SimpleNamespace(budgets=SimpleNamespace(gpu_memory=1))
+    ask: Any = SimpleNamespace(budgets=SimpleNamespace(gpu_memory=1), packed=None)
     lengths, news = [2, 3, 300, 2, 350], [2, 2, 20, 400, 20]
     least = (3 + 64, 4 + 64, 319 + 300, 401 + 300, 401 + 350)  # run and pass, of each with those before it
     for fits in range(6):

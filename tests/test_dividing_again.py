@@ -1,11 +1,15 @@
 """Memory that changes hands while a model runs: pools shrink where they lie, weights that stay are not read twice."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from models import MODELS
 
 import offload
+from offload.kernels.chosen import Kernels
+from offload.kernels.formats.form import Form, Weight
 from offload.planner.placement import Tier
 from offload.runtime.pool import KeyValuePool
 from offload.specs import Workload
@@ -65,6 +69,40 @@ def test_weights_that_stay_are_not_read_again(tmp_path: Path) -> None:
             assert now.resident_nbytes(Tier.HOST) > 0
             assert torch.equal(model(ids).logits, expected)
         assert handle.streamed_nbytes > 0
+
+
+@pytest.mark.parametrize("is_unusual", [False, True])
+def test_weights_that_stay_are_packed_from_the_next_division_on(
+    is_unusual: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them stay then, and no bit changes; a matrix that does not take to it leaves all as it was."""
+    checkpoint = MODELS["llama"].save(tmp_path / "llama", torch.bfloat16)
+    ids = torch.tensor([[5, 9, 200, 31, 7, 8, 9, 10, 11, 12]])
+    work = Workload(batch=2, prompt_tokens=16, total_tokens=16, pool_tokens=32, pass_tokens=16)
+    if is_unusual:
+        monkeypatch.setattr("offload.tiers.packing.pack", overflowing)
+    options: dict[str, Any] = {"resident": 200_000, "work": work, "device": "cpu", "packs_later": True}
+    with (handle := offload.load(checkpoint, **options)) as model, torch.no_grad():
+        expected, before = model(ids).logits, handle.streamed_nbytes
+        for pool_tokens in (16, 8):
+            handle.divide_again(Workload(batch=2, prompt_tokens=16, total_tokens=16, pool_tokens=pool_tokens))
+            packed = [s.form for s in handle.session.store.sources.values() if s.form is not None]
+            assert torch.equal(model(ids).logits, expected)
+            if is_unusual:
+                assert not packed
+                assert handle.streamed_nbytes == before
+                assert "were not packed" in handle.fallbacks[0]
+            else:
+                assert packed
+                assert handle.streamed_nbytes < before
+                assert not handle.fallbacks
+                assert pool_tokens == 16 or handle.session.store.fill_nbytes() == 0
+
+
+def overflowing(matrix: torch.Tensor, form: Form, kernels: Kernels) -> Weight:
+    """What a matrix of unusual numbers becomes: most of it are patches."""
+    numbers = torch.logspace(-30, 3, matrix.numel(), dtype=torch.float32).to(torch.bfloat16).view(matrix.shape)
+    return kernels.run("pack_lossless", numbers)  # type: ignore[no-any-return]
 
 
 def test_memory_that_changed_hands_is_given_back_at_last(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,10 @@ def budgets_for(
     return resolve(cpu_memory=cpu_memory, gpu_memory=gpu_memory, resident=resident, device=device)
 
 
-def ready_kernels(device: str, sources: Mapping[str, Source], anatomy: Anatomy, exact: bool) -> Kernels:
+def ready_kernels(device: str, sources: Iterable[Source], anatomy: Anatomy, exact: bool) -> Kernels:
     """What computes, ready to run."""
     kernels = Kernels("cuda" if device.startswith("cuda") else "cpu", exact=exact)
-    compile_kernels(kernels, sources.values(), has_transposed=bool(anatomy.transposed))
+    compile_kernels(kernels, sources, has_transposed=bool(anatomy.transposed))
     return kernels
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,15 @@ import torch
 from offload.api.choices import budgets_for, ready_kernels, share_for
 from offload.budgets import Division, Size, divide
 from offload.checkpoint import find, open_checkpoint
+from offload.checkpoint.opening import packed
 from offload.errors import UsageError
 from offload.handle import Offloaded, Progress, start
 from offload.io.engine import Engine
-from offload.kernels.formats.weights import parse_weights
+from offload.kernels.chosen import Kernels
+from offload.kernels.formats.weights import WeightFormat, parse_weights
 from offload.plan.saved import adopt, load_plan
 from offload.runtime.apart import passing_nbytes
-from offload.runtime.linears import unpack_nbytes
+from offload.runtime.linears import is_same_unpacked, unpack_nbytes
 from offload.runtime.session import Session, token_check
 from offload.specs import Workload
 from offload.tiers.devices import create, full_name, parse_link, warm_up
@@ -42,6 +45,7 @@ def load(
     slots: int | None = None,
     io: str = "threads",
     weights: str | None = None,
+    packs_later: bool = False,
     cpu_share: float | str | None = None,
     plan: str | os.PathLike[str] | None = None,
     exact: bool = False,
@@ -73,6 +77,8 @@ def load(
         io: I/O backend: threads, uring or aiofiles.
         weights: format of the weights that stay in memory: "none" (as they are), "lossless", "int8" or "int4" (see
             `parse_weights`). A checkpoint made by `pack` has its format already.
+        packs_later: matrices stay packed without loss from the first `divide_again` on, so that more of them stay; for
+            a model that computes in main memory, is not packed already and not `exact`.
         cpu_share: of the weights that live in main memory though the model computes on an accelerator: the share that
             the CPU multiplies by where it lies, instead of sending it; from 0 to 1, or "auto": as measured rates of the
             CPU and the link have it.
@@ -112,7 +118,12 @@ def load(
         warm_up(device)
         if progress is not None:
             progress("preparing kernels", 0, 0)
-        kernels = ready_kernels(device, opened.sources, opened.anatomy, exact)
+        packs_later = packs_later and not exact and opened.weights == "none" and budgets.gpu_memory is None
+        later_kernels = Kernels("cpu", exact=exact, unpacks=True)  # bits shall not depend on when memory was divided
+        later = opened
+        if packs_later:
+            later = packed(opened, WeightFormat("lossless"), partial(is_same_unpacked, later_kernels))
+        kernels = ready_kernels(device, [*opened.sources.values(), *later.sources.values()], opened.anatomy, exact)
         extra = unpack_nbytes(opened.sources.values(), exact)
         saved = load_plan(plan) if plan is not None else None
         if saved is not None:
@@ -158,15 +169,26 @@ def load(
         if spec.kv_bytes_per_token and named and not wanted.pool_tokens:  # a pool cannot hold more than was planned
             one.before_pass(token_check(opened.model, wanted.kept_tokens, spec.kv_bytes_per_token))
 
-    def another(wanted: Workload, before: Session) -> tuple[Division, Session]:
+    def another(wanted: Workload, before: Session | None, *, packs: bool) -> tuple[Division, Session]:
         """A session for other work, with memory divided as before the first one was there."""
+        now = later if packs else opened
+        unpacking = unpack_nbytes(now.sources.values(), exact)
         base = division.base_nbytes
-        divided = divide(spec, budgets, wanted, slots=slots, extra_nbytes=extra, base_nbytes=base)
+        divided = divide(now.spec, budgets, wanted, slots=slots, extra_nbytes=unpacking, base_nbytes=base)
         files = Engine(io, strict=strict)
         try:
             here = create(device)
-            tokens = wanted.total_tokens
-            new = Session(*parts, divided.placement, files, here, before=before, kernels=kernels, planned_tokens=tokens)
+            new = Session(
+                now.model,
+                now.anatomy,
+                now.sources,
+                divided.placement,
+                files,
+                here,
+                before=before,
+                kernels=later_kernels if packs else kernels,
+                planned_tokens=wanted.total_tokens,
+            )
         except BaseException:
             files.close()
             raise
@@ -174,7 +196,7 @@ def load(
         return divided, new
 
     if not where.has_memory:
-        handle._another = another
+        handle._another, handle._packs = another, packs_later
     if dry_run:
         return handle
     start(handle, progress, strict)

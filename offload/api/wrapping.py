@@ -89,7 +89,7 @@ def wrap(
     work = Workload(batch=1, prompt_tokens=0, total_tokens=0)
     extra = parse_bytes(workspace, "workspace")
     warm_up(device)
-    kernels = ready_kernels(device, sources, anatomy, exact)
+    kernels = ready_kernels(device, sources.values(), anatomy, exact)
     share, on_host = share_for(cpu_share, anatomy, sources, budgets, 1, device, exact, rate, None)
     division = divide(spec, budgets, work, slots=slots, own_nbytes=spec.nbytes, extra_nbytes=extra, cpu_share=share)
     home = division.placement.home

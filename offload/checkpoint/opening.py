@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from offload.checkpoint.describe import describe
 from offload.checkpoint.outline import outline
+from offload.checkpoint.packable import packable
 from offload.errors import CheckpointError
 from offload.io.buffers import Buffer
 from offload.io.engine import Engine
@@ -84,6 +86,16 @@ def open_checkpoint(
         checkpoint=checkpoint,
         weights=sketch.weights,
     )
+
+
+def packed(opened: Opened, weights: WeightFormat, takes: Callable[[tuple[int, ...]], bool]) -> Opened:
+    """The same, had it been opened with this format for matrices that stay in memory, of the shapes that it takes."""
+    config, sources = getattr(opened.model, "config", None), dict(opened.sources)
+    for name in packable(opened.anatomy, sources, config, weights, blocks_only=True):
+        if takes(sources[name].shape):
+            sources[name] = replace(sources[name], form=weights.form(sources[name].shape))
+    spec = describe(opened.anatomy, sources, config)
+    return replace(opened, sources=sources, spec=spec, weights=str(weights))
 
 
 def _load_buffers(model: nn.Module, located: Mapping[str, Source], engine: Engine) -> None:

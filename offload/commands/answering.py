@@ -105,13 +105,14 @@ class Job:
             )
         self.answers.add(lines)
 
-    def load(self, work: Workload) -> Offloaded:
-        """The model, with memory set aside for `work`."""
+    def load(self, work: Workload, *, packs_later: bool = False) -> Offloaded:
+        """The model, with memory set aside for `work`; what stays may be packed when memory is divided again."""
         with bar(self.console) as progress:
             handle = load(
                 self.directory,
                 **self.options.placing(),
                 work=work,
+                packs_later=packs_later,
                 cpu_share=0.0,  # a share follows from rates measured just now, and another processor rounds otherwise
                 progress=progress,
             )

@@ -13,6 +13,7 @@ import transformers
 from rich.console import Console
 
 from offload.checkpoint import find, read_config
+from offload.checkpoint.numbers import numbers
 from offload.checkpoint.outline import sketch
 from offload.commands.answering import Job, Report, by_blocks
 from offload.commands.options import Running
@@ -23,9 +24,12 @@ from offload.generate import Answers, Limits, Prompt, digest_of, even, identity_
 from offload.generate.prompts import AS_ASKED, NAMED
 from offload.hardware import peak_rss_bytes
 from offload.io.rate import read_rate
+from offload.kernels.chosen import Kernels
 from offload.plan import Ask, best_batch, plan_offline, room_for_one, with_disk_rate
 from offload.plan.planning import BATCHES
+from offload.runtime.linears import WIDE, is_same_unpacked
 from offload.runtime.ragged import refuses
+from offload.specs import ModelSpec
 from offload.units import MIB, format_bytes, format_seconds
 
 TELLS = 256 * MIB  # of a file: as much as tells how fast a disk reads
@@ -174,7 +178,13 @@ def _ask(request: Request, prompt_tokens: int = 1, new_tokens: int = 1) -> Ask:
     if request.link is None and _device(request) == "emulated":
         options["link"] = UNPACED
     ask = ask_of(PlanRequest(**options, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch="auto"))
-    return replace(ask, profile=with_disk_rate(ask.profile, _disk_rate(find(request.model))))
+    directory = find(request.model)
+    packed: tuple[ModelSpec, int] | None = None
+    packs = ask.weights == "none" and not request.exact and ask.budgets.gpu_memory is None
+    if packs and is_same_unpacked(Kernels("cpu", exact=False), (WIDE, WIDE)):
+        known = numbers(directory, dtype=request.dtype, weights="lossless")
+        packed = known.spec, known.unpack_nbytes
+    return replace(ask, profile=with_disk_rate(ask.profile, _disk_rate(directory)), packed=packed)
 
 
 def _disk_rate(directory: Path) -> float | None:

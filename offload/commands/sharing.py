@@ -30,7 +30,7 @@ def by_passes(job: Job, plan: Batching, left_out: Collection[int] = ()) -> None:
     new_tokens = [p.new_tokens(job.options.max_new_tokens) for p in left]
     job.report.predicted_s = plan.seconds
     job.report.predicted_tokens_per_s = sum(new_tokens) / plan.seconds
-    handle = job.load(work_of([len(p.ids) for p in left], new_tokens, plan))
+    handle = job.load(work_of([len(p.ids) for p in left], new_tokens, plan), packs_later=plan.packs)
     with handle, closing(_pool(handle, plan.pool_tokens)) as pool:
         to_go = sum(len(p.ids) for p in left) + sum(new_tokens) - len(left)  # tokens through the model, at most
         _Sharing(job, plan, handle, to_go).run(left, pool)

@@ -25,10 +25,11 @@ class Kernels:
     Args:
         device: "cpu" or "cuda", a torch device's type.
         exact: torch's own ops only, but for those that give the same bits in any implementation.
+        unpacks: products of many rows with a packed matrix are those with the plain one, bit by bit.
     """
 
-    def __init__(self, device: str, *, exact: bool) -> None:
-        self.device, self.exact = device, exact
+    def __init__(self, device: str, *, exact: bool, unpacks: bool = False) -> None:
+        self.device, self.exact, self.unpacks = device, exact, unpacks
         self._choices: dict[str, Choice] = {}
         self._parts: dict[str, tuple[Callable[..., Any], Callable[..., str | None], Callable[..., Any]]] = {}
         self._refused: dict[str, Counter[str]] = defaultdict(Counter)

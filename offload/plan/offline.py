@@ -56,7 +56,7 @@ def plan_offline(
     else:
         assert prices.refusal is not None
         raise prices.refusal
-    return replace(found, sequences=min(found.sequences, len(prompts)))
+    return replace(found, sequences=min(found.sequences, len(prompts)), packs=ask.packed is not None)
 
 
 def room_for_one(ask: Ask, prompts: Sequence[int], new_tokens: Sequence[int]) -> int:
@@ -90,7 +90,7 @@ class _Prices:
         self._ask, self._prompts, self._new_tokens = ask, prompts, new_tokens
         self._mean = max(1, sum(prompts) // len(prompts))
         self._known: dict[tuple[int, ...], PassSeconds] = {}  # by bytes that travel: neighbours often place alike
-        self._divided: dict[tuple[int, int, int], tuple[PassSeconds, frozenset[str]] | None] = {}
+        self._divided: dict[tuple[int, int, int, bool], tuple[PassSeconds, frozenset[str]] | None] = {}
 
     def pass_s_of(self, pool_tokens: int, pass_tokens: int, most: int) -> PassSeconds | None:
         """What a pass of so many tokens takes; None where there is no room for the pool."""
@@ -98,15 +98,17 @@ class _Prices:
         return None if found is None else found[0]
 
     def again_of(self, pool_tokens: int, pass_tokens: int, most: int) -> Again:
-        """The same where memory is divided again and again, and what that takes: weights are read that did not stay."""
+        """The same where memory is divided again and again, and what that takes: weights are read that did not stay, or
+        not packed."""
         lane = self._ask.profile.lane(self._ask.computer.read)
         spec, first = self._ask.spec, self._division(pool_tokens, pass_tokens, most)
         nbytes = {t.name: t.read_nbytes for t in (*spec.loose, *(t for u in spec.units for t in u.tensors))}
-        there: frozenset[str] = frozenset() if first is None else first[1]
+        packs = self._ask.packed is not None
+        there: frozenset[str] = frozenset() if first is None or packs else first[1]
 
         def again(smaller: int) -> tuple[PassSeconds, float] | None:
             nonlocal there
-            found = self._division(smaller, pass_tokens, most)
+            found = self._division(smaller, pass_tokens, most, packs=packs)
             if found is None:
                 return None
             new, there = found[1] - there, found[1]
@@ -114,35 +116,42 @@ class _Prices:
 
         return again
 
-    def _division(self, pool_tokens: int, pass_tokens: int, most: int) -> tuple[PassSeconds, frozenset[str]] | None:
-        key = pool_tokens, pass_tokens, most
+    def _division(
+        self, pool_tokens: int, pass_tokens: int, most: int, *, packs: bool = False
+    ) -> tuple[PassSeconds, frozenset[str]] | None:
+        key = pool_tokens, pass_tokens, most, packs
         if key not in self._divided:
             self._divided[key] = self._divide(*key)
         return self._divided[key]
 
-    def _divide(self, pool_tokens: int, pass_tokens: int, most: int) -> tuple[PassSeconds, frozenset[str]] | None:
+    def _divide(
+        self, pool_tokens: int, pass_tokens: int, most: int, packs: bool
+    ) -> tuple[PassSeconds, frozenset[str]] | None:
+        """What passes take, and which weights stay, packed or as they are stored."""
         ask = self._ask
+        spec, extra = ask.packed if packs and ask.packed is not None else (ask.spec, ask.extra_nbytes)
         guess = Batching(
             pool_tokens=pool_tokens, pass_tokens=pass_tokens, sequences=most, seconds=0, passes=0, tokens=0
         )
         work = work_of(self._prompts, self._new_tokens, guess)
         try:
             division = divide(
-                ask.spec,
+                spec,
                 ask.budgets,
                 work,
                 slots=ask.slots,
-                extra_nbytes=ask.extra_nbytes,
-                extra_device_nbytes=ask.extra_nbytes,
+                extra_nbytes=extra,
+                extra_device_nbytes=extra,
                 base_nbytes=ask.base_nbytes,
             )
         except BudgetError as error:
             self.refusal = self.refusal or error
             return None
-        pricer = Pricer(ask.spec, work, ask.computer)
+        pricer = Pricer(spec, work, ask.computer)
         steps = pricer.schedule(division.placement)
-        travels = tuple(
-            round(sum(s.nbytes for s in steps if isinstance(s, kind)) / (32 << 20)) for kind in (Read, Upload)
+        travels = (
+            packs,
+            *(round(sum(s.nbytes for s in steps if isinstance(s, kind)) / (32 << 20)) for kind in (Read, Upload)),
         )
         if travels not in self._known:
             points = []

@@ -40,6 +40,8 @@ class Ask:
         extra_nbytes: what unpacking takes beside the workspace.
         weights: format of packed matrices.
         basis: of the model's numbers: headers or config.
+        packed: the model, and what unpacking takes, were its weights packed without loss where they stay; None: that
+            is not to be.
     """
 
     spec: ModelSpec
@@ -53,6 +55,7 @@ class Ask:
     extra_nbytes: int = 0
     weights: str = "none"
     basis: str = "headers"
+    packed: tuple[ModelSpec, int] | None = None
 
     @property
     def computer(self) -> Computer:

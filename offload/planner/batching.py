@@ -41,6 +41,7 @@ class Batching:
         seconds: for all of it, if every sequence gets all of its new tokens.
         passes: over the weights.
         tokens: of prompts and new ones, that run through the model.
+        packs: whether weights that stay are packed once memory is divided again.
     """
 
     pool_tokens: int
@@ -49,6 +50,7 @@ class Batching:
     seconds: float
     passes: float
     tokens: int
+    packs: bool = False
 
 
 def divides_again(pool_tokens: int, used_tokens: int, passes_left: int) -> bool:

@@ -26,6 +26,7 @@ from offload.tiers.layout import Source
 from offload.units import MIB
 
 BLOCK_NBYTES = 16 * MIB  # of a packed matrix that are unpacked at a time for many rows: they stay in the cache
+WIDE = 64  # outputs that the kernel for many rows takes at a time
 MANY = 8  # rows of x from which a product is one of matrices (kernels/cpu/linear_many.py)
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -49,6 +50,18 @@ def install(root: nn.Module, kernels: Kernels, *, has_faces: bool) -> Callable[[
             module.__dict__.pop("forward", None)
 
     return remove
+
+
+def is_same_unpacked(kernels: Kernels, shape: tuple[int, ...]) -> bool:
+    """Whether many rows times a bf16 matrix, [outputs, inputs], give the same bits where it is unpacked in blocks: our
+    kernel does, torch's may choose another way for another number of outputs."""
+    outputs, inputs = min(WIDE, shape[0]), shape[1]
+    x, weight = (torch.empty(rows, inputs, dtype=torch.bfloat16) for rows in (MANY, outputs))
+    return (
+        kernels.choice("linear_many").implementation != "torch"
+        and shape[0] % 16 == 0
+        and kernels.refuses("linear_many", x, weight) is None
+    )
 
 
 def unpack_nbytes(sources: Iterable[Source], exact: bool) -> int:
@@ -130,13 +143,14 @@ def _from_packed(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None, ker
     packed = weight.packed
     if kernels.exact:
         return _by_torch(x, weight.whole(), bias)
-    if _is_few(x) and not needs_gradient(x):
+    is_few = _is_few(x) and not (kernels.unpacks and _is_many(x))
+    if is_few and not needs_gradient(x):
         y = kernels.attempt(f"linear_{kind_of(packed)}", x.contiguous(), packed, bias)
         if y is not None:
             return y  # type: ignore[no-any-return]
     outputs, inputs = outputs_of(packed), packed.inputs
     y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
-    step = max(1, BLOCK_NBYTES // (inputs * x.element_size()))
+    step = max(WIDE, BLOCK_NBYTES // (inputs * x.element_size()) // WIDE * WIDE)
     for first in range(0, outputs, step):
         last = min(outputs, first + step)
         block = kernels.unpack(rows_of(packed, first, last), x.dtype)

@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from offload.errors import CheckpointError
+from offload.errors import PackingError
 from offload.kernels.chosen import Kernels
 from offload.kernels.formats.form import Form, LosslessWeight, Weight, rows_of
 from offload.tiers.host import Scratch
@@ -55,7 +55,7 @@ def pack_to(source: Source, kernels: Kernels, scratch: Scratch, put: Callable[[W
         put: called once, with the packed matrix, what its form has become, and its error.
 
     Raises:
-        CheckpointError: from the receiver, when the matrix does not fit into the room that was set aside for it.
+        PackingError: from the receiver, when the matrix does not fit into the room that was set aside for it.
     """
     form = source.form
     assert form is not None
@@ -66,7 +66,7 @@ def pack_to(source: Source, kernels: Kernels, scratch: Scratch, put: Callable[[W
             put(weight, form, error_of(matrix, weight, kernels))
             return
         if (patches := int(weight.patch_start[-1])) > form.patches:
-            raise CheckpointError(
+            raise PackingError(
                 f"{source.name} has {patches:,} weights of unusual exponents among {prod(source.shape):,}; room was "
                 f"set aside for {form.patches:,}. Pack the model once with offload pack, which keeps such a matrix "
                 "as it is, or use --weights none"

@@ -46,8 +46,8 @@ class Store:
         given: tensors that are in main memory already; those that stay there are used as they are.
         files: files that are open already, by path.
         before: the store of the same tensors that this one replaces, on a device without memory of its own. What stays
-            in main memory under both is not read again; its memory is this store's once `before` is closed, which must
-            be before `fill`.
+            in main memory under both, packed in both or in none, is not read again; its memory is this store's once
+            `before` is closed, which must be before `fill`.
     """
 
     def __init__(
@@ -72,7 +72,8 @@ class Store:
         self._left: Tensors | None = None  # to the store that replaces this one
         self._older: list[HostArena] = []
         if before is not None:
-            self._given |= before._leave({n for n, tier in home.items() if tier is Tier.HOST} - set(self._given))
+            alike = {n for n, s in self.sources.items() if (s.form is None) == (before.sources[n].form is None)}
+            self._given |= before._leave(alike & placement.names(Tier.HOST) - set(self._given))
             self.sources |= {n: before.sources[n] for n in before._left or ()}
             self._older = [*before._older, before.arena]
         sources = self.sources
