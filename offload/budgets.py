@@ -12,7 +12,7 @@ from offload.hardware import auto_cpu_budget, gpus, host_memory, rss_bytes
 from offload.planner.placement import Placement, TooSmall, place
 from offload.planner.workspace import LIBRARIES, MARGIN, PASSAGE, Workspace, workspace
 from offload.specs import Budgets, ModelSpec, Workload
-from offload.units import GIB, MIB, format_bytes, parse_bytes
+from offload.units import GIB, MIB, format_bytes, parse_memory
 
 DEVICE_SLACK = 640  # bytes that aligning one tensor costs at most
 TRANSIT = PASSAGE  # buffers on the way to a device while memory fills
@@ -31,21 +31,21 @@ def resolve(*, cpu_memory: Size = None, gpu_memory: Size = None, resident: Size 
     if cpu_memory is None:
         cpu, sources["cpu_memory"] = auto_cpu_budget(memory)
     else:
-        cpu, sources["cpu_memory"] = parse_bytes(cpu_memory, "cpu_memory"), "as asked"
+        cpu, sources["cpu_memory"] = parse_memory(cpu_memory, "cpu_memory"), "as asked"
     gpu: int | None = None
     if device.startswith("cuda"):
         if gpu_memory is None:
             index, cards = int(device.partition(":")[2] or 0), gpus()
             if index >= len(cards):
-                raise UsageError(f"device={device!r} was asked for, but there are {len(cards)}; see offload doctor")
+                raise UsageError(f"device={device!r} was asked for, but {_cards(len(cards))}; see offload doctor")
             gpu = max(0, cards[index].free - GPU_MARGIN)
             sources["gpu_memory"] = f"free memory less {format_bytes(GPU_MARGIN)}"
         else:
-            gpu, sources["gpu_memory"] = parse_bytes(gpu_memory, "gpu_memory"), "as asked"
+            gpu, sources["gpu_memory"] = parse_memory(gpu_memory, "gpu_memory"), "as asked"
     elif device == "emulated":
         if gpu_memory is None:
             raise UsageError('device="emulated" needs gpu_memory: how much memory should the device have?')
-        gpu, sources["gpu_memory"] = parse_bytes(gpu_memory, "gpu_memory"), "as asked, emulated"
+        gpu, sources["gpu_memory"] = parse_memory(gpu_memory, "gpu_memory"), "as asked, emulated"
     elif gpu_memory is not None:
         raise UsageError(
             f"gpu_memory={gpu_memory!r} was given, but the model would compute on the CPU: no GPU was found, or "
@@ -53,6 +53,10 @@ def resolve(*, cpu_memory: Size = None, gpu_memory: Size = None, resident: Size 
             'Leave it out, or try device="emulated"'
         )
     return Budgets(cpu_memory=cpu, gpu_memory=gpu, resident=parse_resident(resident), sources=sources)
+
+
+def _cards(count: int) -> str:
+    return f"this machine has {count or 'no'} GPU{'s' if count != 1 else ''} that can be used"
 
 
 def parse_resident(value: Size) -> float | int | None:
@@ -67,7 +71,7 @@ def parse_resident(value: Size) -> float | int | None:
         try:
             number = float(value)
         except ValueError:
-            return parse_bytes(value, "resident")
+            return parse_memory(value, "resident")
         value = number if "." in value or number <= 1 else int(number)
     if isinstance(value, float) and 0 <= value <= 1:
         return value
@@ -75,7 +79,7 @@ def parse_resident(value: Size) -> float | int | None:
         raise UsageError(
             f'resident={value} is not a fraction; use a number from 0 to 1, a size such as "2GiB", or "auto"'
         )
-    return parse_bytes(value, "resident")
+    return parse_memory(value, "resident")
 
 
 def from_max_memory(max_memory: Mapping[Any, Size]) -> dict[str, Size]:
@@ -157,9 +161,6 @@ def divide(
     """
     base = max(0, rss_bytes() - own_nbytes) if base_nbytes is None else base_nbytes
     need = workspace(spec, work)
-    for name, size in (("cpu_memory", budgets.cpu_memory), ("gpu_memory", budgets.gpu_memory)):
-        if size is not None and 0 < size < 1024:
-            raise UsageError(f'{name}={size} means {size} bytes; did you mean "{size}GiB"?')
     reserve = base + LIBRARIES + int(MARGIN * budgets.cpu_memory) + extra_nbytes
     host = budgets.cpu_memory - reserve
     device: int | None = None
@@ -185,8 +186,8 @@ def divide(
         raise BudgetError(
             f"cpu_memory={format_bytes(budgets.cpu_memory)}{gpu} is too small for this run. The process itself takes "
             f"{format_bytes(base)}, libraries and margin {format_bytes(reserve - base)}; the run needs "
-            f"{format_bytes(need.nbytes)} {where} ({need.explain()}) for {work.batch} sequences of {work.total_tokens} "
-            f"tokens. {error} {_advice(budgets, error)}"
+            f"{format_bytes(need.nbytes)} {where} ({need.explain()}) for {work.batch} sequence"
+            f"{'s' if work.batch != 1 else ''} of {work.total_tokens} tokens. {error} {_advice(budgets, error)}"
         ) from None
     return Division(
         placement=placement,

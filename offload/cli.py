@@ -128,6 +128,9 @@ def plan(
     model: Annotated[
         str, typer.Argument(help="folder with config.json, and headers or weights; hub id; or a fine-tuning YAML file")
     ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="laid over a YAML file, such as train.learning_rate=2e-5")
+    ] = None,
     cpu_memory: CpuMemory = None,
     gpu_memory: GpuMemory = None,
     resident: Resident = None,
@@ -151,7 +154,8 @@ def plan(
     from offload.commands.plan import PlanRequest, execute
 
     values = {k: v for k, v in locals().items() if k in PlanRequest.__dataclass_fields__}
-    raise typer.Exit(execute(PlanRequest(**values | {"what_if": tuple(what_if or ())})))
+    lists = {"overrides": tuple(overrides or ()), "what_if": tuple(what_if or ())}
+    raise typer.Exit(execute(PlanRequest(**values | lists)))
 
 
 @app.command()

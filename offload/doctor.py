@@ -137,7 +137,7 @@ def _check_kernels(where: str) -> Iterator[Found]:
     from offload import kernels
 
     for kind, answer in kernels.available().items():
-        yield ("ok", kind) if answer == "yes" else ("missing", f"{kind}: {answer}")
+        yield ("ok", kind) if answer == "yes" else ("missing", f"{kind}: {answer.removeprefix('no: ')}")
 
 
 def _check_disk(where: str) -> Iterator[Found]:

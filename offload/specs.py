@@ -165,10 +165,11 @@ def check_length(prompt_tokens: int, new_tokens: int, max_tokens: int | None) ->
     if new_tokens < 1:
         raise UsageError(f"{new_tokens} new tokens were asked for; ask for at least 1")
     if max_tokens is not None and prompt_tokens + new_tokens > max_tokens:
+        room = max_tokens - prompt_tokens
+        advice = f" or ask for at most {room:,} new tokens" if room > 0 else ""
         raise UsageError(
             f"the prompt has {prompt_tokens:,} tokens and {new_tokens:,} new ones were asked for, but the model's "
-            f"context is {max_tokens:,} tokens; shorten the prompt or ask for at most "
-            f"{max(0, max_tokens - prompt_tokens):,} new tokens"
+            f"context is {max_tokens:,} tokens; shorten the prompt{advice}"
         )
 
 

@@ -44,6 +44,18 @@ def parse_bytes(value: str | int | float, name: str = "size") -> int:
     return int(float(found[1].replace("_", "").replace(",", "")) * (_UNITS.get(unit) or _BARE[unit]))
 
 
+def parse_memory(value: str | int | float, name: str) -> int:
+    """`parse_bytes` of an amount of memory, in which a bare small number has lost its unit: "4" is asked for as 4GiB.
+
+    Raises:
+        UsageError: not a size, or fewer bytes than any memory has.
+    """
+    nbytes = parse_bytes(value, name)
+    if 0 < nbytes < 1024:
+        raise UsageError(f'{name}={value} means {nbytes} bytes; did you mean "{nbytes}GiB"?')
+    return nbytes
+
+
 def parse_rate(value: str | int | float, name: str = "rate") -> float:
     """Bytes per second from "4GB/s", "500MiB/s", or a plain number of bytes per second.
 

@@ -144,6 +144,8 @@ def test_a_plan_is_kept(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         (("--what-if", "link=2x"), "this machine has none"),
         (("--device", "emulated", "--gpu-memory", "1GiB", "--link", "8"), 'did you mean "8GB/s"'),
         (("--slots", "0"), "at least 1 slot"),
+        (("train.optim=sgd",), "laid over a fine-tuning configuration"),
+        (("--resident", "2"), 'did you mean "2GiB"'),
         (("--hardware", "cpu-ddr5-nvme4", "--resident", "many"), "resident"),
         (("--prompt-tokens", "4000"), "context is 128"),
         (("--hardware", "cpu-ddr5-nvme4", "--gpu-memory", "4GiB"), "no accelerator"),

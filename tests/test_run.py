@@ -92,6 +92,7 @@ def test_explain(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--prompt-ids", "5", "--device", "tpu"), "not known"),
         (("--prompt-ids", "5", "--device", "emulated"), "needs gpu_memory"),
         (("--prompt-ids", "5", "--resident", "1.5"), "not a fraction"),
+        (("--prompt-ids", "5", "--resident", "2"), 'did you mean "2GiB"'),
         (("--prompt-ids", "5", "--dtype", "int7"), "bfloat16"),
         (("--prompt-ids", "5", "--temperature", "0.5"), "need --sample"),
         (("--prompt-ids", "5,320"), "token id 320"),

@@ -54,19 +54,21 @@ def execute(request: Request) -> int:
     transformers.utils.logging.set_verbosity_error()
     console = Console(stderr=True, quiet=request.json)
     config = reading.read_config(request.config, request.overrides)
+    output, limit = Path(config.train.output_dir), config.budgets.disk_limit
+    is_rehearsal = request.dry_run or request.explain
+    if not is_rehearsal:
+        check_journal(output, report_to=config.train.report_to, resume=request.resume)
     directory = find(config.model)
     tokenizer, prepared, total = read_data(config, directory, console, counts=not request.resume)
     outlook = outlook_of(config, directory, total)
     announce(config, prepared, total, outlook, console)
-    output, limit = Path(config.train.output_dir), config.budgets.disk_limit
     state = Path(config.budgets.offload_dir or output / STATE)
     finished = read_finished(state) if request.resume else None
     if finished is not None:
         return _already_finished(request, config, prepared, finished, state, console)
     check_room(outlook, state, output, parse_bytes(limit, "disk_limit") if limit else None, resume=request.resume)
-    if request.dry_run or request.explain:
+    if is_rehearsal:
         return _rehearse(request, config, prepared, outlook, tokenizer, console)
-    check_journal(output, report_to=config.train.report_to, resume=request.resume)
     forget_finished(state)
     with finishing_steps() as stop, _open(request, config, directory) as trainer:
         if not total:
@@ -189,6 +191,8 @@ def _train(
             note(console, journal.note)
         if trainer.step_number:
             say(console, f"going on after step {trainer.step_number} of {total}")
+        elif request.resume:
+            note(console, "--resume: nothing was committed yet, so the run begins at its first step")
 
         def on_line(line: Mapping[str, Any]) -> None:
             if outlook.forecast is not None and "loss" in line:

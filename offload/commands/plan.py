@@ -30,7 +30,7 @@ from offload.plan import (
 )
 from offload.planner.whatif import parse_change
 from offload.specs import Workload, check_length
-from offload.units import parse_bytes, parse_rate
+from offload.units import parse_memory, parse_rate
 
 CONFIGS = (".yaml", ".yml")  # of fine-tuning, in place of a model
 
@@ -40,6 +40,7 @@ class PlanRequest:
     """The options of `offload plan`; see its help."""
 
     model: str
+    overrides: tuple[str, ...] = ()
     cpu_memory: str | None = None
     gpu_memory: str | None = None
     resident: str | None = None
@@ -64,6 +65,11 @@ def execute(request: PlanRequest) -> int:
         from offload.commands import plan_training  # needs torch
 
         return plan_training.execute(request)
+    if request.overrides:
+        raise UsageError(
+            f"{request.overrides[0]!r} is laid over a fine-tuning configuration, and {request.model} is none (a .yaml "
+            "file); of a model, options say what to plan for: see offload plan --help"
+        )
     plan = plan_of(request)
     if request.output is not None:
         save(_saved(plan, request), request.output)
@@ -119,7 +125,7 @@ def ask_of(request: PlanRequest) -> Ask:
         )
     else:
         sizes = [
-            None if text is None else parse_bytes(text, name)
+            None if text is None else parse_memory(text, name)
             for name, text in (("cpu_memory", request.cpu_memory), ("gpu_memory", request.gpu_memory))
         ]
         budgets = replace(budgets_of(profile, *sizes), resident=parse_resident(request.resident))

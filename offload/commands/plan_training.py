@@ -19,7 +19,7 @@ from offload.finetune.config import Config
 from offload.finetune.reading import read_config
 from offload.units import parse_bytes
 
-APPLIES = ("model", "cpu_memory", "hardware", "json")  # everything else is said in the file
+APPLIES = ("model", "overrides", "cpu_memory", "hardware", "json")  # everything else is said in the file
 
 
 def execute(request: PlanRequest) -> int:
@@ -32,10 +32,10 @@ def execute(request: PlanRequest) -> int:
     if strange := [f.name for f in fields(PlanRequest) if _is_strange(request, f.name, f.default)]:
         raise UsageError(
             f"--{strange[0].replace('_', '-')} goes with a model; {request.model} is a fine-tuning configuration, "
-            "whose own keys say it. With one go --cpu-memory, --hardware and --json"
+            "whose own keys say it (key=value lays over them). With one go --cpu-memory, --hardware and --json"
         )
     said = [] if request.cpu_memory is None else [f"budgets.cpu_memory={request.cpu_memory}"]
-    config = read_config(request.model, said)
+    config = read_config(request.model, [*request.overrides, *said])
     directory = find(config.model)
     quiet = Console(stderr=True, quiet=request.json)
     _, prepared, total = read_data(config, directory, quiet)

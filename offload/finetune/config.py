@@ -8,7 +8,7 @@ from msgspec import Meta, Struct
 
 from offload.errors import UsageError
 from offload.finetune.schedules import SCHEDULES
-from offload.units import parse_bytes
+from offload.units import parse_memory
 
 Size = str | int | None
 AtLeast0 = Annotated[int, Meta(ge=0)]
@@ -116,7 +116,7 @@ class Budgets(Section):
     def __post_init__(self) -> None:
         for name in ("gpu_memory", "cpu_memory", "disk_limit", "drive_tbw"):
             if (value := getattr(self, name)) is not None:
-                parse_bytes(value, name)
+                parse_memory(value, name)
 
 
 class Train(Section):

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import yaml
@@ -120,6 +120,16 @@ def _check_key(key: str, where: str) -> None:
     raise UsageError(f"{where}: {key} is not known; {hint}")
 
 
+def _words(key: str) -> tuple[str, ...]:
+    """What a key may say, where it takes one of a few words."""
+    kind: Any = Config
+    for part in key.split("."):
+        kind = next((f.type for f in msgspec.structs.fields(kind) if f.encode_name == part), None)
+        if not (isinstance(kind, type) and issubclass(kind, Section)):
+            break
+    return get_args(kind)
+
+
 def _plain(message: str) -> str:
     """msgspec's message with the key in front: "train.max_steps: expected int, got str"."""
     found = re.fullmatch(r"(.*) - at `\$\.?(.*)`", message, re.DOTALL)
@@ -127,4 +137,6 @@ def _plain(message: str) -> str:
     if missing := re.fullmatch(r"Object missing required field `(\w+)`", text):
         return f"{key + '.' if key else ''}{missing[1]} is missing"
     text = text.replace("`", "")
+    if text.startswith("Invalid enum value") and (words := _words(key)):
+        text += f"; there are {', '.join(words)}"
     return f"{key}: {text[0].lower() + text[1:]}" if key else text

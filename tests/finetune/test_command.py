@@ -316,6 +316,9 @@ def test_plan_of_a_configuration(config: Path, tmp_path: Path, capsys: pytest.Ca
     assert kinds["optimizer"]["disk"] == 2 * found["plan"]["state_bytes"]
     assert kinds["optimizer"]["host"] == found["plan"]["predicted"]["state_in_memory_bytes"]
     assert sum(row.get("host", 0) for row in kinds.values()) <= 4 << 30
+    assert plan(config, "train.max_steps=3", "train.optim=sgd", *memory, "--json") == 0
+    other = json.loads(capsys.readouterr().out)
+    assert (other["total_steps"], other["plan"]["state_bytes"]) == (3, found["plan"]["state_bytes"] * 8 // 12)
     assert plan(config, *memory) == 0
     text = capsys.readouterr().out
     assert "parameters to train" in text
@@ -326,6 +329,8 @@ def test_plan_of_a_configuration(config: Path, tmp_path: Path, capsys: pytest.Ca
 def test_options_of_a_model_are_refused_for_a_configuration(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(config, "--batch", "4") == 2
     assert "--batch goes with a model" in capsys.readouterr().err
+    assert plan(config, "train.optin=sgd") == 2
+    assert "did you mean train.optim?" in capsys.readouterr().err
 
 
 def test_dry_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,6 +372,9 @@ def test_dry_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("data.format=text", 1, "chat.jsonl:1: lacks 'text'"),
         ("data.max_length=3", 2, "nothing of the training data can be learnt"),
         ("train.lerning_rate=1", 2, "did you mean train.learning_rate?"),
+        ("method=qlora", 2, "invalid enum value 'qlora'; there are full, lora, zo"),
+        ("budgets.activations=none", 2, "there are auto, keep, recompute, disk"),
+        ("budgets.cpu_memory=4", 2, 'cpu_memory=4 means 4 bytes; did you mean "4GiB"?'),
         ("model=/nowhere", 1, "is not a folder"),
     ],
 )
