@@ -8,6 +8,7 @@ import pytest
 
 from offload.plan.residuals import residuals
 from offload.planner.bound import Bound
+from offload.planner.ops import Phase
 from offload.planner.placement import NO_RING, Placement, Ring
 from offload.planner.prediction import PassCost, Prediction, origin_of
 from offload.profile import Learned
@@ -79,3 +80,12 @@ def test_a_timeline_that_forgot_the_beginning_teaches_nothing() -> None:
 def test_a_prediction_says_what_it_rests_on() -> None:
     said = prediction(cost(0.8, 0.5, 0.1), cost(0.4, 0.1, 0.3))
     assert origin_of(said) == "measured machine, not calibrated"
+
+
+@pytest.mark.parametrize(
+    ("sequences", "tokens", "family"),
+    [(4, 1, "few"), (5, 1, "some"), (1, 64, "some"), (1, 65, "many"), (2, 128, "many"), (1, 257, "bulk")],
+)
+def test_families_by_rows(sequences: int, tokens: int, family: str) -> None:
+    """Products that compute more than they read stand apart: what slows reading down says nothing of them."""
+    assert Phase(sequences=sequences, tokens=tokens).family == f"compute.{family}"

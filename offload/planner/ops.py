@@ -24,6 +24,7 @@ from offload.profile import FORMAT_BITS, OpCost, Profile
 from offload.specs import ModelSpec, TensorSpec, UnitSpec, Workload
 
 FEW = 64  # rows up to which a kernel multiplies; torch's matrix products take the rest (runtime/linears.py)
+MANY = 256  # rows beyond which products only compute: where their weights come from makes no difference
 VERY_FEW = 4  # rows of a product that is as quick as its weights are read
 _UNPACK = {"lossless": "unpack_lossless", "int8": "dequantize_int8", "int4": "dequantize_int4"}
 
@@ -49,7 +50,8 @@ class Phase:
     @property
     def family(self) -> str:
         """Of the residuals that computing it leaves; see `offload.profile.Learned`."""
-        return f"compute.{'few' if self.rows <= VERY_FEW else 'some' if self.rows <= FEW else 'many'}"
+        names = (VERY_FEW, "few"), (FEW, "some"), (MANY, "many")
+        return f"compute.{next((name for most, name in names if self.rows <= most), 'bulk')}"
 
 
 def prefill(work: Workload) -> Phase:
