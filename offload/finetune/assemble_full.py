@@ -17,6 +17,7 @@ from offload.finetune.accelerator import Accelerator
 from offload.finetune.assemble import SLOTS, assemble
 from offload.finetune.export import export_checkpoint, export_module
 from offload.finetune.forecast import forecast
+from offload.finetune.glance import glance
 from offload.finetune.memory import Wishes
 from offload.finetune.pricing import Batch
 from offload.finetune.trainer import Trainer
@@ -138,19 +139,22 @@ def _rings(
 ) -> tuple[int, float, float]:
     """How deep the ring of optimizer state is best, which share of the state is best written in the backward pass, and
     which share of the updates the accelerator makes best, by the prediction of a step."""
-    profile = load_profile() or preset("cpu-ddr5-nvme4")
+    spec, base = opened.spec, rss_bytes()
+    profile = load_profile(opened.checkpoint.directory) or preset("cpu-ddr5-nvme4")
+    if rule.cost.state_bytes * spec.params > budget - base:  # else the disk is hardly used, and nothing to choose
+        profile = glance(profile, spec, tokens, opened.checkpoint.files[0])
     batch = Batch(rows=1, tokens=tokens)
     if accelerator is not None and not accelerator.is_known(profile):
         return SLOTS, 0.0, update_share or 0.0
     try:
         found = forecast(
-            opened.spec,
+            spec,
             rule,
             profile,
             batch=batch,
             clips=max_grad_norm is not None,
             budget=budget,
-            base=rss_bytes(),
+            base=base,
             accelerator=accelerator,
             wishes=wishes,
             update_share=update_share,
