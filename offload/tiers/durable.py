@@ -39,8 +39,17 @@ def write_durably(path: Path, data: bytes) -> None:
         raise found from error
 
 
+def remove_durably(path: Path) -> None:
+    """Removes a file, if it is there, so that a crash does not bring it back. Raises StorageError."""
+    try:
+        path.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(f"cannot be removed: {error.strerror}", path=str(path), errno=error.errno) from error
+
+
 def sync_folder(folder: Path) -> None:
-    """Makes names in a folder durable."""
+    """Makes names in a folder durable. Raises OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

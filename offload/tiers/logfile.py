@@ -17,7 +17,7 @@ from typing import Any
 
 from offload.errors import StorageError, UsageError
 from offload.tiers.commit import MANIFEST, Commit, read_commit, write_commit
-from offload.tiers.durable import sync_folder
+from offload.tiers.durable import remove_durably, sync_folder
 from offload.tiers.images import Base
 from offload.tiers.statefile import check_identity
 
@@ -68,8 +68,7 @@ class LogFile:
                 self.log = [float.fromhex(by) for by in commit.extra["log"]]
                 self.bases = tuple(map(Base.from_dict, commit.extra.get("bases", ())))
             else:
-                (folder / MANIFEST).unlink(missing_ok=True)
-                sync_folder(folder)
+                remove_durably(folder / MANIFEST)
             self.sweep(())
         except BaseException:
             os.close(self._lock)
@@ -88,7 +87,12 @@ class LogFile:
             "facts": self.facts,
         }
         if bases:
-            sync_folder(self.folder)  # their names, before a manifest that has them
+            try:
+                sync_folder(self.folder)  # their names, before a manifest that has them
+            except OSError as error:
+                raise StorageError(
+                    f"cannot be written: {error.strerror}", path=str(self.folder), errno=error.errno
+                ) from error
         write_commit(self.folder, Commit(step=len(self.log), shards={}, identity=self._identity, extra=told))
         self.step, self.extra, self.bases = len(self.log), dict(extra), tuple(bases)
         self.sweep(())

@@ -9,6 +9,7 @@ shard that is read is compared with the checksum of what was written.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -24,7 +25,7 @@ from offload.errors import CheckpointError, StorageError, UsageError
 from offload.io.engine import Engine, File
 from offload.io.extents import ALIGNMENT
 from offload.tiers.commit import MANIFEST, Commit, read_commit, write_commit
-from offload.tiers.durable import sync_folder
+from offload.tiers.durable import remove_durably
 from offload.tiers.host import as_tensor
 from offload.units import format_bytes
 
@@ -256,9 +257,7 @@ def open_state(
                 "overwrite, or name another offload_dir"
             )
         if commit is None:
-            (folder / MANIFEST).unlink(missing_ok=True)
-            sync_folder(folder)
-            os.ftruncate(fd, 0)
+            remove_durably(folder / MANIFEST)
             _take_room(fd, folder, room(shards))
         else:
             check_identity(commit.identity, identity)
@@ -282,10 +281,12 @@ def _lock(fd: int, folder: Path) -> None:
 
 def _take_room(fd: int, folder: Path, nbytes: int) -> None:
     try:
+        os.ftruncate(fd, 0)
         if nbytes:
             os.posix_fallocate(fd, 0, nbytes)
     except OSError as error:
-        os.ftruncate(fd, 0)
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StorageError(
                 f"offload_dir has no room for {format_bytes(nbytes)} of training state; free some space or name "

@@ -21,6 +21,7 @@ from offload.io.engine import Engine
 from offload.kernels.reference import checksum
 from offload.tiers.commit import MANIFEST, read_commit
 from offload.tiers.host import as_tensor
+from offload.tiers.logfile import LogFile
 from offload.tiers.statefile import DATA, StateFile, open_state, room
 
 SHARDS = {"a": 8192, "b": 4096, "c": 12288}
@@ -99,6 +100,24 @@ def test_a_full_disk_is_met_at_the_start(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "posix_fallocate", full)
     with Engine() as engine, pytest.raises(StorageError, match=r"no room for .*48.0 KiB"):
         opened(tmp_path, engine)
+
+
+@pytest.mark.parametrize("call", ["unlink", "fsync", "ftruncate", "posix_fallocate"])
+@pytest.mark.parametrize("kind", ["shards", "log"])
+def test_a_disk_that_fails_at_the_start_is_named(
+    kind: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    (tmp_path / MANIFEST).touch()
+    monkeypatch.setattr(os, call, failing)
+    if kind == "shards":
+        with Engine() as engine, pytest.raises(StorageError, match="Input/output error"):
+            opened(tmp_path, engine, overwrite=True)
+    elif call in ("unlink", "fsync"):
+        with pytest.raises(StorageError, match="Input/output error"):
+            LogFile(tmp_path, IDENTITY, resume=True, overwrite=True)
 
 
 def test_every_damaged_byte_is_found_and_named(tmp_path: Path) -> None:
