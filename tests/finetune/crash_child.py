@@ -3,7 +3,8 @@
 Reads a JSON line for each model, [FOLDER, SEED, KILLS], and answers with one: a process that has imported what every
 child needs serves many.
 
-What FOLDER's name ends with says what is trained: clip, noclip, travel-clip, travel-noclip or zo.
+What FOLDER's name ends with says what is trained: clip, noclip, travel-clip, travel-noclip, zo or lora; if the name has
+device, it is an emulated one; if it has share, that makes half of the updates, and inputs of units wait on disk.
 Every child goes on from the last commit. Each is killed (SIGKILL) at its k-th call of those that touch files, k drawn
 at random, until KILLS of them have been; the last runs to its end. The answer has a digest of all weights and state,
 and the losses and norms that were seen of each step; it is null where a child failed, which says why on stderr.
@@ -70,7 +71,13 @@ def options(name: str) -> dict[str, Any]:
     if name.endswith("zo"):
         zeroth.REPLAYED = 2  # so that weights that stay are written too
         return {"method": "zo", "zo_eps": 1e-2, "zo_write_every": 2, "resident_weights": 0.4}
-    there = {"device": "emulated", "gpu_memory": "1400KiB", "tokens": 64} if "device" in name else {}
+    there: dict[str, Any] = {}
+    if "device" in name:
+        there = {"device": "emulated", "gpu_memory": "1400KiB", "tokens": 64}
+    if "share" in name:
+        there |= {"gpu_memory": "8MiB", "update_share": 0.5, "activations": "disk"}
+    if name.endswith("lora"):
+        there = {"method": "lora", "lora": {"r": 2}, "resident_weights": 0.4}
     return {
         "max_grad_norm": None if name.endswith("noclip") else 0.5,
         "resident": 0.3,

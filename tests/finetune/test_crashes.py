@@ -65,7 +65,7 @@ def check(trials: Trials, tmp_path: Path, kind: str, clip: str, seed: int, kills
     assert all(len(numbers) == 1 for numbers in whole["seen"].values())
 
 
-@pytest.mark.parametrize("clip", ["clip", "noclip", "travel-clip", "travel-noclip", "device-travel-clip", "zo"])
+@pytest.mark.parametrize("clip", ["clip", "noclip", "travel-clip", "travel-noclip", "device-travel-clip", "zo", "lora"])
 def test_a_killed_run_ends_like_one_that_never_was(clip: str, trials: Trials, tmp_path: Path) -> None:
     check(trials, tmp_path, "llama", clip, seed=1, kills=3)
 
@@ -78,6 +78,8 @@ def test_a_killed_run_ends_like_one_that_never_was(clip: str, trials: Trials, tm
         ("qwen3_moe", "noclip", 3),
         ("qwen3_moe", "zo", 4),
         ("llama", "device-noclip", 5),
+        ("llama", "device-share-clip", 6),
+        ("qwen3_moe", "lora", 7),
     ],
 )
 def test_a_hundred_kills_each(kind: str, clip: str, seed: int, trials: Trials, tmp_path: Path) -> None:
