@@ -16,7 +16,7 @@ from offload.planner.prediction import PassCost, Prediction
 from offload.planner.processors import balanced_share
 from offload.planner.search import DEPTHS, Found, Known, Room, search
 from offload.planner.whatif import MEMORIES, RATES, Change, change_budgets, change_profile
-from offload.planner.workspace import crossing_nbytes, expected_peak, passing_nbytes
+from offload.planner.workspace import crossing_nbytes, expected_peak, passing_nbytes, used_nbytes
 from offload.profile import Profile
 from offload.specs import Budgets, ModelSpec, Workload
 from offload.units import GIB
@@ -272,7 +272,7 @@ def predict(
     """Both phases, with the memory that the process, its libraries and the run take beside weights and rings."""
     has_device, is_emulated = ask.budgets.gpu_memory is not None, pricer.computer.link_bytes_per_s is not None
     crossing = crossing_nbytes(ask.spec, placement.host_parts, ask.work)
-    need = division.workspace.nbytes + ask.extra_nbytes
+    need = used_nbytes(division.workspace, ask.work, exact=ask.exact) + ask.extra_nbytes
     beside = need + crossing if has_device else 0
     sizes = resident(ask.spec, placement)
     weights, rings, here = sizes[Tier.HOST], placement.host_ring.nbytes, 0 if has_device else need

@@ -15,6 +15,8 @@ LOADED = 20 * MIB  # what is there of them, as measured, once weights are loaded
 RUNNING = 36 * MIB  # and once it has generated
 HOLES = 0.5  # of the workspace: freed memory that an allocator cannot give out again in one piece
 MOST_HOLES = 48 * MIB  # large blocks come from the system and go back to it
+MOST_RESERVED = 192 * MIB  # of the heap: blocks that come and go cut a larger one into pieces that the next do not fit
+RESERVED = 64 * MIB  # in place of more: what is large is mapped then, and unmapped
 PROBES = 4  # reads in flight while a disk's rate is measured, none larger than the file
 PASSAGE = 64 * MIB  # buffers that loading uses on the way to a device, and measuring the disk's rate
 PASSING = 16 * MIB  # of a matrix at a time, as in runtime/apart.py
@@ -29,11 +31,13 @@ class Workspace:
         kv: keys and values of all sequences, and the copy of one layer's that appending makes.
         activations: of the widest point of one pass over the prompts.
         logits: of the last token of each sequence, with generation's float32 copies.
+        appended: of `kv`, that copy; runtime/cache.py makes none.
     """
 
     kv: int
     activations: int
     logits: int
+    appended: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +67,7 @@ def workspace(spec: ModelSpec, work: Workload) -> Workspace:
         kv=kv + appended,
         activations=tokens * (widest + 6 * spec.hidden_nbytes) + masks * work.prompt_tokens**2,
         logits=work.batch * spec.logits_nbytes,
+        appended=appended,
     )
 
 
@@ -88,10 +93,23 @@ def expected_peak(
 
 
 def heap_nbytes(need: Workspace, work: Workload) -> int:
-    """Of that, what libraries allocate while they run, and the holes between: what is reserved before the first pass.
+    """What of that is reserved before the first pass: what libraries allocate while they run, and the holes between.
 
-    Keys and values of a pool have memory of their own.
+    Of much, only what is small: 8192 tokens of a model whose activations are 64 MiB wide found no place for three of
+    them in a reserve of 636 MiB, of which 510 were in use, and took 190 MiB beside it. Keys and values of a pool have
+    memory of their own.
     """
+    wanted = _allocated(need, work)
+    return wanted if wanted <= MOST_RESERVED else RESERVED
+
+
+def used_nbytes(need: Workspace, work: Workload, *, exact: bool) -> int:
+    """What of that will be there at once: a reserve is, as a whole; what is mapped is while it is used."""
+    is_mapped = _allocated(need, work) > MOST_RESERVED and not exact
+    return need.nbytes - (need.appended if is_mapped else 0)
+
+
+def _allocated(need: Workspace, work: Workload) -> int:
     allocated = need.nbytes - (need.kv if work.pool_tokens else 0)
     return allocated + _holes(allocated)
 
