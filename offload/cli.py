@@ -186,12 +186,15 @@ def finetune(
     json: Json = False,
 ) -> None:
     """Fine-tune a model whose training state is larger than memory."""
-    from offload.commands.finetune import Request, execute
+    from offload.commands.early import check
+
+    early = check(config, overrides or (), quiet=json)
+    from offload.commands.finetune import Request, execute  # needs torch
 
     request = Request(
         config=config, overrides=overrides or (), resume=resume, dry_run=dry_run, explain=explain, json=json
     )
-    raise typer.Exit(execute(request))
+    raise typer.Exit(execute(request, early))
 
 
 @app.command()

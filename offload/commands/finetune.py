@@ -15,12 +15,13 @@ import transformers
 from rich.console import Console
 
 from offload import api
-from offload.checkpoint import find, read_config
+from offload.checkpoint import read_config
 from offload.commands.bar import bar
+from offload.commands.early import Early, check
 from offload.commands.outlook import outlook_of, tokens_of
 from offload.commands.training import Progress, announce, note, place, say, summarise
 from offload.errors import UsageError
-from offload.finetune import finish, reading
+from offload.finetune import finish
 from offload.finetune.config import Config
 from offload.finetune.disk import Finished, check_room, finish_state, forget_finished, read_finished
 from offload.finetune.journal import Journal, check_journal, read_journal
@@ -49,17 +50,21 @@ class Request:
     json: bool = False
 
 
-def execute(request: Request) -> int:
-    """Trains; returns the exit status. Errors are raised."""
+def execute(request: Request, early: Early | None = None) -> int:
+    """Trains; returns the exit status. Errors are raised.
+
+    Args:
+        early: what was checked before this module was imported; None: it is checked now.
+    """
     transformers.utils.logging.set_verbosity_error()
     console = Console(stderr=True, quiet=request.json)
-    config = reading.read_config(request.config, request.overrides)
+    early = early or check(request.config, request.overrides, quiet=request.json)
+    config, directory = early.config, early.directory
     output, limit = Path(config.train.output_dir), config.budgets.disk_limit
     is_rehearsal = request.dry_run or request.explain
     if not is_rehearsal:
         check_journal(output, report_to=config.train.report_to, resume=request.resume)
-    directory = find(config.model)
-    tokenizer, prepared, total = read_data(config, directory, console, counts=not request.resume)
+    tokenizer, prepared, total = read_data(early, console, counts=not request.resume)
     outlook = outlook_of(config, directory, total)
     announce(config, prepared, total, outlook, console)
     state = Path(config.budgets.offload_dir or output / STATE)
@@ -141,17 +146,18 @@ def _already_finished(
     return 0
 
 
-def read_data(config: Config, directory: Path, console: Console, *, counts: bool = True) -> tuple[Any, Prepared, int]:
+def read_data(early: Early, console: Console, *, counts: bool = True) -> tuple[Any, Prepared, int]:
     """The model's tokenizer, what is learnt, and in how many steps: 0 where they are not counted.
 
     Raises:
         UsageError, DataError: see offload.errors.
     """
-    tokenizer = tokenizer_of(directory)
+    config = early.config
+    tokenizer = tokenizer_of(early.directory)
     if tokenizer is None:
         raise UsageError(f"{config.model} has no tokenizer; put tokenizer.json and tokenizer_config.json beside it")
     with bar(console) as progress:
-        prepared = prepare(config, tokenizer, read_config(directory), progress=progress)
+        prepared = prepare(config, tokenizer, read_config(early.directory), early.data)
         return tokenizer, prepared, prepared.feed.count(config.train, _records(progress)) if counts else 0
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
 from offload.budgets import resolve
+from offload.checkpoint.numbers import numbers
 from offload.checkpoint.outline import Outline, outline
 from offload.errors import BudgetError
 from offload.finetune.accelerator import Accelerator
@@ -33,7 +35,7 @@ from offload.profile import Profile
 from offload.runtime.discovery import dissect
 from offload.runtime.sides import sides_nbytes
 from offload.runtime.zeroth import uses
-from offload.specs import Budgets
+from offload.specs import Budgets, ModelSpec
 from offload.tiers.devices import full_name, parse_link
 from offload.units import parse_bytes
 
@@ -45,8 +47,8 @@ def outlook_of(config: Config, directory: Path, steps: int, hardware: str | None
         steps: of the run; 0 when nobody has counted.
         hardware: a profile's file or a preset; None: this machine.
     """
-    sketch = outline(directory, read_checkpoint(directory))
-    outlook = foresee(config, sketch.spec, steps)
+    spec = numbers(directory).spec
+    outlook = foresee(config, spec, steps)
     profile, asked = machine(hardware, directory), config.budgets
     device = full_name(asked.device)
     budgets = resolve(cpu_memory=asked.cpu_memory, gpu_memory=asked.gpu_memory, device=device)
@@ -55,7 +57,7 @@ def outlook_of(config: Config, directory: Path, steps: int, hardware: str | None
         link = parse_link(asked.link, device)
         accelerator = Accelerator(name=device, memory=budgets.gpu_memory, link_bytes_per_s=link)
     is_known = accelerator is None or accelerator.is_known(profile)
-    found = _Plan(config, sketch, budgets, accelerator, profile, steps, outlook)
+    found = _Plan(config, directory, spec, budgets, accelerator, profile, steps, outlook)
     try:
         return {"full": found.full, "lora": found.lora, "zo": found.zeroth}[config.method](is_known)
     except BudgetError:  # the trainer measures, and says what does not fit
@@ -67,12 +69,18 @@ class _Plan:
     """What the plan of any method follows from."""
 
     config: Config
-    sketch: Outline
+    directory: Path
+    spec: ModelSpec
     budgets: Budgets
     accelerator: Accelerator | None
     profile: Profile
     steps: int
     outlook: Outlook
+
+    @cached_property
+    def sketch(self) -> Outline:
+        """The model's own modules, which take seconds to import: for methods that go by their names."""
+        return outline(self.directory, read_checkpoint(self.directory))
 
     @property
     def batch(self) -> Batch:
@@ -92,7 +100,7 @@ class _Plan:
         if not is_known:
             return self.outlook
         found = forecast(
-            self.sketch.spec, self.rule, self.profile, batch=self.batch, clips=bool(self.config.train.max_grad_norm),
+            self.spec, self.rule, self.profile, batch=self.batch, clips=bool(self.config.train.max_grad_norm),
             budget=self.budgets.cpu_memory, base=process_nbytes(exact=False), accelerator=self.accelerator,
             wishes=Wishes(activations=self.config.budgets.activations),
             update_share=parse_share(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.console import Console
 from offload.budgets import parse_resident, resolve
 from offload.checkpoint import find
 from offload.checkpoint.numbers import numbers
+from offload.commands.early import Early, check
 from offload.commands.plan_text import show
 from offload.errors import UsageError
 from offload.hardware import gpus
@@ -33,6 +34,7 @@ from offload.specs import Workload, check_length
 from offload.units import parse_memory, parse_rate
 
 CONFIGS = (".yaml", ".yml")  # of fine-tuning, in place of a model
+WITH_CONFIGS = ("model", "overrides", "cpu_memory", "hardware", "json")  # options; everything else is said in the file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +64,10 @@ class PlanRequest:
 def execute(request: PlanRequest) -> int:
     """Plans and prints; returns the exit status. Errors are raised."""
     if Path(request.model).suffix in CONFIGS and not Path(request.model).is_dir():
+        early = _early(request)
         from offload.commands import plan_training  # needs torch
 
-        return plan_training.execute(request)
+        return plan_training.execute(request, early)
     if request.overrides:
         raise UsageError(
             f"{request.overrides[0]!r} is laid over a fine-tuning configuration, and {request.model} is none (a .yaml "
@@ -78,6 +81,20 @@ def execute(request: PlanRequest) -> int:
     else:
         show(plan, Console())
     return 0
+
+
+def _early(request: PlanRequest) -> Early:
+    if strange := [f.name for f in fields(request) if _is_strange(request, f.name, f.default)]:
+        raise UsageError(
+            f"--{strange[0].replace('_', '-')} goes with a model; {request.model} is a fine-tuning configuration, "
+            "whose own keys say it (key=value lays over them). With one go --cpu-memory, --hardware and --json"
+        )
+    said = [] if request.cpu_memory is None else [f"budgets.cpu_memory={request.cpu_memory}"]
+    return check(request.model, [*request.overrides, *said], quiet=request.json)
+
+
+def _is_strange(request: PlanRequest, name: str, default: object) -> bool:
+    return name not in WITH_CONFIGS and getattr(request, name) != default
 
 
 def plan_of(request: PlanRequest) -> Plan:

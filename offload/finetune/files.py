@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from offload.errors import DataError, UsageError
+from offload.finetune.config import Data
 from offload.finetune.records import Conversation, Record, Text, detect, parse
 from offload.messages import Unusable
 
@@ -91,6 +92,25 @@ class Records(Sequence[Record]):
             raise IndexError(index)
         which = bisect_right(self._ends, index)
         return self.files[which], index - (self._ends[which - 1] if which else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class DataFiles:
+    """Training records, and held-out ones where there are any."""
+
+    records: Records
+    held_out: Records | None
+
+
+def index_data(data: Data, *, progress: Progress | None = None) -> DataFiles:
+    """The files of a configuration; see `index`."""
+    skips = data.on_bad_line == "skip"
+    records, held_out = (
+        index(paths, format=data.format, skip_bad=skips, progress=progress) if paths else None
+        for paths in (data.train, data.eval)
+    )
+    assert records is not None, "a configuration names training data"
+    return DataFiles(records, held_out)
 
 
 def index(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,10 @@ from offload.errors import UsageError
 from offload.finetune.config import Config
 from offload.finetune.encoding import IGNORED, Encoder
 from offload.finetune.feed import Feed
-from offload.finetune.files import Records, index
+from offload.finetune.files import DataFiles, Records
 from offload.finetune.packing import check_packable
 from offload.finetune.rows import Position, Rows
 from offload.finetune.templates import use_template
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +38,13 @@ class Prepared:
         return self.feed.rows.records
 
 
-def prepare(config: Config, tokenizer: Any, model_config: Any, *, progress: Progress | None = None) -> Prepared:
-    """Indexes the files and sets the chat template.
+def prepare(config: Config, tokenizer: Any, model_config: Any, found: DataFiles) -> Prepared:
+    """Sets the chat template and puts records in rows.
 
     Args:
         tokenizer: the model's; its chat template may be changed.
         model_config: transformers' configuration of the model.
+        found: the files of data.
 
     Raises:
         UsageError, DataError: the data cannot be used.
@@ -56,9 +54,7 @@ def prepare(config: Config, tokenizer: Any, model_config: Any, *, progress: Prog
     _check_length(config, model_config)
     if data.packing:
         check_packable(model_config)
-    options: dict[str, Any] = {"format": data.format, "skip_bad": data.on_bad_line == "skip", "progress": progress}
-    records = index(data.train, **options)
-    held_out = index(data.eval, **options) if data.eval else None
+    records, held_out = found.records, found.held_out
     talks = any(file.has_conversations for part in (records, held_out) if part for file in part.files)
     template = use_template(tokenizer, data.chat_template, is_needed=talks)
     encoder = Encoder(
@@ -82,10 +78,10 @@ def prepare(config: Config, tokenizer: Any, model_config: Any, *, progress: Prog
         )
         return Feed(rows, batch, train.gradient_accumulation_steps, pad)
 
-    found = feed(records, train.per_device_train_batch_size, shuffle=data.shuffle)
+    learnt = feed(records, train.per_device_train_batch_size, shuffle=data.shuffle)
     evaluated = train.per_device_eval_batch_size or train.per_device_train_batch_size
     return Prepared(
-        feed=found,
+        feed=learnt,
         eval_feed=feed(held_out, evaluated, shuffle=False) if held_out else None,
         template=template,
         identity=_identity(config, records, tokenizer),
