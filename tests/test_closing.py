@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from offload.io.buffers import Buffer
 from offload.io.engine import Engine
 from offload.io.extents import ALIGNMENT, Extent
 from offload.kernels.chosen import Kernels
+from offload.runtime.timeline import Timeline
+from offload.runtime.turns import Turns, run
 from offload.tiers import transit
 from offload.tiers.devices import CpuDevice
 from offload.tiers.filling import Filling
@@ -115,6 +119,31 @@ def test_a_sink_that_is_not_durable_says_why(tmp_path: Path, monkeypatch: pytest
             sink.append(torch.zeros(10))
             with pytest.raises(StorageError, match="the disk is gone"):
                 sink.finish(bytes(ALIGNMENT))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_micro_batch_whose_thread_cannot_begin_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, count = threading.Thread.start, itertools.count()
+
+    def few(thread: threading.Thread) -> None:
+        if next(count) == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", few)
+    turns, before = Turns(3), threading.active_count()
+    with pytest.raises(RuntimeError, match="new thread"):
+        run([turns.next] * 3, turns)
+    assert threading.active_count() == before
+
+
+def test_a_trace_that_cannot_be_written_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        Timeline().write_chrome_trace(tmp_path / "trace.json")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,7 +17,6 @@ from offload.finetune.accelerator import Accelerator
 from offload.finetune.activations import prepare, press
 from offload.finetune.memory import ACTIVATIONS, Wishes, plan_first
 from offload.finetune.trainer import Trainer
-from offload.hardware import rss_bytes
 from offload.io.engine import Engine
 from offload.io.heap import share_heap
 from offload.kernels.chosen import Kernels
@@ -38,7 +37,7 @@ from offload.tiers.device_state import DeviceState
 from offload.tiers.pins import Pins
 from offload.tiers.spill import Spill
 from offload.tiers.statefile import open_state, room
-from offload.units import MIB, format_bytes
+from offload.units import format_bytes
 
 SLOTS = 8  # shards of state in memory: four being read, one being updated, and those being written
 DTYPES = (torch.bfloat16, torch.float32)
@@ -221,15 +220,3 @@ def _check_disk(state: int, travelling: int, limit: int | None) -> int | None:
             "less state: adamw_8bit has half, adafactor a third"
         )
     return limit - state - travelling
-
-
-def check_memory(cells: int, ring: int, budget: int) -> None:
-    """Raises BudgetError unless weights and ring fit beside the process."""
-    base = rss_bytes()
-    if base + cells + ring > budget:
-        raise BudgetError(
-            f"cpu_memory={format_bytes(budget)} is too small for this training: the process itself takes "
-            f"{format_bytes(base)}, one copy of the weights {format_bytes(cells)}, the ring of optimizer state "
-            f"{format_bytes(ring)}, and activations come on top. Give at least "
-            f"{format_bytes(base + cells + ring + 256 * MIB)}"
-        )

@@ -104,9 +104,9 @@ def assemble_zeroth(
         export_checkpoint(root, sources, opened.checkpoint.entries, training.weights, folder, engine)
 
     def finish(_: bool) -> None:
-        training.close()
-        state.close()
-        engine.close()
+        with ExitStack() as last:  # in the opposite order, whatever fails on the way
+            for close in (engine.close, state.close, training.close):
+                last.callback(close)
 
     return Trainer(
         root, training, None, engine,

@@ -118,8 +118,12 @@ class Timeline:
         text = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
         target = Path(path)
         part = target.with_name(target.name + ".part")
-        part.write_text(text)
-        part.replace(target)
+        try:
+            part.write_text(text)
+            part.replace(target)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
 
 def rows(spans: Sequence[Span]) -> list[tuple[Span, int]]:

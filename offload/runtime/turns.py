@@ -96,14 +96,16 @@ def run(bodies: Sequence[Callable[[int], None]], turns: Turns) -> None:
         body(0)
     else:
         threads = [threading.Thread(target=body, args=(n,), name=f"offload-micro-{n}") for n in range(len(bodies))]
-        for thread in threads:
-            thread.start()
+        started: list[threading.Thread] = []
         try:
             for thread in threads:
-                thread.join()
-        except BaseException:  # an interrupt of the caller's thread
-            turns.fail()
+                thread.start()
+                started.append(thread)
             for thread in threads:
+                thread.join()
+        except BaseException:  # an interrupt of the caller's thread, or no room for one more
+            turns.fail()
+            for thread in started:
                 thread.join()
             raise
     if errors:

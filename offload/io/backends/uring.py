@@ -60,6 +60,19 @@ class UringBackend:
         self.files = OsFiles()
         self.read_depth, self.write_depth = threads, max(1, threads // 2)
         self._fd, parameters = _setup(self.read_depth + self.write_depth + 1)
+        try:
+            self._map(parameters)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._lock = threading.Lock()  # one submitter at a time
+        self._started: dict[int, Block] = {}
+        self._numbers = itertools.count(1)
+        self._reaper: threading.Thread | None = None
+        self._is_closed = False
+
+    def _map(self, parameters: bytes) -> None:
+        """Maps the rings into memory, where the kernel says they are."""
         entries, completions = struct.unpack_from("<II", parameters, 0)
         head, tail, mask, _, _, _, array = struct.unpack_from("<7I", parameters, 40)
         self._sq_head, self._sq_tail, self._sq_array = head // 4, tail // 4, array // 4  # in 32-bit words
@@ -70,11 +83,6 @@ class UringBackend:
         self._entries = mmap.mmap(self._fd, 64 * entries, flags=mmap.MAP_SHARED, offset=_ENTRIES_OFFSET)
         self._words = memoryview(self._ring)[: length // 4 * 4].cast("I")
         self._sq_mask, self._cq_mask = self._words[mask // 4], self._words[cq_mask // 4]
-        self._lock = threading.Lock()  # one submitter at a time
-        self._started: dict[int, Block] = {}
-        self._numbers = itertools.count(1)
-        self._reaper: threading.Thread | None = None
-        self._is_closed = False
 
     def start(self, blocks: Sequence[Block]) -> None:
         """Submit all blocks with one system call."""
