@@ -11,10 +11,15 @@ import pytest
 from models import MODELS
 from test_outline import without_weights
 
+from offload.budgets import Division
+from offload.checkpoint.numbers import numbers
 from offload.cli import main
+from offload.errors import UsageError
 from offload.plan import load_plan, with_disk_rate
 from offload.plan.machine import BELIEVED
+from offload.plan.saved import adopt
 from offload.planner.whatif import Change, parse_change
+from offload.planner.workspace import Workspace
 from offload.profile import preset
 from offload.units import GIB
 
@@ -127,6 +132,11 @@ def test_a_plan_is_kept(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert kept.predicted == found["predicted"]
     assert kept.options["cpu_memory"] == str(4 * GIB)
     assert [kept.placement.host_ring.slots, kept.placement.host_ring.slot_nbytes] == found["rings"]["host"]
+    spec = numbers(bare, dtype="auto", weights=None, exact=False).spec
+    nothing = Workspace(kv=0, activations=0, logits=0)
+    small = Division(placement=kept.placement, workspace=nothing, base_nbytes=0, host_nbytes=9, device_nbytes=None)
+    with pytest.raises(UsageError, match=r"leaves 9 for .* tokens of a prompt .* bytes more"):
+        adopt(kept, spec, small)
 
 
 @pytest.mark.parametrize(

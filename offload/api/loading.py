@@ -19,6 +19,7 @@ from offload.handle import Offloaded, Progress, start
 from offload.io.engine import Engine
 from offload.kernels.chosen import Kernels
 from offload.kernels.formats.weights import WeightFormat, parse_weights
+from offload.plan.process import remember_process
 from offload.plan.saved import adopt, load_plan
 from offload.runtime.apart import passing_nbytes
 from offload.runtime.linears import is_same_unpacked, unpack_nbytes
@@ -141,6 +142,7 @@ def load(
             cpu_share=share,
         )
         if saved is not None:
+            remember_process(division.base_nbytes, exact)  # the next plan is right where this one has become too large
             division = adopt(saved, spec, division)
         memory = division.arena_nbytes
         if memory is not None and work.pool_tokens:  # which the device itself lends (runtime/pool.py)

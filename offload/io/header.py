@@ -195,7 +195,11 @@ class _Parser:
             self._fail_tensor(name, f"data_offsets {_short(offsets)}: expected two whole numbers")
         begin, end = offsets
         if not begin <= end <= self.data_nbytes:
-            self._fail_tensor(name, f"data_offsets {_short(offsets)} leave the {self.data_nbytes:,} data bytes")
+            self._fail_tensor(
+                name,
+                f"data_offsets {_short(offsets)} leave the {self.data_nbytes:,} data bytes: a file cut short? Fetch it "
+                "again",
+            )
         count = bits
         for size in shape:
             count *= size

@@ -102,6 +102,8 @@ def adopt(plan: SavedPlan, spec: ModelSpec, division: Division) -> Division:
         if (need := sizes[tier] + ring) > room and need:
             raise UsageError(
                 f"the plan keeps {need:,} bytes of weights and buffers on the {tier}, but {budget} leaves {room:,} for "
-                "them now; plan again, or give it more"
+                f"them now. It was made for {plan.work.prompt_tokens:,} tokens of a prompt and "
+                f"{plan.work.total_tokens:,} in all, and for a process as large as the last run's. Plan again, for as "
+                f"many tokens as this run has, or give {need - room:,} bytes more"
             )
     return replace(division, placement=plan.placement)
