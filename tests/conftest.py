@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from forks import Forks
 from triton_switch import import_triton
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,6 +20,14 @@ os.environ["OFFLOAD_CACHE"] = os.path.join(tempfile.gettempdir(), f"offload-test
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 atexit.register(shutil.rmtree, os.environ["OFFLOAD_CACHE"], ignore_errors=True)
 import_triton()
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs code in processes of their own that have imported the libraries already."""
+    made = Forks()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,17 @@ _COMMON: dict[str, Any] = {
 _GQA = _COMMON | {"num_key_value_heads": 2}
 
 
+_made: dict[str, Path] = {}
+
+
+@functools.cache
+def _folder() -> str:
+    """Where this process keeps what it has made."""
+    folder = tempfile.mkdtemp(prefix="offload-models-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A configuration class by name, and its sizes."""
@@ -24,7 +39,15 @@ class Tiny:
     sizes: dict[str, Any]
 
     def save(self, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
-        """Makes the model with random weights and saves it; the same weights every time."""
+        """Saves the model with random weights, the same every time: it is made once a process, then copied."""
+        key = f"{self} {dtype}"
+        if key not in _made:
+            _made[key] = self._make(Path(tempfile.mkdtemp(dir=_folder())), dtype)
+        shutil.copytree(_made[key], directory, dirs_exist_ok=True)
+        torch.manual_seed(0)  # what a test draws next must not depend on who made the model
+        return directory
+
+    def _make(self, directory: Path, dtype: torch.dtype) -> Path:
         torch.manual_seed(0)
         config = getattr(transformers, self.config)(**self.sizes)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

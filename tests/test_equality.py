@@ -13,6 +13,7 @@ from models import MODELS
 
 import offload
 import offload.handle
+from offload.planner.placement import TooSmall
 
 PROMPT = torch.tensor([[0, 0, 0, 5, 9, 200, 31, 7], [44, 45, 46, 47, 48, 49, 300, 51]])  # the first row is left-padded
 MASK = (torch.arange(8) >= torch.tensor([[3], [0]])).long()
@@ -69,11 +70,13 @@ def test_offloaded_equals_in_memory(checkpoint: Path, expected: dict[str, torch.
 
 def load(checkpoint: Path, **options: Any) -> offload.handle.Offloaded:
     """Loads; a device gets the least memory that works, so that all its tiers are in use."""
-    gpu_memory = 600_000
+    gpu_memory = 1 << 16
     while True:
+        device = {"gpu_memory": gpu_memory} if "device" in options else {}
         try:
-            device = {"gpu_memory": gpu_memory} if "device" in options else {}
             return offload.load(checkpoint, exact=True, batch=8, context=32, **options, **device)
-        except offload.BudgetError:
-            assert gpu_memory < 4_000_000
-            gpu_memory += 100_000
+        except offload.BudgetError as error:
+            behind = error.__context__
+            if not isinstance(behind, TooSmall) or not behind.is_device:
+                raise
+            gpu_memory += behind.missing

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from forks import Forks
 from models import MODELS
 
 from offload.cli import main
@@ -176,7 +176,7 @@ def test_an_accelerator_shares_passes_too(
     ids=["greedy", "drawn", "drawn in batches"],
 )
 def test_a_killed_run_goes_on_to_the_same_file(
-    checkpoint: Path, prompts: Path, tmp_path: Path, sampling: tuple[str, ...]
+    checkpoint: Path, prompts: Path, tmp_path: Path, sampling: tuple[str, ...], forks: Forks
 ) -> None:
     """Killed in the middle of writing the second lot of lines: a whole one and a half."""
     options = ("--batch", "3", "--resident", "0", *sampling)
@@ -196,8 +196,8 @@ def test_a_killed_run_goes_on_to_the_same_file(
         "a.Answers.add = torn\n"
         f"main({arguments!r})\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == -9, done.stderr
+    done = forks.run(code)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert out.read_bytes().count(b"\n") == 4
     assert not out.read_bytes().endswith(b"\n")
     assert run(checkpoint, prompts, "-o", out, *options) == 0

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from forks import Forks
 from models import MODELS
 
 import offload
@@ -94,15 +92,15 @@ def test_too_small_a_disk_is_refused_first(checkpoint: Path, tmp_path: Path, mon
     assert not (tmp_path / "out").exists()
 
 
-def test_a_kill_leaves_no_weights(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_kill_leaves_no_weights(checkpoint: Path, tmp_path: Path, forks: Forks) -> None:
     code = (
         "import os, signal, sys, offload\n"
         "from offload.tiers.sink import Sink\n"
         "Sink.finish = lambda self, head: os.kill(os.getpid(), signal.SIGKILL)\n"
         "offload.pack(sys.argv[1], sys.argv[2])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(checkpoint), str(tmp_path / "out")], env=os.environ)
-    assert done.returncode == -signal.SIGKILL
+    done = forks.run(code, checkpoint, tmp_path / "out")
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()) == 0
 
 

@@ -7,14 +7,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from forks import Forks
 from models import MODELS
 
 import offload
@@ -233,7 +232,7 @@ def test_another_dtype(checkpoint: Path) -> None:
         assert torch.equal(model(ids).logits, expected(ids).logits)
 
 
-def test_interrupt(checkpoint: Path) -> None:
+def test_interrupt(checkpoint: Path, forks: Forks) -> None:
     """Ctrl-C in mid-generation: status 130, no traceback."""
     code = (
         "import sys, offload.generate.single as g, os, signal\n"
@@ -246,7 +245,7 @@ def test_interrupt(checkpoint: Path) -> None:
         "g._Marks.__call__ = stop\n"
         f"main(['run', {str(checkpoint)!r}, '--prompt-ids', '5,6', '--max-new-tokens', '100', '--resident', '0'])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = forks.run(code)
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
     assert signal.SIGINT.name not in done.stdout

@@ -1,13 +1,10 @@
-"""Trains tiny models in forked children that kill themselves at a chosen system call, over and over until one ends.
+"""Trains a tiny model to its end, and again in forks that kill themselves at a chosen system call, over and over.
 
-Reads a JSON line for each model, [FOLDER, SEED, KILLS], and answers with one: a process that has imported what every
-child needs serves many.
-
-What FOLDER's name ends with says what is trained: clip, noclip, travel-clip, travel-noclip, zo or lora; if the name has
-device, it is an emulated one; if it has share, that makes half of the updates, and inputs of units wait on disk.
-Every child goes on from the last commit. Each is killed (SIGKILL) at its k-th call of those that touch files, k drawn
-at random, until KILLS of them have been; the last runs to its end. The answer has a digest of all weights and state,
-and the losses and norms that were seen of each step; it is null where a child failed, which says why on stderr.
+What a folder's name ends with says how it is trained: clip, noclip, travel-clip, travel-noclip, zo or lora; if the name
+has device, it is an emulated one; if it has share, that makes half of the updates, and inputs of units wait on disk.
+Every fork goes on from the last commit. Each is killed (SIGKILL) at its k-th call of those that touch files, k drawn
+at random, until enough of them have been; the last runs to its end. The run that nobody kills comes first, in the
+process that is forked then: what libraries set up at first use is there for all.
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ import json
 import os
 import random
 import signal
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -53,19 +49,6 @@ def arm(k: int) -> None:
         setattr(os, name, call)
 
 
-def load_libraries() -> None:
-    """What every child needs, imported once."""
-    import transformers.models.llama.modeling_llama
-    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
-
-    import offload.kernels.cpu.adamw_step
-    import offload.kernels.cpu.checksum
-    import offload.kernels.cpu.move_along
-    import offload.kernels.cpu.square_sum
-
-    assert offload.finetuning is not None
-
-
 def options(name: str) -> dict[str, Any]:
     """What the folder's name asks for."""
     if name.endswith("zo"):
@@ -85,12 +68,10 @@ def options(name: str) -> dict[str, Any]:
     } | there
 
 
-def train(folder: Path, k: int | None) -> None:
+def train(model: Path, folder: Path) -> None:
     """Trains to the end, with a commit after each step, and writes what it saw."""
-    if k is not None:
-        arm(k)
     with offload.finetuning(
-        folder / "model", offload_dir=folder / "state", learning_rate=1e-2, resume=True, **options(folder.name)
+        model, offload_dir=folder / "state", learning_rate=1e-2, resume=True, **options(folder.name)
     ) as trainer:
         while trainer.step_number < STEPS:
             step = trainer.step_number
@@ -110,8 +91,8 @@ def train(folder: Path, k: int | None) -> None:
     (folder / "digest").write_text(digest.hexdigest())
 
 
-def run(folder: Path, seed: int, kills: int) -> dict[str, Any] | None:
-    """Trains one model, see above."""
+def train_and_kill(model: Path, folder: Path, seed: int, kills: int) -> None:
+    """Trains in forks, see above."""
     rng = random.Random(seed)
     killed = 0
     while True:
@@ -119,7 +100,9 @@ def run(folder: Path, seed: int, kills: int) -> dict[str, Any] | None:
         child = os.fork()
         if child == 0:
             try:
-                train(folder, k)
+                if k is not None:
+                    arm(k)
+                train(model, folder)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
@@ -127,28 +110,31 @@ def run(folder: Path, seed: int, kills: int) -> dict[str, Any] | None:
         status = os.waitpid(child, 0)[1]
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
             killed += 1
-            continue
-        if status:
-            return None
-        if killed >= kills:
-            break
-        for path in (folder / "state").iterdir():  # it came to its end: start again
-            path.unlink()
+        elif status:
+            raise SystemExit("a fork failed")
+        elif k is None:
+            return
+        else:
+            for path in (folder / "state").iterdir():  # it came to its end: start again
+                path.unlink()
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """A digest of all weights and state, and the losses and norms that were seen of each step."""
     seen: dict[int, list[Any]] = {}
     for line in (folder / "losses.jsonl").read_text().splitlines():
         step, *numbers = json.loads(line)
         if numbers not in seen.setdefault(step, []):
             seen[step].append(numbers)
-    return {"killed": killed, "digest": (folder / "digest").read_text(), "seen": seen}
+    return {"digest": (folder / "digest").read_text(), "seen": seen}
 
 
-def main() -> None:
-    torch.set_num_threads(1)  # no thread may have been started when a process forks
-    load_libraries()
-    for line in sys.stdin:
-        folder, seed, kills = json.loads(line)
-        print(json.dumps(run(Path(folder), seed, kills)), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def main(model: str, name: str, seed: str, kills: str) -> None:
+    """Prints the outcome of the run that nobody kills, and of the other one: a JSON line."""
+    folders = [Path(model).with_name(f"{how}-{name}") for how in ("whole", "killed")]
+    for folder in folders:
+        folder.mkdir()
+    train(Path(model), folders[0])
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork would miss the other threads"
+    train_and_kill(Path(model), folders[1], int(seed), int(kills))
+    print(json.dumps([outcome(folder) for folder in folders]))

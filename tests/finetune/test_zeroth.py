@@ -15,7 +15,8 @@ from models import MODELS
 from test_full import batches, plain
 
 import offload
-from offload.kernels.reference import Along, move_along
+from offload.kernels import choose
+from offload.kernels.reference import Along
 from offload.tiers.commit import MANIFEST
 
 EPS, RATE, SEED = 1e-2, 1e-2, 7
@@ -23,7 +24,7 @@ B, F = torch.bfloat16, torch.float32
 
 
 class PlainMezo:
-    """The definition: move all weights, run, move them to the other side, run, update.
+    """The definition: move all weights, run, move them to the other side, run, update; with the same kernel.
 
     Args:
         model: in memory.
@@ -33,6 +34,7 @@ class PlainMezo:
 
     def __init__(self, model: Any, sparsity: float = 0.0, seed: int = SEED) -> None:
         self.model, self._steps = model.eval(), 0
+        self._move_along = choose("move_along", "cpu").function()
         self._along = {n: Along(seed, n, threshold(p, sparsity)) for n, p in model.named_parameters()}
 
     @torch.no_grad()
@@ -52,7 +54,7 @@ class PlainMezo:
 
     def _move(self, base: dict[str, torch.Tensor], by: float) -> None:
         for name, parameter in self.model.named_parameters():
-            move_along(base[name], self._along[name], [(self._steps, by)], parameter.data)
+            self._move_along(base[name], self._along[name], [(self._steps, by)], parameter.data)
 
 
 def threshold(weights: torch.Tensor, sparsity: float) -> float:

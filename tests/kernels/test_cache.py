@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from forks import Forks
 
 PRODUCT = """
 import sys
+import numba
 import torch
 from offload.kernels.cpu import linear
-for name in sys.argv[1:]:
+numba.config.CACHE_DIR = sys.argv[1]
+for name in sys.argv[2:]:
     dtype = getattr(torch, name)
     torch.manual_seed(0)
     x, weight = torch.randn(3, 64).to(dtype), torch.randn(64, 64).to(dtype)
@@ -19,8 +20,9 @@ for name in sys.argv[1:]:
 """
 
 
-def test_kernels_of_two_processes_in_a_third(tmp_path: Path) -> None:
+def test_kernels_of_two_processes_in_a_third(tmp_path: Path, forks: Forks) -> None:
     for dtypes in (["float32"], ["bfloat16"], ["bfloat16", "float32"]):
-        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-c", PRODUCT, *dtypes], env=environment, capture_output=True, text=True)
+        before = set(tmp_path.rglob("*.nbc"))
+        done = forks.run(PRODUCT, tmp_path, *dtypes)
         assert done.returncode == 0, done.stderr
+        assert (set(tmp_path.rglob("*.nbc")) > before) is (len(dtypes) == 1), "the third compiles nothing"
