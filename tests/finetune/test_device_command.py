@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_command import run, same, weights
+from command_line import finetune, same, weights
 from tiny_text import save
 
 from offload.finetune.journal import read_journal
@@ -32,7 +32,7 @@ def test_the_same_model_comes_out(config: Path, tmp_path: Path) -> None:
     found = []
     for name, words in (("cpu", ["budgets.device=cpu"]), ("device", DEVICE)):
         out = tmp_path / name
-        assert run(config, f"train.output_dir={out}", *words) == 0
+        assert finetune(config, f"train.output_dir={out}", *words) == 0
         lines = [line for line in read_journal(out / "log.jsonl") if "loss" in line]
         found.append((weights(out), [(line["loss"], line["grad_norm"]) for line in lines]))
         assert all(line["predicted_step_s"] > 0 for line in lines)
@@ -47,7 +47,7 @@ def test_the_same_model_comes_out(config: Path, tmp_path: Path) -> None:
 def test_other_methods_too(method: str, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     found = []
     for name, words in (("cpu", ["budgets.device=cpu"]), ("device", DEVICE)):
-        assert run(config, f"method={method}", f"train.output_dir={tmp_path / name}", *words) == 0
+        assert finetune(config, f"method={method}", f"train.output_dir={tmp_path / name}", *words) == 0
         lines = [line for line in read_journal(tmp_path / name / "log.jsonl") if "loss" in line]
         found.append([(line["loss"], line["grad_norm"]) for line in lines])
         assert all(line["predicted_step_s"] > 0 for line in lines)
@@ -57,20 +57,20 @@ def test_other_methods_too(method: str, config: Path, tmp_path: Path, capfd: pyt
 
 
 def test_the_plan_shows_what_crosses(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(config, "--explain", *DEVICE) == 0
+    assert finetune(config, "--explain", *DEVICE) == 0
     shown = capsys.readouterr().out
     assert "Upload" in shown
     assert "Download" in shown
     assert "beside" in shown
-    assert run(config, "--explain", "budgets.device=cpu") == 0
+    assert finetune(config, "--explain", "budgets.device=cpu") == 0
     assert "Upload" not in capsys.readouterr().out
     for method, word in (("lora", "Update"), ("zo", "Move")):
-        assert run(config, f"method={method}", "--explain", *DEVICE) == 0
+        assert finetune(config, f"method={method}", "--explain", *DEVICE) == 0
         shown = capsys.readouterr().out
         assert word in shown
         assert "Upload" in shown
 
 
 def test_a_device_that_is_too_small(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(config, "budgets.device=emulated", "budgets.gpu_memory=64KiB") == 1
+    assert finetune(config, "budgets.device=emulated", "budgets.gpu_memory=64KiB") == 1
     assert "gpu_memory=64.0 KiB is too small for this training" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +55,28 @@ def same(one: tuple[list[Any], dict[str, torch.Tensor]], other: tuple[list[Any],
     return one[0] == other[0] and all(torch.equal(other[1][n], t) for n, t in one[1].items())
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-@pytest.mark.parametrize(("kind", "dtype"), [("llama", B), ("llama-tied", F), ("gpt_neox", F), ("qwen3_moe", B)])
-def test_on_a_device_equals_in_memory(method: str, kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+ROOMS: tuple[dict[str, int], ...] = ({}, {"more": 1 << 18}, {"resident_weights": 0}, {"more": 1 << 24})
+
+
+def rooms() -> Iterator[Any]:
+    """Every model and method with the least room and more, or with none in memory and with room for all."""
+    kinds = [("llama", B), ("llama-tied", F), ("gpt_neox", F), ("qwen3_moe", B)]
+    for (i, (kind, dtype)), (j, method) in itertools.product(enumerate(kinds), enumerate(METHODS)):
+        for first in (0, 2):
+            is_slow = (i + j + first // 2) % 2
+            yield pytest.param(kind, dtype, method, ROOMS[first : first + 2], marks=[pytest.mark.slow] * is_slow)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "method", "rooms"), list(rooms()))
+def test_on_a_device_equals_in_memory(
+    kind: str, dtype: torch.dtype, method: str, rooms: Sequence[dict[str, int]], tmp_path: Path
+) -> None:
     model = MODELS[kind].save(tmp_path / "model", dtype)
     expected = train(model, tmp_path / "whole", **METHODS[method])
     memory = smallest(model, tmp_path / "none", **METHODS[method])
-    for number, options in enumerate(({}, {"resident_weights": 0}, {"more": 1 << 18}, {"more": 1 << 24})):
-        options |= {"device": "emulated", "gpu_memory": memory + options.pop("more", 0)} | METHODS[method]
+    for number, room in enumerate(rooms):
+        options = {"device": "emulated", "gpu_memory": memory + room.get("more", 0)} | METHODS[method]
+        options |= {k: v for k, v in room.items() if k != "more"}
         assert same(expected, train(model, tmp_path / f"part{number}", **options)), options
 
 
