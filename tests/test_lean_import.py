@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import headers
+from patience import HANGS_S
 
 HEAVY = ("torch", "numpy", "transformers", "numba", "scipy", "safetensors", "pynvml", "psutil", "rich", "typer")
 
@@ -12,7 +13,7 @@ HEAVY = ("torch", "numpy", "transformers", "numba", "scipy", "safetensors", "pyn
 def run(code: str) -> set[str]:
     """The modules that a fresh interpreter has loaded after `code`; fails if `code` does."""
     script = f"import sys\n{code}\nprint('LOADED', *(n for n, m in sys.modules.items() if m), file=sys.__stdout__)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANGS_S)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.rpartition("LOADED")[2].split())
 

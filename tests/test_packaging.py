@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from patience import HANGS_S
 
 from offload.doctor import SUPPORTED
 
@@ -28,7 +29,7 @@ def build(kind: str, tmp_path: Path) -> Path:
     for name in ("offload", "kernels"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     code = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, timeout=HANGS_S)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = out.glob("*.whl")
     return wheel
@@ -52,7 +53,7 @@ def resolve(site: Path) -> str:
     )
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     done = subprocess.run(
-        [sys.executable, "-S", "-c", code], cwd=site, env=clean, capture_output=True, text=True, timeout=60
+        [sys.executable, "-S", "-c", code], cwd=site, env=clean, capture_output=True, text=True, timeout=HANGS_S
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from models import MODELS
+from patience import HANGS_S
 from test_outline import without_weights
 
 from offload.checkpoint.decoders import DECODERS
@@ -139,5 +140,5 @@ def test_large_models(tmp_path: Path) -> None:
 
 def test_no_torch_is_loaded() -> None:
     code = "import sys, offload.checkpoint.recognition; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANGS_S)
     assert done.stdout.strip() == "set()"

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import HANGS_S
 
 from offload.io.buffers import BufferPool, Lease
 from offload.planner.placement import NO_RING, Placement, Ring, Tier
@@ -200,12 +201,15 @@ class Stepped:
         self.reads: dict[str, list[Future[int]]] = {}
         self.gates: dict[str, threading.Semaphore] = {}
         self.changed = threading.Condition()
+        self.lets_go = False
 
     def read(self, unit: str, lease: Lease) -> Future[int]:
         future: Future[int] = Future()
         with self.changed:
             self.begun.append(("read", unit))
             self.reads.setdefault(unit, []).append(future)
+            if self.lets_go:
+                future.set_result(8)
             self.changed.notify_all()
         return future
 
@@ -213,8 +217,10 @@ class Stepped:
         with self.changed:
             self.begun.append(("upload", unit))
             gate = self.gates.setdefault(unit, threading.Semaphore(0))
+            if self.lets_go:
+                gate.release()
             self.changed.notify_all()
-        assert gate.acquire(timeout=20)
+        assert gate.acquire(timeout=HANGS_S)
         return Happened()
 
     def order_compute_after(self, event: object) -> None: ...
@@ -224,9 +230,19 @@ class Stepped:
 
     def synchronize(self) -> None: ...
 
+    def let_go(self) -> None:
+        """Ends all transfers, those that begin from now on too."""
+        with self.changed:
+            self.lets_go = True
+            for future in [future for futures in self.reads.values() for future in futures]:
+                if not future.done():
+                    future.set_result(8)
+            for gate in self.gates.values():
+                gate.release()
+
     def await_begun(self, what: tuple[str, str], count: int) -> None:
         with self.changed:
-            assert self.changed.wait_for(lambda: self.begun.count(what) >= count, 20), f"{what} did not begin"
+            assert self.changed.wait_for(lambda: self.begun.count(what) >= count, HANGS_S), f"{what} did not begin"
 
 
 @pytest.mark.parametrize("device", [False, True])
@@ -266,23 +282,8 @@ def test_the_executor_runs_in_the_order_of_the_clock(device: bool, slots: int, p
                 mover.gates[unit].release()
         assert runner.statistics().restarts == 0
     finally:
-        for futures in list(mover.reads.values()):  # what the lanes went on to begin
-            for future in futures:
-                if not future.done():
-                    future.set_result(8)
-        for gate in list(mover.gates.values()):
-            gate.release(50)
-        stopper = threading.Thread(target=runner.close)
-        stopper.start()
-        while stopper.is_alive():
-            with mover.changed:
-                for futures in mover.reads.values():
-                    for future in futures:
-                        if not future.done():
-                            future.set_result(8)
-                for gate in mover.gates.values():
-                    gate.release(5)
-            stopper.join(0.01)
+        mover.let_go()
+        runner.close()
 
 
 def test_two_reads_that_fit_share_the_disk() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
+from patience import HANGS_S
 
 from offload.finetune.ahead import DEPTH, ahead
 
@@ -42,7 +43,7 @@ def test_no_more_are_made_than_wait() -> None:
 
     with closing(ahead(items())) as found:
         assert next(found) == 0
-        assert first.wait(30), "it works ahead"
+        assert first.wait(HANGS_S), "it works ahead"
         for k in range(1, 20):
             assert next(found) == k
             assert len(made) <= k + 1 + DEPTH + 1

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from models import MODELS
+from patience import HANGS_S
 from reference_loop import ReferenceLoop
 from test_full import NUMBERS, B, F, batches, check, plain
 from test_travel import Backwards, held_out
@@ -167,7 +168,7 @@ def test_between_steps(tier: str, clip: float | None, tmp_path: Path) -> None:
 def check_all_back(pools: Sequence[BufferPool]) -> None:
     """Every slot of these rings goes back: at once, or when the write that it is lent to has ended."""
     for pool in pools:
-        for lease in [pool.lease(timeout=60) for _ in range(pool.statistics().slots)]:
+        for lease in [pool.lease(timeout=HANGS_S) for _ in range(pool.statistics().slots)]:
             lease.release()
         pool.check_integrity()
         assert pool.statistics().leased == 0

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from models import MODELS
+from patience import HANGS_S
 from test_full import B
 
 import offload
@@ -78,7 +79,7 @@ def test_the_peak_stays_under_the_budget_and_is_foretold(
     path = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
         [sys.executable, str(CHILD), str(tmp_path), str(rows), str(micro_batches), budget],
-        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=600,
+        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=HANGS_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

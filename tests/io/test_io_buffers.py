@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 
 import pytest
+from patience import HANGS_S
 
 from offload.errors import ClosedError, UsageError
 from offload.io.addresses import address_of
@@ -119,7 +120,7 @@ class Waiters:
 
     def join(self) -> None:
         for thread in self.threads:
-            thread.join(30)
+            thread.join(HANGS_S)
             assert not thread.is_alive()
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import wait
 
 import pytest
 from io_worlds import PAGE, World, pattern
+from patience import HANGS_S
 
 from offload.errors import ClosedError, StorageError, UsageError
 from offload.io.backends import BACKENDS, create, probe
@@ -251,10 +252,10 @@ def test_callbacks_that_raise_harm_nobody(world: World) -> None:
         except SystemExit:  # it was done already, and the callback ran here
             assert future.done()
         futures.append(future)
-    done, pending = wait(futures, timeout=30)
+    done, pending = wait(futures, timeout=HANGS_S)
     assert not pending
     assert {future.result() for future in done} == {PAGE}
-    assert engine.read(file, 0, views[0]).result(30) == PAGE
+    assert engine.read(file, 0, views[0]).result(HANGS_S) == PAGE
 
 
 def test_a_callback_may_read_on(world: World) -> None:
@@ -275,7 +276,7 @@ def test_a_callback_may_read_on(world: World) -> None:
     engine.read(file, 0, view).add_done_callback(read_on)
     if world.is_fake:
         engine.backend.release()
-    assert ended.wait(30)
+    assert ended.wait(HANGS_S)
     assert left == [0]
 
 

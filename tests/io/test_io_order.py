@@ -11,6 +11,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 from io_worlds import PAGE, memory, pattern
+from patience import HANGS_S
 
 from offload.errors import ClosedError, StorageError
 from offload.io.buffers import Buffer
@@ -125,11 +126,11 @@ def test_close_while_blocks_are_queued(fake) -> None:
     partly.add_done_callback(lambda _: failed.set())
     closing = threading.Thread(target=engine.close)
     closing.start()
-    assert failed.wait(30), "a queued request fails before close has waited for the running one"
+    assert failed.wait(HANGS_S), "a queued request fails before close has waited for the running one"
     assert isinstance(partly.exception(), ClosedError)
     assert not running.done()
     backend.step()
-    closing.join(30)
+    closing.join(HANGS_S)
     assert not closing.is_alive()
     assert running.result() == PAGE
 

@@ -8,6 +8,7 @@ from importlib import util
 from pathlib import Path
 
 import pytest
+from patience import HANGS_S
 
 HERE = Path(__file__).parent
 SHARED_NBYTES = 99 << 10  # what a program may have on consumer GPUs of compute capability 8.6 and 8.9
@@ -23,7 +24,7 @@ def compiled(tmp_path: Path, *words: str) -> list[str]:
         env=clean | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANGS_S,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.splitlines()
