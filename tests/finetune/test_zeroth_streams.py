@@ -135,16 +135,24 @@ def moments(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[None]:
         yield
 
 
+KILLED: dict[str, Any] = OPTIONS | {"resident_weights": 0, "zo_write_every": 1}
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Of five steps that nobody kills."""
+    folder = tmp_path_factory.mktemp("whole")
+    model = MODELS["llama"].save(folder / "model", torch.bfloat16)
+    with offload.finetuning(model, offload_dir=folder / "state", **KILLED) as trainer:
+        return [trainer.step(batches(step, 1)).loss for step in range(5)]
+
+
 @pytest.mark.parametrize("at", range(1, 60, 3))
 def test_a_kill_at_any_moment_resumes_at_the_last_commit(
-    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: int, losses: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = MODELS["llama"].save(tmp_path / "model", torch.bfloat16)
-    options = OPTIONS | {"resident_weights": 0, "zo_write_every": 1, "offload_dir": tmp_path / "state"}
-    expected = []
-    with offload.finetuning(model, **options | {"offload_dir": tmp_path / "whole"}) as trainer:
-        for step in range(5):
-            expected.append(trainer.step(batches(step, 1)).loss)
+    options = KILLED | {"offload_dir": tmp_path / "state"}
     done = 0
     for _ in moments(monkeypatch, at):
         try:
@@ -160,7 +168,7 @@ def test_a_kill_at_any_moment_resumes_at_the_last_commit(
         first = trainer.step_number
         assert first in (done, done + 2)  # the commit may have been made when it was killed
         found = [trainer.step(batches(step, 1)).loss for step in range(first, 5)]
-        assert found == expected[first:]
+        assert found == losses[first:]
         trainer.commit()
     assert len(list((tmp_path / "state").glob("weights-*"))) <= 1
 
