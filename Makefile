@@ -10,7 +10,9 @@ endif
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# Half of what pip takes is compiling modules that nobody imports: each is compiled when it first is, and kept.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 
@@ -30,6 +32,7 @@ demo: $(READY)
 	$(BIN)/python demo/demo.py
 
 test: $(READY)
+	$(BIN)/offload doctor --warm  # kernels are compiled once, not in every worker
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2  # threads of two workers that wait must not spin
 
 lint: $(READY)

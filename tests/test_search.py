@@ -85,12 +85,14 @@ def regrets(cases: Iterable[Case]) -> Iterator[tuple[str, float]]:
             yield f"{part} of {shapes}, head {head}, {disk} GB/s", found / best - 1
 
 
-@pytest.mark.parametrize("cases", [few_cases, pytest.param(all_cases, marks=pytest.mark.slow)])
-def test_regret(cases: Callable[[], Iterator[Case]]) -> None:
+@pytest.mark.parametrize(
+    ("cases", "on_average"), [(few_cases, 0.03), pytest.param(all_cases, 0.02, marks=pytest.mark.slow)]
+)
+def test_regret(cases: Callable[[], Iterator[Case]], on_average: float) -> None:
     """Of models whose single tensors are a tenth of all, which leaves few choices: 2 % on average, 13 % at worst."""
     found = dict(regrets(cases()))
     worst = max(found, key=lambda k: found[k])
-    assert mean(found.values()) < 0.02, f"{mean(found.values()):.2%}"
+    assert mean(found.values()) < on_average, f"{mean(found.values()):.2%}"
     assert found[worst] < 0.13, f"{worst}: {found[worst]:.1%}"
     assert min(found.values()) > -1e-9, "better than the best of all: brute force has a hole"
 
