@@ -14,7 +14,7 @@ import pytest
 from io_worlds import PAGE, pattern
 
 from offload.errors import StorageError, UsageError
-from offload.io.backends import probe
+from offload.io.backends import probe, uring
 from offload.io.buffers import Buffer
 from offload.io.engine import Engine
 from offload.io.osfiles import OsFiles
@@ -69,6 +69,26 @@ def test_a_file_system_without_direct_io(
         assert not file.is_direct
         assert len(engine.fallbacks) == 1
         engine.check_integrity()
+
+
+@pytest.mark.skipif("uring" not in REAL, reason="the kernel has no io_uring")
+def test_a_ring_that_cannot_wait_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_bytes(pattern(9 * PAGE))
+    enter = uring._enter
+
+    def refuse_to_wait(fd: int, submitted: int, wanted: int, flags: int) -> int:
+        return -errno.ENOMEM if wanted else enter(fd, submitted, wanted, flags)
+
+    monkeypatch.setattr(uring, "_enter", refuse_to_wait)
+    monkeypatch.setattr(uring, "_PAUSE_S", 0)
+    with Engine("uring", block_nbytes=PAGE) as engine:
+        buffer = Buffer(9 * PAGE)
+        assert engine.read(engine.open(tmp_path / "file"), 0, buffer.view).result() == 9 * PAGE
+        assert buffer.view == pattern(9 * PAGE)
+        engine.check_integrity()
+    assert caplog.text.count("cannot wait") == 1
 
 
 def test_alignment_comes_from_the_kernel(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import platform
 import struct
 import threading
+import time
 from collections.abc import Sequence
 from functools import cache
 
@@ -26,6 +27,7 @@ _RING_OFFSET, _ENTRIES_OFFSET = 0, 0x10000000
 _NOP, _READ, _WRITE = 0, 22, 23
 _ENTRY = struct.Struct("<BBHiQQIIQ24x")  # opcode, flags, ioprio, fd, offset, address, length, rw flags, user data
 _COMPLETION = struct.Struct("<QiI")  # user data, result, flags
+_PAUSE_S = 0.001  # between looks at the ring where the kernel will not wait for us
 _STOP = 0  # the user data that ends the reaper; blocks count from 1
 
 
@@ -147,12 +149,15 @@ class UringBackend:
         return done, None
 
     def _reap(self) -> None:
-        words = self._words
+        words, is_told = self._words, False
         while True:
             waited = _enter(self._fd, 0, 1, _GETEVENTS)
             if waited < 0 and waited != -errno.EINTR:
-                _log.error("io_uring stopped: %s", os.strerror(-waited))
-                return
+                # Blocks are in flight into memory that is lent, and complete in the ring all the same: we look there.
+                if not is_told:
+                    _log.warning("io_uring cannot wait (%s); looking every millisecond", os.strerror(-waited))
+                    is_told = True
+                time.sleep(_PAUSE_S)
             while (head := words[self._cq_head]) != words[self._cq_tail]:
                 number, outcome, _ = _COMPLETION.unpack_from(self._ring, self._cqes + 16 * (head & self._cq_mask))
                 words[self._cq_head] = head + 1 & 0xFFFFFFFF
