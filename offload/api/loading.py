@@ -25,7 +25,8 @@ from offload.runtime.apart import passing_nbytes
 from offload.runtime.linears import is_same_unpacked, unpack_nbytes
 from offload.runtime.session import Session, token_check
 from offload.specs import Workload
-from offload.tiers.devices import create, full_name, parse_link, warm_up
+from offload.tiers.devices import create, full_name, warm_up
+from offload.tiers.names import parse_link
 
 IGNORED = frozenset({"low_cpu_mem_usage", "offload_state_dict", "use_safetensors", "_fast_init"})  # always so here
 

@@ -22,8 +22,9 @@ from offload.planner.placement import Tier
 from offload.runtime.discovery import dissect
 from offload.runtime.session import Session
 from offload.specs import ModelSpec, Workload
-from offload.tiers.devices import create, full_name, parse_link, warm_up
+from offload.tiers.devices import create, full_name, warm_up
 from offload.tiers.layout import Piece, Source
+from offload.tiers.names import parse_link
 from offload.tiers.swap import swap_out
 from offload.units import parse_bytes
 

@@ -36,7 +36,8 @@ from offload.runtime.discovery import dissect
 from offload.runtime.sides import sides_nbytes
 from offload.runtime.zeroth import uses
 from offload.specs import Budgets, ModelSpec
-from offload.tiers.devices import full_name, parse_link
+from offload.tiers.devices import full_name
+from offload.tiers.names import parse_link
 from offload.units import parse_bytes
 
 

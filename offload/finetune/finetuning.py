@@ -26,7 +26,8 @@ from offload.io.engine import Engine
 from offload.kernels.chosen import Kernels
 from offload.optim import make as make_optimizer
 from offload.optim.there import why_not_on
-from offload.tiers.devices import create, full_name, parse_link, warm_up
+from offload.tiers.devices import create, full_name, warm_up
+from offload.tiers.names import parse_link
 from offload.units import parse_bytes
 
 THERE = {"lora": ("auto", "recompute", "disk")}  # activations, on an accelerator: graphs would have views of a ring

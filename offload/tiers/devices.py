@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
@@ -10,9 +9,7 @@ import torch
 from offload.errors import UsageError
 from offload.io.buffers import Buffer
 from offload.tiers.device import Device, DeviceStatistics, Download, Event, Happened, Pairs
-from offload.units import parse_rate
-
-UNKNOWN = "device={device!r} is not known; there are cpu, emulated, cuda and cuda:N"
+from offload.tiers.names import check_name
 
 
 class CpuDevice:
@@ -80,20 +77,8 @@ def full_name(device: str | None) -> str:
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "emulated", "cuda") and not re.fullmatch(r"cuda:\d+", device):
-        raise UsageError(UNKNOWN.format(device=device))
+    check_name(device)
     return f"cuda:{torch.cuda.current_device()}" if device == "cuda" and torch.cuda.is_available() else device
-
-
-def parse_link(link: str | float | None, device: str) -> float | None:
-    """The pace of the emulated device's link, in bytes per second.
-
-    Raises:
-        UsageError: the device has a link of its own, or it is no rate.
-    """
-    if link is not None and device != "emulated":
-        raise UsageError(f'link={link!r} sets the pace of device="emulated" only; the device is {device}')
-    return parse_rate(link, "link") if link is not None else None
 
 
 def link_rate(name: str) -> float | None:
@@ -124,8 +109,7 @@ def create(name: str, *, memory_nbytes: int | None = None, link_bytes_per_s: flo
         if memory_nbytes is None:
             raise UsageError('device="emulated" needs gpu_memory: how much memory should it have?')
         return EmulatedDevice(memory_nbytes, link_bytes_per_s)
-    if name == "cuda" or name.startswith("cuda:"):
-        from offload.tiers.cuda import CudaDevice
+    check_name(name)
+    from offload.tiers.cuda import CudaDevice
 
-        return CudaDevice(name)
-    raise UsageError(UNKNOWN.format(device=name))
+    return CudaDevice(name)
