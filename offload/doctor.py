@@ -142,6 +142,8 @@ def _check_kernels(where: str) -> Iterator[Found]:
 
 def _check_disk(where: str) -> Iterator[Found]:
     disk = hardware.disk_of(where)
+    if str(disk.path) != os.path.abspath(where):
+        yield "warn", f"there is no folder {where}; this is of {disk.path}, where it would be made"
     yield (
         "ok",
         f"{disk.filesystem} on {disk.mount} ({disk.source}), {format_bytes(disk.free)} of {disk.total // GIB} GiB free",

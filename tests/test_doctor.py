@@ -30,7 +30,8 @@ def test_every_area_is_examined_and_nothing_is_left_behind(tmp_path: Path) -> No
 
 
 def test_a_folder_that_is_not_there() -> None:
-    assert any(finding.area == "disk" for finding in examine("/no/such/folder"))
+    said = [finding.what for finding in examine("/no/such/folder") if finding.area == "disk"]
+    assert said[0] == "there is no folder /no/such/folder; this is of /, where it would be made"
 
 
 def test_a_failing_check_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,15 @@ from pathlib import Path
 import headers
 import pytest
 from models import MODELS
+from rich.console import Console
 from test_outline import without_weights
 
 from offload.budgets import Division
 from offload.checkpoint.numbers import numbers
 from offload.cli import main
+from offload.commands.plan import plan_of
+from offload.commands.plan_options import PlanRequest
+from offload.commands.plan_text import show
 from offload.errors import UsageError
 from offload.plan import load_plan, with_disk_rate
 from offload.plan.machine import BELIEVED
@@ -101,6 +105,17 @@ def test_text_says_where_how_fast_why_and_what_else(bare: Path, capsys: pytest.C
         assert said in text, said
 
 
+def test_rejected_plans_that_read_the_same_are_listed_once(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_of(PlanRequest(model=str(bare), cpu_memory="4GiB", resident="0.25", prompt_tokens=16, new_tokens=8))
+    assert found.found.rejected
+    twice = replace(found, found=replace(found.found, rejected=tuple(c for c in found.found.rejected for _ in "ab")))
+    shown = []
+    for each in (found, twice):
+        show(each, Console(width=200))
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+
+
 def test_it_may_decline(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(capsys, str(bare), "--cpu-memory", "4GiB")
     assert found["fits"]
@@ -153,6 +168,8 @@ def test_a_plan_is_kept(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         (("--what-if", "gpu-memory=+1GiB"), "this machine has none"),
         (("--what-if", "link=2x"), "this machine has none"),
         (("--device", "emulated", "--gpu-memory", "1GiB", "--link", "8"), 'did you mean "8GB/s"'),
+        (("--link", "8GB/s"), "the device is this machine's own"),
+        (("--device", "cpu", "--link", "8GB/s"), "the device is cpu"),
         (("--slots", "0"), "at least 1 slot"),
         (("train.optim=sgd",), "laid over a fine-tuning configuration"),
         (("--resident", "2"), 'did you mean "2GiB"'),

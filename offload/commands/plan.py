@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from offload.budgets import parse_resident, resolve
 from offload.checkpoint import find
 from offload.checkpoint.numbers import numbers
 from offload.commands.early import Early, check
+from offload.commands.plan_options import PlanRequest
 from offload.commands.plan_text import show
 from offload.errors import UsageError
 from offload.hardware import gpus
@@ -31,34 +32,11 @@ from offload.plan import (
 )
 from offload.planner.whatif import parse_change
 from offload.specs import Workload, check_length
-from offload.units import parse_memory, parse_rate
+from offload.tiers.names import OWN, parse_link
+from offload.units import parse_memory
 
 CONFIGS = (".yaml", ".yml")  # of fine-tuning, in place of a model
 WITH_CONFIGS = ("model", "overrides", "cpu_memory", "hardware", "json")  # options; everything else is said in the file
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanRequest:
-    """The options of `offload plan`; see its help."""
-
-    model: str
-    overrides: tuple[str, ...] = ()
-    cpu_memory: str | None = None
-    gpu_memory: str | None = None
-    resident: str | None = None
-    device: str | None = None
-    link: str | None = None
-    dtype: str = "auto"
-    prompt_tokens: int = 512
-    new_tokens: int = 128
-    batch: str = "1"
-    weights: str | None = None
-    exact: bool = False
-    slots: int | None = None
-    hardware: str | None = None
-    what_if: tuple[str, ...] = ()
-    output: str | None = None
-    json: bool = False
 
 
 def execute(request: PlanRequest) -> int:
@@ -128,11 +106,11 @@ def ask_of(request: PlanRequest) -> Ask:
         raise UsageError(f'--batch {request.batch}: a number of sequences from 1, or "auto"')
     if request.slots is not None and request.slots < 1:
         raise UsageError(f"--slots {request.slots}: a ring has at least 1 slot")
+    link = parse_link(request.link, request.device or OWN)
     directory = find(request.model)
     profile = machine(request.hardware, directory)
     known = numbers(directory, dtype=request.dtype, weights=request.weights, exact=request.exact)
     check_length(request.prompt_tokens, request.new_tokens, known.spec.max_tokens)
-    link = parse_rate(request.link, "link") if request.link is not None else None
     if request.hardware is None or request.device is not None:
         budgets = resolve(
             cpu_memory=request.cpu_memory,

@@ -123,10 +123,13 @@ def _rejected(plan: Plan) -> Table | None:
     if not plan.found.rejected:
         return None
     table = _table("rejected", "a step", "slower by")
-    for other in plan.found.rejected[:SHOWN]:
+    rows: dict[tuple[str, ...], None] = {}  # what reads the same once rounded is one
+    for other in plan.found.rejected:
         seconds = other.decode.seconds
         slower = seconds / plan.prediction.decode_s_per_token - 1
-        table.add_row(other.label, format_seconds(seconds), f"{max(slower, 0):.1%}")
+        rows[other.label, format_seconds(seconds), f"{max(slower, 0):.1%}"] = None
+    for row in list(rows)[:SHOWN]:
+        table.add_row(*row)
     table.add_row(f"chosen: {plan.found.best.label}", format_seconds(plan.prediction.decode_s_per_token), "")
     return table
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from offload.commands.early import Early
 from offload.commands.finetune import data_of, read_data
 from offload.commands.outlook import outlook_of
-from offload.commands.plan import PlanRequest
+from offload.commands.plan_options import PlanRequest
 from offload.commands.plan_text import places
 from offload.commands.training import announce
 from offload.finetune.config import Config
