@@ -82,10 +82,14 @@ def run(
     json: Json = False,
 ) -> None:
     """Generate text with a model larger than memory."""
-    from offload.commands.run import Request, execute
+    from offload.commands.early import check_run
+    from offload.commands.run_options import RunRequest
 
-    values = {k: v for k, v in locals().items() if k in Request.__dataclass_fields__}
-    raise typer.Exit(execute(Request(**values)))
+    values = {k: v for k, v in locals().items() if k in RunRequest.__dataclass_fields__}
+    request, directory = check_run(RunRequest(**values))
+    from offload.commands.run import execute  # needs torch
+
+    raise typer.Exit(execute(request, directory))
 
 
 @app.command()
@@ -117,10 +121,14 @@ def generate(
     json: Json = False,
 ) -> None:
     """Answer a file of prompts, as many at a time as pay; the same command goes on after a kill."""
-    from offload.commands.generate import Request, execute
+    from offload.commands.early import check_generate
+    from offload.commands.generate_options import GenerateRequest
 
-    values = {k: v for k, v in locals().items() if k in Request.__dataclass_fields__}
-    raise typer.Exit(execute(Request(**values)))
+    values = {k: v for k, v in locals().items() if k in GenerateRequest.__dataclass_fields__}
+    request, directory = check_generate(GenerateRequest(**values))
+    from offload.commands.generate import execute  # needs torch
+
+    raise typer.Exit(execute(request, directory))
 
 
 @app.command()
@@ -151,7 +159,8 @@ def plan(
     json: Json = False,
 ) -> None:
     """Predict how fast a model will run, what holds it back and what would help, without running it."""
-    from offload.commands.plan import PlanRequest, execute
+    from offload.commands.plan import execute
+    from offload.commands.plan_options import PlanRequest
 
     values = {k: v for k, v in locals().items() if k in PlanRequest.__dataclass_fields__}
     lists = {"overrides": tuple(overrides or ()), "what_if": tuple(what_if or ())}
@@ -188,7 +197,7 @@ def finetune(
     """Fine-tune a model whose training state is larger than memory."""
     from offload.commands.early import check
 
-    early = check(config, overrides or (), quiet=json)
+    early = check(config, overrides or (), quiet=json, writes=not (dry_run or explain))
     from offload.commands.finetune import Request, execute  # needs torch
 
     request = Request(

@@ -83,3 +83,49 @@ def test_help_loads_no_torch() -> None:
         "assert 'run' in sys.stdout.getvalue()"
     )
     assert not loaded.intersection(("torch", "transformers", "numpy"))
+
+
+def test_what_is_wrong_with_a_command_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
+    model = headers.write(tmp_path / "model", headers.LLAMA_70B)
+    (tmp_path / "bare").mkdir()
+    prompts, config, a_file = tmp_path / "p.txt", tmp_path / "c.yaml", tmp_path / "file"
+    for file in (prompts, a_file, tmp_path / "d.jsonl"):
+        file.write_text('{"text": "x"}\n')
+    config.write_text(
+        f"model: {model}\ndata: {{train: {tmp_path / 'd.jsonl'}}}\ntrain: {{output_dir: {tmp_path / 'out'}}}"
+    )
+    run_it, out = ("run", model, "--prompt", "x"), ("-o", tmp_path / "answers.jsonl")
+    wrong = [
+        (("run", "/no/model", "--prompt", "x"), "not a folder"),
+        (("run", tmp_path / "bare", "--prompt", "x"), "no config.json"),
+        (("run", model), "nothing to run"),
+        (("run", model, "--prompt-ids", "5,x"), "not a list of numbers"),
+        (("run", model, "--prompt", f"@{tmp_path}/none"), "cannot be read"),
+        ((*run_it, "--cpu-memory", "lots"), "not a size"),
+        ((*run_it, "--resident", "1.5"), "not a fraction"),
+        ((*run_it, "--device", "emulated"), "needs gpu_memory"),
+        ((*run_it, "--device", "tpu"), "not known"),
+        ((*run_it, "--link", "8GB/s"), "this machine's own"),
+        ((*run_it, "--trace", "/no/trace.json"), "no folder /no"),
+        ((*run_it, "--plan", a_file), "is no plan"),
+        (("generate", "/no/model", prompts, *out), "not a folder"),
+        (("generate", model, tmp_path / "none", *out), "there is no such file"),
+        (("generate", model, prompts, "-o", "/no/answers"), "no folder /no"),
+        (("generate", model, prompts, *out, "--cpu-memory", "lots"), "not a size"),
+        (("finetune", config, "model=/no/model"), "not a folder"),
+        (("finetune", config, f"model={tmp_path / 'bare'}"), "no config.json"),
+        (("finetune", config, "budgets.device=tpu"), "not known"),
+        (("finetune", config, "budgets.link=8GB/s"), "this machine's own"),
+        (("finetune", config, f"train.output_dir={a_file}/out"), "is a file"),
+    ]
+    cases = [([str(a) for a in command], says) for command, says in wrong]
+    loaded = run(
+        "import contextlib, io\nfrom offload.cli import main\n"
+        f"for command, says in {cases!r}:\n"
+        "    said = io.StringIO()\n"
+        "    try:\n        with contextlib.redirect_stderr(said):\n            main(command)\n"
+        "    except SystemExit as end:\n        assert end.code in (1, 2), command\n"
+        "    assert says in said.getvalue(), (command, said.getvalue())\n"
+        "    assert 'torch' not in sys.modules, command"
+    )
+    assert not loaded.intersection(("torch", "transformers"))

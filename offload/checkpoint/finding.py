@@ -33,3 +33,13 @@ def find(model: str | os.PathLike[str]) -> Path:
         raise CheckpointError(
             f"{text} is neither a folder here nor a model that could be downloaded: {reason}"
         ) from error
+
+
+def check_config(directory: Path) -> None:
+    """Whether a model's folder has a configuration, right or wrong.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} has no config.json; a model is a folder with config.json and safetensors")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload.checkpoint.finding import check_config
 from offload.checkpoint.manifest import MANIFEST
 from offload.errors import CheckpointError, UsageError
 
@@ -22,8 +23,7 @@ def read_config(directory: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory} has no config.json; a model is a folder with config.json and safetensors")
+    check_config(directory)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:

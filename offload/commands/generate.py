@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from offload.checkpoint import find, read_config
 from offload.checkpoint.numbers import numbers
 from offload.checkpoint.outline import sketch
 from offload.commands.answering import Job, Report, by_blocks
-from offload.commands.options import Running
-from offload.commands.plan import PlanRequest, ask_of
+from offload.commands.generate_options import GenerateRequest
+from offload.commands.plan import ask_of
+from offload.commands.plan_options import PlanRequest
 from offload.commands.sharing import by_passes
 from offload.errors import BudgetError, UsageError
 from offload.generate import Answers, Limits, Prompt, digest_of, even, identity_of, read_prompts, tokenizer_of
@@ -36,22 +37,15 @@ TELLS = 256 * MIB  # of a file: as much as tells how fast a disk reads
 UNPACED = "1TB/s"  # of an emulated link without a pace: memory is slower, and a plan knows how slow
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request(Running):
-    """The options of `offload generate`; see its help."""
+def execute(request: GenerateRequest, directory: Path) -> int:
+    """Runs the request; returns the exit status. Errors are raised.
 
-    prompts: str
-    output: str
-    batch: str = "auto"
-    keep_going: bool = False
-
-
-def execute(request: Request) -> int:
-    """Runs the request; returns the exit status. Errors are raised."""
+    Args:
+        request, directory: as `early.check_generate` found them to be right.
+    """
     transformers.utils.logging.set_verbosity_error()
     console = Console(stderr=True, quiet=request.json)
-    _check(request)
-    directory, output = find(request.model), Path(request.output)
+    output = Path(request.output)
     tokenizer = tokenizer_of(directory)
     text = read_config(directory).get_text_config(decoder=True)
     limits = Limits(
@@ -91,7 +85,7 @@ def execute(request: Request) -> int:
     return 1 if bad else 0
 
 
-def _share_passes(request: Request, job: Job) -> list[tuple[int, str]]:
+def _share_passes(request: GenerateRequest, job: Job) -> list[tuple[int, str]]:
     """Answers what is left in passes; returns the lines that there is no memory for, with the reason.
 
     Raises:
@@ -123,7 +117,7 @@ def _share_passes(request: Request, job: Job) -> list[tuple[int, str]]:
     return too_long
 
 
-def _no_room(prompt: Prompt, request: Request, longest: Prompt | None) -> str:
+def _no_room(prompt: Prompt, request: GenerateRequest, longest: Prompt | None) -> str:
     """Why a prompt is left out.
 
     Args:
@@ -137,7 +131,7 @@ def _no_room(prompt: Prompt, request: Request, longest: Prompt | None) -> str:
     return f"{says}; the longest that fits has {most:,} in all"
 
 
-def _name(bad: Sequence[tuple[int, str]], request: Request, console: Console) -> None:
+def _name(bad: Sequence[tuple[int, str]], request: GenerateRequest, console: Console) -> None:
     """Says which lines are left out, and why."""
     for line, why in bad[:NAMED]:
         console.print(f"left out: {request.prompts}:{line}: {why}", style="yellow", highlight=False, soft_wrap=True)
@@ -145,20 +139,7 @@ def _name(bad: Sequence[tuple[int, str]], request: Request, console: Console) ->
         console.print(f"left out: {len(bad) - NAMED:,} more lines", style="yellow", highlight=False)
 
 
-def _check(request: Request) -> None:
-    if request.batch != "auto" and (not request.batch.isdecimal() or int(request.batch) < 1):
-        raise UsageError(f'--batch {request.batch}: a number of prompts from 1, or "auto"')
-    request.check()
-    if request.max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens {request.max_new_tokens}: must be at least 1")
-    output = Path(request.output)
-    if not output.parent.is_dir():
-        raise UsageError(f"-o {output}: there is no folder {output.parent}")
-    if output.exists() and Path(request.prompts).exists() and output.samefile(request.prompts):
-        raise UsageError(f"-o {output} is the file of prompts; name another")
-
-
-def _why_blocks(request: Request, directory: Path, before: Mapping[str, Any] | None) -> str | None:
+def _why_blocks(request: GenerateRequest, directory: Path, before: Mapping[str, Any] | None) -> str | None:
     """Why prompts go through the model's own generate in batches; None where all can share passes."""
     if before is not None and before.get("batch") is not None:
         return "the file of answers was begun so"
@@ -167,11 +148,11 @@ def _why_blocks(request: Request, directory: Path, before: Mapping[str, Any] | N
     return refuses(sketch(directory, dtype=request.dtype).model)
 
 
-def _device(request: Request) -> str:
+def _device(request: GenerateRequest) -> str:
     return (request.device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")[0]
 
 
-def _ask(request: Request, prompt_tokens: int = 1, new_tokens: int = 1) -> Ask:
+def _ask(request: GenerateRequest, prompt_tokens: int = 1, new_tokens: int = 1) -> Ask:
     """The model, the machine and the budgets, for the planner; and one sequence, where it asks for that."""
     kept = ("model", "cpu_memory", "gpu_memory", "resident", "device", "link", "dtype", "exact", "slots")
     options = {name: getattr(request, name) for name in kept}
@@ -194,7 +175,7 @@ def _disk_rate(directory: Path) -> float | None:
     return read_rate(largest, seconds=0.4) if largest is not None and sizes[largest] >= TELLS else None
 
 
-def _batch(request: Request, prompts: list[Prompt], before: Mapping[str, Any] | None) -> int:
+def _batch(request: GenerateRequest, prompts: list[Prompt], before: Mapping[str, Any] | None) -> int:
     """Prompts at a time: as asked, as the run that is gone on with had it, or as the planner finds best."""
     if request.batch != "auto":
         return min(int(request.batch), len(prompts))
@@ -206,7 +187,7 @@ def _batch(request: Request, prompts: list[Prompt], before: Mapping[str, Any] | 
     return even(count, best_batch(ask, few).work.batch)
 
 
-def _identity(request: Request, directory: Path, prompts: list[Prompt], batch: int | None) -> dict[str, Any]:
+def _identity(request: GenerateRequest, directory: Path, prompts: list[Prompt], batch: int | None) -> dict[str, Any]:
     """All that the answers follow from. Budgets are not among it: where weights lie changes no result.
 
     Nor is what runs beside what, where prompts share passes (batch is None).

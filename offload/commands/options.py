@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from offload.budgets import parse_resident, resolve
 from offload.errors import UsageError
+from offload.hardware import gpus
+from offload.tiers.names import OWN, check_name, parse_link
+from offload.units import parse_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +48,17 @@ class Running:
             raise UsageError(f"--slots {self.slots}: must be at least 1")
         if not self.sample and (self.temperature is not None or self.top_p is not None):
             raise UsageError("--temperature and --top-p need --sample")
+        if self.device is not None:
+            check_name(self.device)
+        parse_link(self.link, self.device or OWN)
+        here = self.device or (None if gpus() else "cpu")  # what a card can do is torch's to say
+        if here in ("cpu", "emulated"):
+            resolve(cpu_memory=self.cpu_memory, gpu_memory=self.gpu_memory, resident=self.resident, device=here)
+            return
+        for name in ("cpu_memory", "gpu_memory"):
+            if (size := getattr(self, name)) is not None:
+                parse_memory(size, name)
+        parse_resident(self.resident)
 
     def placing(self) -> dict[str, Any]:
         """What `load` is told of memory, device and kernels."""
@@ -57,3 +74,32 @@ class Running:
         if self.sample:
             return {"do_sample": True, **self.drawing()}
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def check_place(option: str, file: str | Path) -> None:
+    """Whether a file can be made there.
+
+    Raises:
+        UsageError: there is no such folder, or it cannot be written.
+    """
+    path = Path(file)
+    if not path.parent.is_dir():
+        raise UsageError(f"{option} {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder; name a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"{option} {path} cannot be written; name another")
+
+
+def check_folder(option: str, folder: str | Path) -> None:
+    """Whether a folder is there, or can be made, and files in it.
+
+    Raises:
+        UsageError: a file is in the way, or it cannot be written.
+    """
+    path = Path(folder).absolute()
+    there = next(p for p in (path, *path.parents) if p.exists())
+    if not there.is_dir():
+        raise UsageError(f"{option}={folder}: {there} is a file, where a folder is wanted; name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{option}={folder}: {there} cannot be written; name another")

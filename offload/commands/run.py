@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,16 @@ import transformers
 from rich.console import Console
 
 from offload.api import load
-from offload.checkpoint import find, read_config
+from offload.checkpoint import read_config
 from offload.commands.bar import bar
 from offload.commands.live import live
-from offload.commands.options import Running
+from offload.commands.run_options import RunRequest
 from offload.errors import UsageError
 from offload.generate import Generated, check_ids, check_length, encode, generate, tokenizer_of
 from offload.handle import Offloaded
 from offload.hardware import peak_rss_bytes, rss_bytes, versions
 from offload.kernels.chosen import compile_seconds
-from offload.plan import beside, load_plan, predict_run, predicted_of, roofline
+from offload.plan import beside, predict_run, predicted_of, roofline
 from offload.plan.residuals import residuals
 from offload.planner.prediction import Prediction, origin_of
 from offload.planner.schedule import explain
@@ -33,28 +32,14 @@ from offload.units import format_bytes, format_rate, format_seconds
 CHAT_CONTEXT = 4096
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request(Running):
-    """The options of `offload run`; see its help."""
+def execute(request: RunRequest, directory: Path) -> int:
+    """Runs the request; returns the exit status. Errors are raised.
 
-    prompt: str | None = None
-    prompt_ids: str | None = None
-    chat: bool = False
-    batch: int = 1
-    weights: str | None = None
-    cpu_share: str | None = None
-    trace: str | None = None
-    explain: bool = False
-    plan: str | None = None
-
-
-def execute(request: Request) -> int:
-    """Runs the request; returns the exit status. Errors are raised."""
+    Args:
+        request, directory: as `early.check_run` found them to be right.
+    """
     transformers.utils.logging.set_verbosity_error()
     console = Console(stderr=True, quiet=request.json)
-    _check(request)
-    request = _planned(replace(request, prompt=_text(request)))
-    directory = find(request.model)
     tokenizer = tokenizer_of(directory)
     if tokenizer is None and request.prompt_ids is None and not request.explain:
         raise UsageError(f"{request.model} has no tokenizer, so give the prompt as token ids: --prompt-ids 3,4,5")
@@ -91,7 +76,7 @@ Predicted = tuple[Prediction, Profile] | None
 
 
 def report(
-    request: Request, handle: Offloaded, tokenizer: Any, result: Generated, predicted: Predicted = None
+    request: RunRequest, handle: Offloaded, tokenizer: Any, result: Generated, predicted: Predicted = None
 ) -> dict[str, Any]:
     """The object that --json prints."""
     text = [tokenizer.decode(row, skip_special_tokens=True) for row in result.tokens] if tokenizer else None
@@ -130,18 +115,7 @@ def report(
     return found
 
 
-def _planned(request: Request) -> Request:
-    """The request with the options of its plan, where it leaves them open."""
-    if request.plan is None:
-        return request
-    options = load_plan(request.plan).options
-    defaults = {f.name: f.default for f in fields(Request)}
-    return replace(
-        request, **{k: v for k, v in options.items() if k in defaults and getattr(request, k) == defaults[k]}
-    )
-
-
-def _predict(request: Request, directory: Path, handle: Offloaded) -> Predicted:
+def _predict(request: RunRequest, directory: Path, handle: Offloaded) -> Predicted:
     """What the run should show, before it does."""
     return predict_run(
         handle.spec,
@@ -158,7 +132,7 @@ def _predict(request: Request, directory: Path, handle: Offloaded) -> Predicted:
     )
 
 
-def _learn(request: Request, directory: Path, handle: Offloaded, result: Generated, predicted: Predicted) -> None:
+def _learn(request: RunRequest, directory: Path, handle: Offloaded, result: Generated, predicted: Predicted) -> None:
     """Lets later predictions know how far this one was off. Exact runs have other prices, and teach nothing."""
     if predicted is None or request.exact or predicted[1].source != "measured":
         return
@@ -170,42 +144,13 @@ def _learn(request: Request, directory: Path, handle: Offloaded, result: Generat
     )
 
 
-def _check(request: Request) -> None:
-    given = [o for o, v in (("--prompt", request.prompt), ("--prompt-ids", request.prompt_ids)) if v is not None]
-    if len(given) == 2:
-        raise UsageError("--prompt and --prompt-ids were both given; give one of them")
-    if not given and not request.chat and not request.explain:
-        raise UsageError('nothing to run: give --prompt "...", --prompt-ids 3,4,5, or --chat')
-    if request.batch < 1:
-        raise UsageError(f"--batch {request.batch}: must be at least 1")
-    if request.chat and (request.json or request.batch > 1 or request.prompt_ids):
-        raise UsageError("--chat talks in the terminal: it goes with none of --json, --batch and --prompt-ids")
-    request.check()
-
-
-def _prompt(request: Request, tokenizer: Any) -> list[int]:
+def _prompt(request: RunRequest, tokenizer: Any) -> list[int]:
     if request.prompt_ids is not None:
-        try:
-            return [int(part) for part in request.prompt_ids.replace(" ", ",").split(",") if part]
-        except ValueError:
-            raise UsageError(f"--prompt-ids {request.prompt_ids!r} is not a list of numbers such as 3,4,5") from None
+        return request.ids()
     return [] if request.prompt is None else encode(tokenizer, request.prompt, raw=request.raw)
 
 
-def _text(request: Request) -> str | None:
-    """The prompt as text: as given, from standard input, or from a file."""
-    text = request.prompt
-    if text == "-":
-        return sys.stdin.read()
-    if text is not None and text.startswith("@"):
-        try:
-            return Path(text[1:]).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--prompt {text}: the file cannot be read: {error}") from error
-    return text
-
-
-def _load(request: Request, directory: Path, ids: list[int], console: Console) -> Offloaded:
+def _load(request: RunRequest, directory: Path, ids: list[int], console: Console) -> Offloaded:
     context = CHAT_CONTEXT if request.chat else len(ids) + request.max_new_tokens
     with bar(console) as progress:
         return load(
@@ -222,7 +167,7 @@ def _load(request: Request, directory: Path, ids: list[int], console: Console) -
         )
 
 
-def _generate(request: Request, handle: Offloaded, tokenizer: Any, ids: list[int], console: Console) -> Generated:
+def _generate(request: RunRequest, handle: Offloaded, tokenizer: Any, ids: list[int], console: Console) -> Generated:
     prints_words = tokenizer is not None and not request.json and request.batch == 1
     if request.sample:
         torch.manual_seed(request.seed)
@@ -266,7 +211,7 @@ def _bounded(handle: Offloaded, before: float | None, result: Generated) -> Gene
     return result.bounded(disk_bytes_per_s=handle.disk_bytes_per_s, link_bytes_per_s=handle.link_bytes_per_s)
 
 
-def _converse(request: Request, handle: Offloaded, tokenizer: Any, console: Console) -> None:
+def _converse(request: RunRequest, handle: Offloaded, tokenizer: Any, console: Console) -> None:
     """Asks, answers, and keeps the conversation, until end of file or an empty line."""
     history: list[dict[str, str]] = []
     text = request.prompt
