@@ -36,8 +36,35 @@ def improve(
     return placement
 
 
+def whole_units(spec: ModelSpec, like: Placement, host_nbytes: int, slots: int) -> Iterator[Placement]:
+    """As few units as will do stream as a whole, equally far apart: what stays between them hides their reads.
+
+    Args:
+        spec: the model.
+        like: without an accelerator; says which tables stay on disk.
+        host_nbytes: what weights, loose tensors and the ring may take together.
+        slots: of the ring.
+    """
+    units = [u for u in spec.units if any(t.nbytes and t.name not in like.tables for t in u.tensors)]
+    for count in range(1, len(units) + 1):
+        found = False
+        for first in range(-(-len(units) // count)):
+            chosen = {units[(first + k * len(units) // count) % len(units)].name for k in range(count)}
+            home = {
+                t.name: Tier.DISK if u.name in chosen or t.name in like.tables else Tier.HOST
+                for u in spec.units
+                for t in u.tensors
+            }
+            other = _with_home(spec, like, home, slots)
+            if _fits(spec, other, host_nbytes):
+                found = True
+                yield other
+        if found:
+            return
+
+
 def _neighbours(spec: ModelSpec, placement: Placement, host_nbytes: int) -> Iterator[Placement]:
-    """Placements that differ in one tensor, in two of a kind each, or in the ring's depth, and fit."""
+    """Placements that fit and differ in one tensor, two, which of two like units streams, or the ring's depth."""
     parts = {t.name: (u.name, t) for u in spec.units for t in u.tensors if not t.is_table and t.nbytes}
     streams = [name for name in parts if placement.home[name] is Tier.DISK]
     stays = [name for name in parts if placement.home[name] is Tier.HOST]
@@ -51,6 +78,7 @@ def _neighbours(spec: ModelSpec, placement: Placement, host_nbytes: int) -> Iter
             if key not in seen and (a.nbytes != b.nbytes or unit_out != unit_back):
                 seen.add(key)
                 changes.append((out, back))
+    changes += _shifts(spec, placement)
     for change in changes:
         home = dict(placement.home)
         for name in change:
@@ -63,6 +91,16 @@ def _neighbours(spec: ModelSpec, placement: Placement, host_nbytes: int) -> Iter
             other = replace(placement, host_ring=Ring(slots, placement.host_ring.slot_nbytes))
             if _fits(spec, other, host_nbytes):
                 yield other
+
+
+def _shifts(spec: ModelSpec, placement: Placement) -> Iterator[tuple[str, ...]]:
+    """What changes its place where all that streams of a unit stays, and the same of a like unit streams instead."""
+    for unit in spec.units:
+        gone = {k for k, t in enumerate(unit.tensors) if t in placement.bundles.get(unit.name, ())}
+        sizes = [t.nbytes for t in unit.tensors]
+        for other in spec.units:
+            if gone and other.name not in placement.bundles and [t.nbytes for t in other.tensors] == sizes:
+                yield tuple(u.tensors[k].name for u in (unit, other) for k in sorted(gone))
 
 
 def _with_home(spec: ModelSpec, placement: Placement, home: dict[str, Tier], slots: int) -> Placement:

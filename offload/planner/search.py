@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from offload.errors import BudgetError
 from offload.planner.exact import fewest_bytes
-from offload.planner.moves import improve
+from offload.planner.moves import improve, whole_units
 from offload.planner.placement import MOST_SLOTS, Placement, Solve, place
 from offload.planner.predict import Pricer
 from offload.planner.prediction import PassCost
@@ -125,7 +125,7 @@ def search(
 
 
 def _refine(pricer: Pricer, room: Room, best: Candidate, seen: dict[object, Candidate]) -> None:
-    """Adds what an exact solver and small moves find."""
+    """Adds what an exact solver finds, few whole blocks, and small moves from the best of all."""
     if room.device_nbytes is not None or room.target is not None:
         return
     depths = sorted({best.placement.host_ring.slots, 1, 2, 3} if room.slots is None else {room.slots})
@@ -135,6 +135,9 @@ def _refine(pricer: Pricer, room: Room, best: Candidate, seen: dict[object, Cand
             _judged(pricer, exact, seen, f"{_label(exact)}, fewest bytes")
     if sum(len(u.tensors) for u in pricer.spec.units) > FEW_TENSORS:
         return
+    for slots in depths:
+        for placement in whole_units(pricer.spec, best.placement, room.host_nbytes, slots):
+            _judged(pricer, placement, seen, f"{_label(placement)}, whole blocks")
     starts: dict[int, Candidate] = {}  # moves rarely cross from one depth to another, so each has a start
     for candidate in sorted(seen.values(), key=_rank):
         starts.setdefault(candidate.placement.host_ring.slots, candidate)
