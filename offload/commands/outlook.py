@@ -1,15 +1,16 @@
-"""The plan of a fine-tuning run, from its configuration and the checkpoint's headers alone."""
+"""The plan of a fine-tuning run, from its configuration, the checkpoint's headers and what is known of this machine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 
 from offload.budgets import resolve
 from offload.checkpoint.numbers import numbers
 from offload.checkpoint.outline import Outline, outline
+from offload.checkpoint.skeleton import read_config
 from offload.errors import BudgetError
 from offload.finetune.accelerator import Accelerator
 from offload.finetune.assemble_zeroth import place_zeroth
@@ -18,6 +19,7 @@ from offload.finetune.copies import copies
 from offload.finetune.forecast import forecast
 from offload.finetune.forecast_lora import forecast_lora
 from offload.finetune.forecast_zeroth import forecast_zeroth, moved_by
+from offload.finetune.glance import glance
 from offload.finetune.lora import Lora, adapt
 from offload.finetune.memory import Wishes
 from offload.finetune.outlook import Outlook, foresee
@@ -25,13 +27,14 @@ from offload.finetune.place_lora import place_lora
 from offload.finetune.pricing import Batch
 from offload.finetune.room import spec_of
 from offload.finetune.sharing import parse_share
+from offload.finetune.small_step import with_small_step
 from offload.io.safetensors import read_checkpoint
 from offload.kernels.chosen import Kernels
 from offload.optim import make
 from offload.optim.base import Optimizer
 from offload.plan.machine import machine
 from offload.plan.process import process_nbytes
-from offload.profile import Profile
+from offload.profile import Profile, own_profile
 from offload.runtime.discovery import dissect
 from offload.runtime.sides import sides_nbytes
 from offload.runtime.zeroth import uses
@@ -58,11 +61,25 @@ def outlook_of(config: Config, directory: Path, steps: int, hardware: str | None
         link = parse_link(asked.link, device)
         accelerator = Accelerator(name=device, memory=budgets.gpu_memory, link_bytes_per_s=link)
     is_known = accelerator is None or accelerator.is_known(profile)
+    if hardware is None and accelerator is None and own_profile(directory) is None:
+        profile = _looked_at(profile, config, spec, directory, budgets.cpu_memory)
     found = _Plan(config, directory, spec, budgets, accelerator, profile, steps, outlook)
     try:
         return {"full": found.full, "lora": found.lora, "zo": found.zeroth}[config.method](is_known)
     except BudgetError:  # the trainer measures, and says what does not fit
         return outlook
+
+
+def _looked_at(profile: Profile, config: Config, spec: ModelSpec, directory: Path, budget: int) -> Profile:
+    """This machine with what can be seen of this model in two seconds or three."""
+    batch = batch_of(config)
+    files = sorted(directory.glob("*.safetensors"), key=lambda f: f.stat().st_size)
+    if files and sum(f.stat().st_size for f in files) >= spec.nbytes:  # else there are headers alone
+        profile = glance(profile, spec, batch.count, str(files[-1]))
+    adapters = partial(adapt, lora=lora_of(config)) if config.method == "lora" else None
+    return with_small_step(
+        profile, spec, partial(read_config, directory), batch, method=config.method, budget=budget, adapt=adapters
+    )
 
 
 @dataclass(frozen=True)
@@ -85,12 +102,7 @@ class _Plan:
 
     @property
     def batch(self) -> Batch:
-        train = self.config.train
-        return Batch(
-            rows=train.per_device_train_batch_size,
-            tokens=self.config.data.max_length,
-            micro_batches=train.gradient_accumulation_steps,
-        )
+        return batch_of(self.config)
 
     @property
     def rule(self) -> Optimizer:
@@ -113,7 +125,7 @@ class _Plan:
 
     def lora(self, is_known: bool) -> Outlook:
         config, sketch, base = self.config, self.sketch, process_nbytes(exact=False)
-        lora = Lora(**{name: getattr(config.lora, name) for name in config.lora.__struct_fields__})
+        lora = lora_of(config)
         adapt(sketch.model, lora)
         waiting = 0 if config.budgets.activations == "disk" else self.batch.micro_batches
         anatomy = dissect(sketch.model, shares=False)
@@ -152,6 +164,21 @@ class _Plan:
             budget=self.budgets.cpu_memory, base=base, accelerator=self.accelerator,
         )  # fmt: skip
         return replace(outlook, forecast=found)
+
+
+def batch_of(config: Config) -> Batch:
+    """Of a step."""
+    train = config.train
+    return Batch(
+        rows=train.per_device_train_batch_size,
+        tokens=config.data.max_length,
+        micro_batches=train.gradient_accumulation_steps,
+    )
+
+
+def lora_of(config: Config) -> Lora:
+    """Adapters as asked for."""
+    return Lora(**{name: getattr(config.lora, name) for name in config.lora.__struct_fields__})
 
 
 def tokens_of(config: Config) -> int:

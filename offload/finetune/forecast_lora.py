@@ -123,6 +123,8 @@ def _seconds(
         learns = learns or bool(place.adapted[name])
         if name not in plain:
             continue
+        if plain[name].seen_s is not None:
+            there = back = 0.0
         forward_s[name] = plain[name].seconds + there
         again = 0.0 if name in kept or name == names[-1] else forward_s[name]
         backward_s[name] = plain[name].backward_s(trains=False) + back + again if learns else 0.0

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from offload.planner.ops import OpCosts, Phase
 from offload.profile import Profile
-from offload.specs import ModelSpec
+from offload.specs import ModelSpec, UnitSpec
 
 # Arithmetic in float32, of kernels that were timed on two cores, as a profile counts it.
 MOVE_FLOPS = 17.5  # of a weight, for each direction and once more: 0.21 ns with one, 0.33 with two, 0.97 with eight
 MOVE_BYTES = 6.0  # of a weight in 16 bits: read, and written to both sides
 LOSS_FLOPS = {True: 130.0, False: 70.0}  # of a logit, learnt from or not; its backward takes double
 GRADIENT = 1.3  # of a product: that which makes a matrix's gradient, and writes it. 1.0 to 1.4 as measured
+FORWARD, BACKWARD = "unit", "unit_backward"  # tables of whole units, over the tokens of a micro-batch
 SUM_BYTES = 10.0  # of a parameter's gradient in 16 bits, added to a sum in 32
 
 
@@ -33,10 +34,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """Seconds of a unit's forward, of all micro-batches: its products with weights, and all else in it."""
+    """Seconds of a unit's forward, of all micro-batches: its products with weights, and all else in it.
+
+    Attributes:
+        seen_s: of its backward, where that was measured, adapters included.
+    """
 
     products_s: float = 0.0
     rest_s: float = 0.0
+    seen_s: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -44,6 +50,8 @@ class Visit:
 
     def backward_s(self, *, trains: bool) -> float:
         """Of its backward, its graph being there: gradients of inputs and, where its matrices are trained, of them."""
+        if self.seen_s is not None:
+            return self.seen_s
         return self.products_s * (1 + GRADIENT * trains) + 2 * self.rest_s
 
 
@@ -68,8 +76,21 @@ def visits(
         for head in (t for t in matrices if unit.is_head):
             flops = LOSS_FLOPS[learns] * phase.rows * (head.elements // head.width)
             rest += profile.roofline(processor=processor, flops=flops, nbytes=0.0, dtype="float32").seconds
-        found[unit.name] = Visit(products * batch.micro_batches, rest * batch.micro_batches)
+        forward, back = (
+            profile.op_seconds(op, processor=processor, format=spec.dtype, shape=kind_of(unit), amount=batch.count)
+            for op in (FORWARD, BACKWARD)
+        )
+        if forward is not None and forward.origin == "table":  # of this very unit
+            back_s = back.seconds if back is not None and back.origin == "table" else 0.0
+            found[unit.name] = Visit(0.0, forward.seconds * batch.micro_batches, back_s * batch.micro_batches)
+        else:
+            found[unit.name] = Visit(products * batch.micro_batches, rest * batch.micro_batches)
     return found
+
+
+def kind_of(unit: UnitSpec) -> tuple[int, ...]:
+    """What units that take the same have in common."""
+    return unit.layers, int(unit.is_head), *sorted(t.elements for t in unit.tensors)
 
 
 def adapters(
