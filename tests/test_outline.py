@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from models import MODELS
 
+from offload.checkpoint.numbers import numbers
 from offload.checkpoint.outline import sketch
-from offload.errors import CheckpointError, FormatError
+from offload.errors import FormatError
 from offload.kernels.formats.weights import parse_weights
 
 
@@ -60,6 +61,20 @@ def test_damaged_headers_are_refused_all_the_same(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(FormatError):
         sketch(bare)
-    file.unlink()
-    with pytest.raises(CheckpointError, match="missing"):
-        sketch(bare)
+
+
+def test_what_a_run_would_miss_is_noted(tmp_path: Path) -> None:
+    whole = MODELS["llama"].save(tmp_path / "whole")
+    assert numbers(whole).notes == ()
+    bare = without_weights(whole, tmp_path / "bare")
+    assert numbers(bare).notes == ("only headers are here, no weights: enough for a plan, not for a run",)
+    first, *others = files = sorted(whole.glob("*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-7])
+    (said,) = numbers(whole).notes
+    assert said.startswith(f"1 of {len(files)} files is cut short ({first.name}: ")
+    assert numbers(whole).basis == "headers"
+    first.unlink()
+    (said,) = numbers(whole).notes
+    assert said.startswith(f"1 of {len(files)} shards are not here ({first.name})")
+    assert numbers(whole).basis == sketch(whole).basis == "config"
+    assert others

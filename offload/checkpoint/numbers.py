@@ -11,15 +11,16 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from offload.checkpoint.headers import read_headers
 from offload.checkpoint.recognition import recognise
 from offload.hardware import cache_dir, versions
-from offload.io.safetensors import Entry, read_checkpoint
+from offload.io.safetensors import Entry
 from offload.specs import ModelSpec
 
 KEPT = 64  # files
@@ -36,12 +37,14 @@ class Numbers:
         weights: the name of the format that packed matrices have, or "none".
         basis: headers, or config where there are no headers and sizes follow from the configuration alone.
         unpack_nbytes: memory that products of many rows take to unpack matrices.
+        notes: what a run would miss of the files, a sentence each.
     """
 
     spec: ModelSpec
     weights: str = "none"
     basis: str = "headers"
     unpack_nbytes: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def numbers(directory: Path, *, dtype: str = "auto", weights: str | None = None, exact: bool = False) -> Numbers:
@@ -58,19 +61,18 @@ def numbers(directory: Path, *, dtype: str = "auto", weights: str | None = None,
     """
     if not (directory / "config.json").is_file():
         return _from_modules(directory, dtype, weights, exact)
-    entries = None
-    if any(directory.glob("*.safetensors")):
-        entries = read_checkpoint(directory, is_whole=False).entries
+    headers = read_headers(directory)
+    entries = headers.checkpoint.entries if headers.checkpoint is not None else None
     if weights in (None, "none") and (config := _config(directory)) is not None:
         spec = recognise(config, entries, dtype)
         if spec is not None:
-            return Numbers(spec=spec, basis="config" if entries is None else "headers")
+            return Numbers(spec=spec, basis="config" if entries is None else "headers", notes=headers.notes)
     file = cache_dir() / "outlines" / f"{_digest(directory, entries, (dtype, weights, exact))}.msgpack"
     with suppress(OSError, msgspec.MsgspecError):
-        return msgspec.msgpack.decode(file.read_bytes(), type=Numbers)
+        return replace(msgspec.msgpack.decode(file.read_bytes(), type=Numbers), notes=headers.notes)
     found = _from_modules(directory, dtype, weights, exact)
     _keep(file, found)
-    return found
+    return replace(found, notes=headers.notes)
 
 
 def _from_modules(directory: Path, dtype: str, weights: str | None, exact: bool) -> Numbers:

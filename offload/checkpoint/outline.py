@@ -14,13 +14,14 @@ from torch import nn
 
 from offload.checkpoint.conversion import locate
 from offload.checkpoint.describe import describe
+from offload.checkpoint.headers import read_headers
 from offload.checkpoint.manifest import read_manifest
 from offload.checkpoint.packable import packable
 from offload.checkpoint.parameters import by_parameter
 from offload.checkpoint.skeleton import build, read_config, resolve_dtype
 from offload.errors import CheckpointError, UsageError
 from offload.io.extents import Extent
-from offload.io.safetensors import Checkpoint, read_checkpoint
+from offload.io.safetensors import Checkpoint
 from offload.kernels.formats.weights import WeightFormat
 from offload.runtime.discovery import Anatomy, dissect
 from offload.specs import ModelSpec
@@ -109,11 +110,11 @@ def sketch(
     Raises:
         CheckpointError, ModelError: see `outline`.
     """
-    checkpoint: Checkpoint | None = None
-    if any(directory.glob("*.safetensors")):
-        checkpoint = read_checkpoint(directory, is_whole=False)
-    elif read_manifest(directory) is not None:
-        raise CheckpointError(f"{directory} has the manifest of a packed checkpoint, but no headers beside it")
+    headers = read_headers(directory)
+    checkpoint = headers.checkpoint
+    if checkpoint is None and read_manifest(directory) is not None:
+        which = headers.notes[0] if headers.notes else "no headers beside it"
+        raise CheckpointError(f"{directory} has the manifest of a packed checkpoint, but {which}")
     return outline(directory, checkpoint, dtype=dtype, weights=weights, **model_kwargs)
 
 

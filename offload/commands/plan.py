@@ -134,6 +134,7 @@ def ask_of(request: PlanRequest) -> Ask:
         extra_nbytes=known.unpack_nbytes,
         weights=known.weights,
         basis=known.basis,
+        notes=known.notes,
         profile=profile,
         budgets=budgets,
         work=Workload(

@@ -32,7 +32,9 @@ def show(plan: Plan, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    notes = ["there are no headers; sizes follow from config.json"] if ask.basis == "config" else []
+    notes = list(ask.notes)
+    if ask.basis == "config" and not notes:
+        notes.append("there are no headers; sizes follow from config.json")
     for note in (*notes, *(profile.notes if profile.source == "estimate" else ())):
         console.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
     if plan.found.fits:

@@ -73,6 +73,18 @@ def read_checkpoint(path: str | os.PathLike[str], *, is_whole: bool = True) -> C
     raise CheckpointError(f"{name}: looked for {SINGLE}, {INDEX} and *.safetensors; there lies {lies}")
 
 
+def indexed_shards(path: str | os.PathLike[str]) -> list[str]:
+    """Names of the files that a directory's index speaks of, here or not; none where no index counts.
+
+    Raises:
+        CheckpointError, FormatError: the index cannot be used.
+    """
+    name = os.path.abspath(os.fspath(path))
+    if os.path.exists(os.path.join(name, SINGLE)) or not os.path.exists(os.path.join(name, INDEX)):
+        return []
+    return sorted(set(_read_index(os.path.join(name, INDEX)).values()))
+
+
 def _read_file(name: str, is_whole: bool) -> Checkpoint:
     directory = os.path.dirname(name)
     if not os.path.exists(name):

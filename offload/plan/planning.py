@@ -40,6 +40,7 @@ class Ask:
         extra_nbytes: what unpacking takes beside the workspace.
         weights: format of packed matrices.
         basis: of the model's numbers: headers or config.
+        notes: what a run would miss of the model's files, a sentence each.
         packed: the model, and what unpacking takes, were its weights packed without loss where they stay; None: that
             is not to be.
     """
@@ -55,6 +56,7 @@ class Ask:
     extra_nbytes: int = 0
     weights: str = "none"
     basis: str = "headers"
+    notes: tuple[str, ...] = ()
     packed: tuple[ModelSpec, int] | None = None
 
     @property
@@ -140,6 +142,7 @@ class Plan:
             "params": ask.spec.params,
             "weights_bytes": ask.spec.nbytes,
             "basis": ask.basis,
+            "notes": list(ask.notes),
             "weights": ask.weights,
             "hardware": {
                 "name": ask.profile.name,
