@@ -12,6 +12,7 @@ from offload.checkpoint.numbers import numbers
 from offload.checkpoint.outline import Outline, outline
 from offload.checkpoint.skeleton import read_config
 from offload.errors import BudgetError
+from offload.finetune import glance, small_step
 from offload.finetune.accelerator import Accelerator
 from offload.finetune.assemble_zeroth import place_zeroth
 from offload.finetune.config import Config
@@ -19,7 +20,6 @@ from offload.finetune.copies import copies
 from offload.finetune.forecast import forecast
 from offload.finetune.forecast_lora import forecast_lora
 from offload.finetune.forecast_zeroth import forecast_zeroth, moved_by
-from offload.finetune.glance import glance
 from offload.finetune.lora import Lora, adapt
 from offload.finetune.memory import Wishes
 from offload.finetune.outlook import Outlook, foresee
@@ -27,7 +27,6 @@ from offload.finetune.place_lora import place_lora
 from offload.finetune.pricing import Batch
 from offload.finetune.room import spec_of
 from offload.finetune.sharing import parse_share
-from offload.finetune.small_step import with_small_step
 from offload.io.safetensors import read_checkpoint
 from offload.kernels.chosen import Kernels
 from offload.optim import make
@@ -51,8 +50,9 @@ def outlook_of(config: Config, directory: Path, steps: int, hardware: str | None
         steps: of the run; 0 when nobody has counted.
         hardware: a profile's file or a preset; None: this machine.
     """
-    spec = numbers(directory).spec
-    outlook = foresee(config, spec, steps)
+    known = numbers(directory)
+    spec = known.spec
+    outlook = replace(foresee(config, spec, steps), notes=known.notes)
     profile, asked = machine(hardware, directory), config.budgets
     device = full_name(asked.device)
     budgets = resolve(cpu_memory=asked.cpu_memory, gpu_memory=asked.gpu_memory, device=device)
@@ -65,9 +65,24 @@ def outlook_of(config: Config, directory: Path, steps: int, hardware: str | None
         profile = _looked_at(profile, config, spec, directory, budgets.cpu_memory)
     found = _Plan(config, directory, spec, budgets, accelerator, profile, steps, outlook)
     try:
-        return {"full": found.full, "lora": found.lora, "zo": found.zeroth}[config.method](is_known)
+        planned = {"full": found.full, "lora": found.lora, "zo": found.zeroth}[config.method](is_known)
     except BudgetError:  # the trainer measures, and says what does not fit
         return outlook
+    why = _why(profile, config.model, is_here=hardware is None)
+    if planned.forecast is None or why is None:
+        return planned
+    return replace(planned, origin="estimate", notes=(*known.notes, why))
+
+
+def _why(profile: Profile, model: str, *, is_here: bool) -> str | None:
+    """Why a prediction is an estimate, and what to do about it; None where it rests on what was measured."""
+    looks = [text for text in (glance.NOTE, small_step.NOTE) if text in profile.notes]
+    if profile.source == "measured" and not looks:
+        return None
+    if not is_here:
+        return f"the prediction is an estimate: the rates of {profile.name} were not measured here"
+    seen = " and ".join(looks) or "a desktop's rates, as this machine was not measured"
+    return f"the prediction is an estimate, from {seen}; offload probe {model} measures it"
 
 
 def _looked_at(profile: Profile, config: Config, spec: ModelSpec, directory: Path, budget: int) -> Profile:
@@ -75,9 +90,9 @@ def _looked_at(profile: Profile, config: Config, spec: ModelSpec, directory: Pat
     batch = batch_of(config)
     files = sorted(directory.glob("*.safetensors"), key=lambda f: f.stat().st_size)
     if files and sum(f.stat().st_size for f in files) >= spec.nbytes:  # else there are headers alone
-        profile = glance(profile, spec, batch.count, str(files[-1]))
+        profile = glance.glance(profile, spec, batch.count, str(files[-1]))
     adapters = partial(adapt, lora=lora_of(config)) if config.method == "lora" else None
-    return with_small_step(
+    return small_step.with_small_step(
         profile, spec, partial(read_config, directory), batch, method=config.method, budget=budget, adapt=adapters
     )
 

@@ -21,7 +21,9 @@ def announce(config: Config, prepared: Prepared, total: int, outlook: Outlook, c
     """Says what it will take, and what will be learnt from what. `total` is 0 while nobody has counted."""
     say(console, _plan(outlook))
     if outlook.forecast is not None:
-        say(console, _predicted(outlook.forecast, outlook.drive_bytes))
+        say(console, _predicted(outlook.forecast, outlook))
+    for text in outlook.notes:
+        note(console, text)
     rows, train = prepared.feed.rows, config.train
     formats = ", ".join(sorted({file.format for file in prepared.records.files}))
     text = f"{len(prepared.records):,} records ({formats}; chat template: {prepared.template})"
@@ -58,18 +60,18 @@ def place(where: Whereabouts) -> str:
     return text
 
 
-def _predicted(found: Forecast, drive_bytes: int) -> str:
+def _predicted(found: Forecast, outlook: Outlook) -> str:
     """A step on this machine."""
-    cost = found.cost
+    cost, guess = found.cost, " (estimate)" * (outlook.origin != "measured")
     kept = {"weights": found.weights_nbytes, "state": found.state_nbytes, "graphs": found.graphs_nbytes}
     stays = [f"{format_bytes(nbytes)} of {what}" for what, nbytes in kept.items() if nbytes]
     text = (
-        f"predicted: a step of full rows takes {format_seconds(cost.seconds)} (bound by the {cost.binding}: "
+        f"predicted{guess}: a step of full rows takes {format_seconds(cost.seconds)} (bound by the {cost.binding}: "
         f"{format_seconds(cost.bound_s)}); {', '.join(stays) or 'nothing of it'} stay in memory; "
         f"{format_bytes(cost.read_bytes)} read, {format_bytes(cost.write_bytes)} written"
     )
     if cost.write_bytes:
-        text += f", which the drive survives {drive_bytes // cost.write_bytes:,} times"
+        text += f", which the drive survives {outlook.drive_bytes // cost.write_bytes:,} times"
     if found.update_share:
         text += f"; the accelerator makes {found.update_share:.0%} of the updates"
     return text

@@ -142,7 +142,7 @@ def _rings(
     spec, base = opened.spec, rss_bytes()
     profile = load_profile(opened.checkpoint.directory) or preset("cpu-ddr5-nvme4")
     if rule.cost.state_bytes * spec.params > budget - base:  # else the disk is hardly used, and nothing to choose
-        profile = glance(profile, spec, tokens, opened.checkpoint.files[0])
+        profile = glance(profile, spec, tokens, max(opened.checkpoint.files, key=os.path.getsize))
     batch = Batch(rows=1, tokens=tokens)
     if accelerator is not None and not accelerator.is_known(profile):
         return SLOTS, 0.0, update_share or 0.0

@@ -33,6 +33,8 @@ class Outlook:
         drive_bytes: what the drive is rated to have written in its life.
         forecast: a step on this machine; None where nobody knows.
         copies: of weights that are written back, by method zo.
+        origin: of the forecast's rates: measured or estimate.
+        notes: what a run would miss of the model's files, and why the forecast is an estimate.
     """
 
     params: int
@@ -46,6 +48,8 @@ class Outlook:
     drive_bytes: int = DRIVE_BYTES
     forecast: Forecast | None = None
     copies: Copies = NONE
+    origin: str = "measured"
+    notes: tuple[str, ...] = ()
 
     @property
     def disk_nbytes(self) -> int:
@@ -123,7 +127,8 @@ class Outlook:
             "write_bytes_at_most": self.write_bytes,
             "drive_steps_at_least": self.drive_steps,
             "bytes": self.classes(),
-            "predicted": self.forecast.as_dict() if self.forecast is not None else None,
+            "predicted": self.forecast.as_dict() | {"origin": self.origin} if self.forecast is not None else None,
+            "notes": list(self.notes),
         }
 
 

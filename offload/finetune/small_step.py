@@ -35,7 +35,7 @@ TABLE = "(table)"
 NOISE = 1 << 16  # random numbers, which weights repeat
 MOVED = 1 << 21  # weights that are moved, to see how long that takes
 DIRECTIONS = 1, 2, 8
-NOTE = "a step of two blocks was timed: offload probe measures this model"
+NOTE = "a timed step of two of its blocks"
 MODEL_ERRORS = AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError
 
 Now = Callable[[], float]

@@ -52,6 +52,21 @@ def test_plan_of_a_configuration(config: Path, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "out").exists()
 
 
+def test_a_prediction_without_a_probe_is_an_estimate_and_says_why(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(config, "--dry-run", "budgets.cpu_memory=4GiB") == 0
+    said = capsys.readouterr().err
+    assert "predicted (estimate): a step" in said
+    (note,) = (line for line in said.splitlines() if line.startswith("note: the prediction is an estimate, from "))
+    assert "a second's look" in note
+    assert "; offload probe /" in note
+    assert plan(config, "--cpu-memory", "4GiB") == 0
+    assert note in capsys.readouterr().out.splitlines()
+    assert plan(config, "--cpu-memory", "4GiB", "--hardware", "cpu-ddr5-nvme4") == 0
+    assert "the rates of cpu-ddr5-nvme4 were not measured here" in capsys.readouterr().out
+
+
 def test_options_of_a_model_are_refused_for_a_configuration(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(config, "--batch", "4") == 2
     assert "--batch goes with a model" in capsys.readouterr().err
@@ -83,7 +98,9 @@ def test_dry_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         "write_bytes_at_most": (1 + 12) * 12 * params + 4 * params,
         "drive_steps_at_least": 600 * 10**12 // (12 * params),
         "written_back_bytes_at_most": 0,
+        "notes": report["plan"]["notes"],
     }
+    assert predicted["origin"] == "estimate"
     assert finetune(config, "--explain") == 0
     assert "Backward" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
