@@ -28,6 +28,7 @@ from offload.specs import ModelSpec, UnitSpec
 LAYERS = 2  # the first block's inputs may need no gradient
 TOKENS = 512  # that are enough for products to be as fast as they get
 ROUNDS = 3  # the first makes kernels
+AT_ONCE = 2  # micro-batches: where there are several their threads take turns, and each touches new memory
 LOSSES = 0.5  # of logits in two and in four bytes, and their gradient
 MOST_S = 0.7  # of a round as it is priced: products of such models are long, and rates of others fit them
 MOST_MEMORY = 1 / 8  # of the budget
@@ -67,6 +68,7 @@ def with_small_step(
     tokens = min(batch.tokens, TOKENS)
     small = Batch(rows=max(1, min(batch.rows, TOKENS // tokens)), tokens=tokens)
     learns = method != "zo"
+    count = min(AT_ONCE, batch.micro_batches * (1 if learns else 2))  # without a backward pass there are two sides
     priced = visits(spec, profile, small, "cpu", learns=learns)
     units = list({_key(u): u for u in spec.units}.values())
     seconds = sum((1 + u.layers) * (1 + 3 * learns) * priced[u.name].seconds for u in units)
@@ -80,7 +82,15 @@ def with_small_step(
     try:
         with torch.random.fork_rng(devices=[]):
             names = [u.name for u in spec.units]
-            spent = _timed(read_config(), getattr(torch, spec.dtype), names, small, method, adapt, now)
+            spent = _timed(
+                read_config(),
+                getattr(torch, spec.dtype),
+                names,
+                replace(small, micro_batches=count),
+                method,
+                adapt,
+                now,
+            )
     except MODEL_ERRORS:  # a model that wants more than two blocks, or other inputs
         return profile
     whole = visits(spec, profile, replace(batch, micro_batches=1), "cpu", learns=learns)
@@ -137,7 +147,7 @@ def _timed(
     adapt: Callable[[nn.Module], Any] | None,
     now: Now,
 ) -> dict[str, tuple[float, float]]:
-    """Unit -> seconds of its forward, and of its backward alone; 0 where it has none.
+    """Unit -> seconds of its forward, and of its backward alone, of a micro-batch; 0 where it has none.
 
     Args:
         names: of all units of the model, in their order; few are here.
@@ -161,24 +171,24 @@ def _timed(
     if all(module is not table for _, module in parts):  # a tied one is no unit of the plan, nor does it cost nothing
         parts.insert(0, (TABLE, table))
     ids = torch.arange(batch.count).view(batch.rows, batch.tokens) % text.vocab_size
-    watch = _Watch(now)
+    watch, count = _Watch(now), batch.micro_batches
     backprop = Backprop(model, parts, watch)
 
     def loss() -> torch.Tensor:
         return model(input_ids=ids, labels=ids, use_cache=False).loss  # type: ignore[no-any-return]
 
     try:
-        for step in range(ROUNDS):
+        for step in range(ROUNDS if count == 1 else ROUNDS - 1):
             if step == 1:
                 watch.spent.clear()
-            backprop.run([loss], None, step)
+            backprop.run([loss] * count, None, step)
             if method != "zo":
-                backprop.run([loss], [1.0], step)
+                backprop.run([loss] * count, [1.0 / count] * count, step)
     finally:
         backprop.close()
     found = {}
     for name, _ in parts:
-        forward_s, back_s = watch.spent.get((name, False), 0.0), watch.spent.get((name, True), 0.0)
+        forward_s, back_s = (watch.spent.get((name, is_backward), 0.0) / count for is_backward in (False, True))
         found[name] = forward_s, max(0.0, back_s - forward_s)  # the backward of a unit runs it again
     if TABLE in found:
         (ahead, behind), (forward_s, back_s) = found.pop(TABLE), found[names[-1]]
