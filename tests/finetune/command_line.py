@@ -49,5 +49,5 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def facts(folder: Path) -> list[Any]:
     """The journal without what depends on the clock or on free memory."""
-    timed = {"step_s", "tokens_per_s", "peak_rss_bytes", "eval_s", "read_bytes", "write_bytes"}
+    timed = {"step_s", "predicted_step_s", "tokens_per_s", "peak_rss_bytes", "eval_s", "read_bytes", "write_bytes"}
     return [{k: v for k, v in line.items() if k not in timed} for line in read_journal(folder / "log.jsonl")]
