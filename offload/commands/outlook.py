@@ -42,6 +42,8 @@ from offload.tiers.devices import full_name
 from offload.tiers.names import parse_link
 from offload.units import parse_bytes
 
+SCALED = "products of another model, scaled to this one's shapes"
+
 
 def outlook_of(config: Config, directory: Path, steps: int, hardware: str | None = None) -> Outlook:
     """The plan of a run, from the checkpoint's headers alone.
@@ -61,22 +63,25 @@ def outlook_of(config: Config, directory: Path, steps: int, hardware: str | None
         link = parse_link(asked.link, device)
         accelerator = Accelerator(name=device, memory=budgets.gpu_memory, link_bytes_per_s=link)
     is_known = accelerator is None or accelerator.is_known(profile)
-    if hardware is None and accelerator is None and own_profile(directory) is None:
+    is_own = hardware is not None or own_profile(directory) is not None
+    if accelerator is None and not is_own:
         profile = _looked_at(profile, config, spec, directory, budgets.cpu_memory)
     found = _Plan(config, directory, spec, budgets, accelerator, profile, steps, outlook)
     try:
         planned = {"full": found.full, "lora": found.lora, "zo": found.zeroth}[config.method](is_known)
     except BudgetError:  # the trainer measures, and says what does not fit
         return outlook
-    why = _why(profile, config.model, is_here=hardware is None)
+    why = _why(profile, config.model, is_here=hardware is None, is_own=is_own)
     if planned.forecast is None or why is None:
         return planned
     return replace(planned, origin="estimate", notes=(*known.notes, why))
 
 
-def _why(profile: Profile, model: str, *, is_here: bool) -> str | None:
+def _why(profile: Profile, model: str, *, is_here: bool, is_own: bool) -> str | None:
     """Why a prediction is an estimate, and what to do about it; None where it rests on what was measured."""
     looks = [text for text in (glance.NOTE, small_step.NOTE) if text in profile.notes]
+    if profile.source == "measured" and not is_own and small_step.NOTE not in profile.notes:
+        looks.append(SCALED)
     if profile.source == "measured" and not looks:
         return None
     if not is_here:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import transformers
 from command_line import finetune, plan
 
 from offload.checkpoint.outline import outline
+from offload.commands import outlook
 from offload.errors import BudgetError
 from offload.finetune.assemble_zeroth import place_zeroth
 from offload.io.safetensors import read_checkpoint
+from offload.profile import preset
 from offload.runtime.discovery import dissect
 from offload.specs import Budgets
 from offload.tiers.logfile import LogFile
@@ -65,6 +68,18 @@ def test_a_prediction_without_a_probe_is_an_estimate_and_says_why(
     assert note in capsys.readouterr().out.splitlines()
     assert plan(config, "--cpu-memory", "4GiB", "--hardware", "cpu-ddr5-nvme4") == 0
     assert "the rates of cpu-ddr5-nvme4 were not measured here" in capsys.readouterr().out
+
+
+def test_a_prediction_from_another_models_products_is_an_estimate(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = replace(preset("cpu-ddr5-nvme4"), source="measured")
+    monkeypatch.setattr(outlook, "machine", lambda *_: measured)
+    monkeypatch.setattr(outlook.small_step, "with_small_step", lambda profile, *_, **__: profile)
+    assert finetune(config, "--dry-run", "budgets.cpu_memory=4GiB") == 0
+    said = capsys.readouterr().err
+    assert "predicted (estimate): a step" in said
+    assert outlook.SCALED in said
 
 
 def test_options_of_a_model_are_refused_for_a_configuration(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
