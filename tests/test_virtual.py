@@ -284,30 +284,3 @@ def test_the_executor_runs_in_the_order_of_the_clock(device: bool, slots: int, p
     finally:
         mover.let_go()
         runner.close()
-
-
-def test_two_reads_that_fit_share_the_disk() -> None:
-    """Of 8 bytes each, both among the 16 that are in flight: they end together, so the first unit is later."""
-    alone, both = (run_of(2, 2, 1.0, 0.0, in_flight=n).run(1, records=True).events for n in (0, 16))
-    ends = [[e.end for e in events if isinstance(e.step, Read)] for events in (alone, both)]
-    assert ends[0] == [1.0, 2.0]
-    assert ends[1] == [pytest.approx(2.0), pytest.approx(2.0)]
-
-
-def test_a_large_read_has_the_disk_for_itself() -> None:
-    assert run_of(6, 2, 2.0, 1.0, in_flight=4).run(3).pass_s == run_of(6, 2, 2.0, 1.0).run(3).pass_s
-
-
-@given(cases(), st.floats(0.0, 64.0))
-@settings(max_examples=150, deadline=None, derandomize=True)
-def test_sharing_the_disk_keeps_the_bounds(
-    case: tuple[Schedule, dict[int, float], dict[str, int], float], in_flight: float
-) -> None:
-    """The same bytes at the same rate in another order: no pass beats the busiest lane, none is slower than the sum."""
-    schedule, work, slots, between = case
-    clock = Clock(schedule, lambda s: work[s.index], slots=slots, between_s=between, in_flight=in_flight)
-    run = clock.run(12, head_start=True, records=True)
-    assert sum(run.pass_s) <= 12 * clock.serial_s + 1e-9
-    assert sum(run.pass_s[6:]) >= 6 * clock.bound_s - clock.serial_s * 2 - 1e-9
-    computed = [e for e in run.events if isinstance(e.step, Compute)]
-    assert len(computed) == 12 * sum(isinstance(s, Compute) for s in schedule)

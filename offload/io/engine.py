@@ -308,9 +308,8 @@ class Engine:
             if is_again:
                 self._retries += 1
             else:
-                (self._writes if request.is_write else self._reads).in_flight -= 1
+                (self._writes if request.is_write else self._reads).end(piece)
                 self._completed += 1
-                request.in_flight -= 1
                 if error is not None:
                     self._errors += 1
                     request.error = request.error or error

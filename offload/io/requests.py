@@ -11,8 +11,10 @@ from concurrent.futures import Future
 from offload.errors import ClosedError, OffloadError, StorageError
 from offload.io.backends.base import Block
 from offload.io.file import File
+from offload.units import MIB
 
 _log = logging.getLogger("offload.io")
+BESIDE = 16 * MIB  # in flight, with which a disk has no pause: more than it moves while somebody asks for the next block
 _STALLS = 100  # transfers in a row without a byte of progress before a block fails: bounded, so nothing spins
 
 
@@ -39,7 +41,7 @@ class Request:
 
     __slots__ = (
         "address", "arrived", "block_nbytes", "cursor", "error", "file", "future", "in_flight", "is_cancelled",
-        "is_write", "need", "offset", "report", "view",
+        "is_write", "need", "offset", "rank", "report", "view",
     )  # fmt: skip
 
     def __init__(
@@ -49,6 +51,7 @@ class Request:
         self.file, self.offset, self.view, self.address, self.need = file, offset, view, address, need
         self.block_nbytes, self.future, self.report, self.is_write = block_nbytes, future, report, is_write
         self.cursor = self.in_flight = self.arrived = 0
+        self.rank = (0, 0)  # its place in the queue
         self.error: OffloadError | None = None
         self.is_cancelled = False
         future.request = self
@@ -97,6 +100,11 @@ class Piece(Block):
         self.is_write = request.is_write
         self.fd, self.is_direct = request.file.descriptor()
         self._aim(begin)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole block."""
+        return self.end - self.begin
 
     def complete(self, result: int | OSError) -> None:
         """Hand the result to the engine."""
@@ -162,6 +170,10 @@ class Piece(Block):
 class Lane:
     """The requests of one direction that have blocks to start, best first. Bounded by what callers submit.
 
+    A disk divides itself among all blocks that it has. So those of a request start beside those of a better one only
+    as far as it takes to leave no pause between the two: each is there as early as can be, and its memory is used and
+    free for the next one while the disk works on others.
+
     Attributes:
         depth: blocks in flight at most.
         in_flight: blocks.
@@ -169,12 +181,15 @@ class Lane:
 
     def __init__(self, depth: int) -> None:
         self.depth, self.in_flight = depth, 0
+        self._nbytes = 0  # in flight
+        self._active: set[Request] = set()  # with blocks in flight
         self._heap: list[tuple[int, int, Request]] = []
         self._count = 0
 
     def push(self, request: Request, priority: int) -> None:
         """Queue a request behind those with a lower or equal priority number."""
         self._count += 1
+        request.rank = (priority, self._count)
         heapq.heappush(self._heap, (priority, self._count, request))
 
     def take(self) -> list[Piece]:
@@ -183,11 +198,25 @@ class Lane:
         while self._heap and self.in_flight < self.depth:
             request = self._heap[0][2]
             if request.is_queued:
-                pieces.append(request.next_piece())
+                if self._nbytes >= BESIDE and any(other.rank < request.rank for other in self._active):
+                    break
+                piece = request.next_piece()
+                pieces.append(piece)
                 self.in_flight += 1
+                self._nbytes += piece.nbytes
+                self._active.add(request)
             if not request.is_queued:
                 heapq.heappop(self._heap)
         return pieces
+
+    def end(self, piece: Piece) -> None:
+        """A block is no longer in flight."""
+        request = piece.request
+        self.in_flight -= 1
+        self._nbytes -= piece.nbytes
+        request.in_flight -= 1
+        if not request.in_flight:
+            self._active.discard(request)
 
     def drain(self) -> list[Request]:
         """Take out every request, failing what is not started with ClosedError; returns those that had blocks left."""

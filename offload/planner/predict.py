@@ -115,7 +115,6 @@ class Pricer:
             sharing=self._sharing(schedule, costs, phase),
             between_s=self.between_s(placement, phase),
             waking_s=profile.cost("waking") if self.computer.processor == "cpu" else 0.0,
-            in_flight=IN_FLIGHT if placement.host_ring.slots > 1 else 0,
         )
         return clock, sum((costs[s.unit] for s in schedule if isinstance(s, Compute)), Sum())
 

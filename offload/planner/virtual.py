@@ -2,9 +2,8 @@
 
 The rules are those of runtime/executor.py: a lane runs its steps in order; a step starts when the steps it names are
 done and, if it takes a slot, when its ring has one free; a Release returns the slot of the step it follows. Reads of
-one lane overlap as far as slots allow, but share the disk, so the disk serves them one after the other; unless it is
-told how many bytes the disk works on at once, into which two reads may fit, so that both go on. Writes are served one
-after the other, in a lane of their own; so do downloads, and what the CPU computes beside an accelerator.
+one lane overlap as far as slots allow, but the I/O engine serves them one after the other (io/requests.py). So are
+writes, in a lane of their own, downloads, and what the CPU computes beside an accelerator.
 
 Lanes that run at the same time may slow each other down: then durations are work, and work is done at the rate that
 the lanes running beside leave (a fluid model: rates change only where something starts or ends).
@@ -94,8 +93,6 @@ class Clock:
         waking_s: what a computation that waited for its bundle takes beyond one that follows another at once: threads
             have gone to sleep and caches are cold. After a shorter wait it is as long as that.
         joined: lanes that have to end a pass before the model begins the next one.
-        in_flight: bytes that the disk works on at once: where two reads fit, they share it, and the first of them ends
-            later than it would alone. 0: one read at a time.
     """
 
     def __init__(
@@ -108,10 +105,8 @@ class Clock:
         between_s: float = 0.0,
         waking_s: float = 0.0,
         joined: Collection[str] = (),
-        in_flight: float = 0.0,
     ) -> None:
         self._slots, self._between, self._waking = dict(slots), between_s, waking_s
-        self._in_flight = in_flight
         sharing = sharing or Sharing()
         releases: dict[int, list[str]] = {}
         for step in schedule:
@@ -129,8 +124,6 @@ class Clock:
             [getattr(s, "ring", None) if name in TAKERS else None for s in lanes[name]] for name in self._names
         ]
         self._work = [[seconds(step) for step in steps] for steps in self._steps]
-        self._reader = self._names.index("read") if "read" in self._names and in_flight else -1
-        self._nbytes = [float(getattr(s, "nbytes", 0)) for s in self._steps[self._reader]] if in_flight else []
         self._frees = [[releases.get(step.index, ()) for step in steps] for steps in self._steps]
         self._demand = [
             [sharing.demand.get((lane, s.unit), 0.0) for s in steps]
@@ -204,8 +197,6 @@ class _Replay:
         self.stall = 0.0
         self.ready = 0.0  # when the model's thread is
         self.is_held = False
-        self.ahead: float | None = None  # work that is left of the read behind the running one, once it shares the disk
-        self.share = 1.0  # of the disk that the running one has meanwhile
         self.events: list[Event] = []
 
     def run(self, passes: int, head_start: bool, stop_when_steady: bool) -> Run:
@@ -262,29 +253,11 @@ class _Replay:
                         break  # the end of a pass is always an event of its own
                     self._finish(lane)
                     moved = True
-        if clock._reader >= 0 and self.left[clock._reader] is not None and self.ahead is None:
-            self._read_ahead(clock._reader, passes)
 
-    def _read_ahead(self, reader: int, passes: int) -> None:
-        """Begins the read behind the running one, if the disk has room for its first blocks and the ring for all."""
-        clock, at = self.clock, self.at[reader]
-        work, left = clock._work[reader], self.left[reader] or 0.0
-        # Blocks that began together end together, so that all of them keep their place until the end; of others those
-        # that are left do. The mean of both is what runs with slots of 15 to 50 MB showed.
-        own = clock._nbytes[at] * (1 + min(1.0, left / work[at])) / 2 if work[at] else 0.0
-        then, number = (at + 1, self.number[reader]) if at + 1 < len(work) else (0, self.number[reader] + 1)
-        other = min(clock._nbytes[then], clock._in_flight - own)
-        if other <= 0 or not self._may_start(reader, passes, then, number):
-            return
-        if (ring := clock._rings[reader][then]) is not None:
-            self.free[ring] -= 1
-        self.ahead, self.share = work[then], own / (own + other)
-
-    def _may_start(self, lane: int, passes: int, at: int | None = None, number: int | None = None) -> bool:
-        """Whether a lane's next step may, or the one at that place in that pass."""
+    def _may_start(self, lane: int, passes: int) -> bool:
+        """Whether a lane's next step may."""
         steps = self.clock._steps[lane]
-        at = self.at[lane] if at is None else at
-        number = self.number[lane] if number is None else number
+        at, number = self.at[lane], self.number[lane]
         if number >= passes or (lane == self.model and (self.is_held or self.now < self.ready)):
             return False
         if lane == self.model and not at and any(self.number[k] < number for k in self.clock._joined):
@@ -304,21 +277,13 @@ class _Replay:
         rates: Sequence[float] = self.clock._rates[mask]
         if self.clock._shares:
             rates = self._shared(rates)
-        ahead, behind = self.ahead, 0.0
-        if ahead:  # two reads have the disk's rate together
-            reader = self.clock._reader
-            behind = rates[reader] * (1 - self.share)
-            rates = [rate * self.share if lane == reader else rate for lane, rate in enumerate(rates)]
-        step = ahead / behind if ahead and behind else inf
+        step = inf
         for lane in range(self.count):
             if (work := left[lane]) is not None:
                 step = min(step, work / rates[lane] if rates[lane] else inf)
         if left[self.model] is None and not self.is_held and self.ready > self.now:
             step = min(step, self.ready - self.now)
         self.now += step
-        if ahead:
-            rest = ahead - step * behind
-            self.ahead = rest if rest > _EPSILON else 0.0
         finished = []
         for lane in range(self.count):
             if (work := left[lane]) is not None:
@@ -356,10 +321,6 @@ class _Replay:
             self.at[lane], self.number[lane] = 0, number + 1
         else:
             self.at[lane] = at + 1
-        if lane == clock._reader and self.ahead is not None:
-            self.began[lane], self.left[lane], self.ahead = self.now, self.ahead, None
-            if not self.left[lane]:
-                self._finish(lane)
 
     def _state(self) -> tuple[object, ...]:
         """Where everything is, relative to the pass: equal states have equal futures."""
@@ -368,4 +329,4 @@ class _Replay:
             (self.at[k], self.number[k] - base, None if (left := self.left[k]) is None else round(left, 12))
             for k in range(self.count)
         )
-        return lanes, tuple(self.free.values()), None if self.ahead is None else round(self.ahead, 12)
+        return lanes, tuple(self.free.values())

@@ -15,6 +15,7 @@ from patience import HANGS_S
 
 from offload.errors import ClosedError, StorageError
 from offload.io.buffers import Buffer
+from offload.io.requests import BESIDE
 
 
 def test_any_order_of_completion_is_bit_exact(fake) -> None:
@@ -59,6 +60,31 @@ def test_urgent_reads_first_and_equals_in_order(fake) -> None:
         backend.step()
     # The first had one block with the disk already; its second waits for its priority like all others.
     assert served == [0, 50, 51, 30, 31, 10, 11, 20, 21, 1, 40, 41]
+
+
+def test_the_first_of_two_reads_does_not_share_the_disk(fake) -> None:
+    """Blocks of the second start beside it only where it leaves the disk too little, so that it ends as if alone."""
+    block = BESIDE // 2
+    engine, backend = fake(threads=8, block_nbytes=block)
+    file = engine.open(backend.disk.put("file", bytes(8 * block)))
+    backend.hold()
+    first = engine.read(file, 0, memory(4 * block), priority=1)
+    second = engine.read(file, 4 * block, memory(4 * block), priority=1)
+    assert [held.offset // block for held in backend.held] == [0, 1, 2, 3]
+    backend.step()
+    backend.step()
+    assert [held.offset // block for held in backend.held] == [2, 3], "two are enough for the disk"
+    backend.step()
+    assert [held.offset // block for held in backend.held] == [3, 4]
+    engine.read(file, 0, memory(block), priority=0)
+    assert [held.offset // block for held in backend.held] == [3, 4, 0], "what is more urgent need not wait"
+    backend.step()
+    assert first.done()
+    assert [held.offset // block for held in backend.held] == [4, 0], "nor do the others, but they come behind it"
+    backend.step(1)
+    assert [held.offset // block for held in backend.held] == [4, 5, 6, 7]
+    backend.release()
+    assert second.result() == 4 * block
 
 
 def test_writes_never_delay_reads(fake) -> None:
