@@ -14,7 +14,7 @@ from offload.io.file import File
 from offload.units import MIB
 
 _log = logging.getLogger("offload.io")
-BESIDE = 16 * MIB  # in flight, with which a disk has no pause: more than it moves while somebody asks for the next block
+BESIDE = 16 * MIB  # in flight, with which a disk has no pause: it moves less while somebody asks for the next block
 _STALLS = 100  # transfers in a row without a byte of progress before a block fails: bounded, so nothing spins
 
 
