@@ -137,6 +137,19 @@ def beside_there(cells: Mapping[str, int], asked: Accelerator) -> dict[str, int]
     return {name: nbytes for name, nbytes in found.items() if nbytes}
 
 
+def classes_there(cells: Mapping[str, int], plan: CellPlan, asked: Accelerator) -> dict[str, int]:
+    """What a step takes there by class, with cells as they are planned."""
+    ring = plan.slots * plan.slot_nbytes
+    largest = max((nbytes for unit, nbytes in cells.items() if unit != LOOSE), default=0)
+    return {
+        "weights": plan.nbytes - ring,
+        "optimizer": asked.state_nbytes,
+        "gradients": GRADIENTS * (largest + cells.get(LOOSE, 0)),
+        "activations": sum((asked.activations or {}).values()),
+        "buffers": ring,
+    }
+
+
 def plan_there(cells: Mapping[str, int], asked: Accelerator) -> CellPlan:
     """Which cells have a place of their own in the device's memory, and the ring for the others.
 

@@ -15,6 +15,7 @@ from torch import nn
 from offload.errors import BudgetError, ModelError, UsageError
 from offload.finetune.accelerator import Accelerator
 from offload.finetune.activations import prepare, press
+from offload.finetune.choice import SLOTS
 from offload.finetune.memory import ACTIVATIONS, Wishes, plan_first
 from offload.finetune.trainer import Trainer
 from offload.io.engine import Engine
@@ -39,7 +40,6 @@ from offload.tiers.spill import Spill
 from offload.tiers.statefile import open_state, room
 from offload.units import format_bytes
 
-SLOTS = 8  # shards of state in memory: four being read, one being updated, and those being written
 DTYPES = (torch.bfloat16, torch.float32)
 OPS = ("square_sum", "checksum")
 

@@ -14,7 +14,8 @@ from torch import nn
 from offload.checkpoint import Opened, find, open_checkpoint
 from offload.errors import BudgetError
 from offload.finetune.accelerator import Accelerator
-from offload.finetune.assemble import SLOTS, assemble
+from offload.finetune.assemble import assemble
+from offload.finetune.choice import SLOTS
 from offload.finetune.export import export_checkpoint, export_module
 from offload.finetune.forecast import forecast
 from offload.finetune.glance import glance
@@ -161,4 +162,4 @@ def _rings(
         )
     except BudgetError:  # what does not fit is said later, by what is measured
         return SLOTS, 0.0, update_share or 0.0
-    return found.slots, found.defers, found.update_share
+    return found.choice.slots, found.choice.defers, found.update_share

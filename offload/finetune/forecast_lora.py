@@ -8,8 +8,10 @@ from dataclasses import replace
 from offload.budgets import TRANSIT
 from offload.finetune.accelerator import Accelerator
 from offload.finetune.activations import slots_of
-from offload.finetune.assemble import SLOTS
-from offload.finetune.forecast import Forecast, cut, evenly, graph_nbytes, update_s
+from offload.finetune.choice import SLOTS, Choice
+from offload.finetune.division import cut, evenly, graph_nbytes
+from offload.finetune.forecast import Forecast
+from offload.finetune.full_step import update_s
 from offload.finetune.memory import HOLES, MARGIN, SLACK
 from offload.finetune.place_lora import LoraPlace
 from offload.finetune.pricing import Batch, adapters, visits
@@ -93,10 +95,10 @@ def forecast_lora(
     return Forecast(
         schedule=schedule,
         cost=cost,
+        choice=Choice(),
         weights_nbytes=resident,
         graphs_nbytes=sum(graphs.get(name, 0) for name in kept),
         state_nbytes=state,
-        slots=SLOTS,
         activation_nbytes=here - sum(place.beside.values()),
         ring_nbytes=rings + sum(place.beside.values()),
         process_nbytes=base + SLACK + int(budget * MARGIN) + (TRANSIT if accelerator is not None else 0),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from offload.budgets import TRANSIT
 from offload.finetune.accelerator import Accelerator
+from offload.finetune.choice import Choice
 from offload.finetune.forecast import Forecast
 from offload.finetune.pricing import Batch, move_s, visits
 from offload.finetune.room import at, reserve_nbytes, step_nbytes
@@ -111,6 +112,7 @@ def forecast_zeroth(
     return Forecast(
         schedule=schedule,
         cost=cost,
+        choice=Choice(slots=0),
         weights_nbytes=at(stored, placement, Tier.HOST),
         graphs_nbytes=0,
         state_nbytes=0,

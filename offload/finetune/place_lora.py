@@ -10,7 +10,7 @@ from typing import Any
 from offload.errors import BudgetError
 from offload.finetune.accelerator import GRADIENTS
 from offload.finetune.activations import RING
-from offload.finetune.assemble import SLOTS
+from offload.finetune.choice import SLOTS
 from offload.finetune.lora import A, B
 from offload.finetune.room import backward_nbytes, place_beside, spec_of, step_nbytes
 from offload.optim.base import Optimizer

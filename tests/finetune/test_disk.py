@@ -14,7 +14,7 @@ from models import MODELS
 
 import offload
 from offload.checkpoint.outline import outline
-from offload.finetune.assemble import SLOTS
+from offload.finetune.choice import SLOTS
 from offload.finetune.disk import Finished, check_room, finish_state, forget_finished, read_finished
 from offload.finetune.forecast import forecast
 from offload.finetune.memory import Wishes, plan_first
