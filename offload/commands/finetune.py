@@ -22,6 +22,7 @@ from offload.commands.outlook import outlook_of, tokens_of
 from offload.commands.training import Progress, announce, note, place, say, summarise
 from offload.errors import UsageError
 from offload.finetune import finish
+from offload.finetune.choice import announced
 from offload.finetune.config import Config
 from offload.finetune.disk import Finished, check_room, finish_state, forget_finished, read_finished
 from offload.finetune.journal import Journal, check_journal, read_journal
@@ -75,7 +76,7 @@ def execute(request: Request, early: Early | None = None) -> int:
     if is_rehearsal:
         return _rehearse(request, config, prepared, outlook, tokenizer, console)
     forget_finished(state)
-    with finishing_steps() as stop, _open(request, config, directory) as trainer:
+    with finishing_steps() as stop, _open(request, config, directory, outlook) as trainer:
         if not total:
             total = _total(trainer, config, prepared)
         where = trainer.whereabouts()
@@ -166,8 +167,9 @@ def _records(progress: Any) -> Any:
     return lambda what, done, total: progress(f"{what}: {done:,} of {total:,} records", 0, 0)
 
 
-def _open(request: Request, config: Config, directory: Path) -> AbstractContextManager[Trainer]:
-    return api.finetuning(directory, **engine_arguments(config, resume=request.resume))
+def _open(request: Request, config: Config, directory: Path, outlook: Outlook) -> AbstractContextManager[Trainer]:
+    with announced(outlook.forecast.choice if outlook.forecast is not None else None):
+        return api.finetuning(directory, **engine_arguments(config, resume=request.resume))
 
 
 def _total(trainer: Trainer, config: Config, prepared: Prepared) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from offload.checkpoint import Opened, find, open_checkpoint
 from offload.errors import BudgetError
 from offload.finetune.accelerator import Accelerator
 from offload.finetune.assemble import assemble
-from offload.finetune.choice import SLOTS
+from offload.finetune.choice import Choice, told
 from offload.finetune.export import export_checkpoint, export_module
 from offload.finetune.forecast import forecast
 from offload.finetune.glance import glance
@@ -71,13 +71,13 @@ def assemble_full(
     Raises:
         see `assemble`.
     """
-    slots, defers, share = SLOTS, 0.0, update_share or 0.0
+    choice = Choice(update_share=update_share or 0.0)
     if isinstance(model, nn.Module):
         subject = _module(model, engine)
     else:
         opened = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
         subject = _checkpoint(opened, engine)
-        slots, defers, share = _rings(
+        choice = told() or _chosen(
             opened, rule, max_grad_norm, budgets.cpu_memory, tokens, accelerator, wishes, update_share
         )  # fmt: skip
         if accelerator is not None:
@@ -85,8 +85,8 @@ def assemble_full(
     return assemble(
         subject.root, subject.anatomy, subject.parameters, rule, engine, kernels,
         fill=subject.fill, save=subject.save, put_back=subject.put_back, travels=subject.put_back is None,
-        max_grad_norm=max_grad_norm, cpu_memory=budgets.cpu_memory, wishes=wishes, slots=slots, defers=defers,
-        accelerator=accelerator, update_share=share, **options,
+        max_grad_norm=max_grad_norm, cpu_memory=budgets.cpu_memory, wishes=wishes, accelerator=accelerator,
+        **asdict(choice), **options,
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def _checkpoint(opened: Opened, engine: Engine) -> Subject:
     )
 
 
-def _rings(
+def _chosen(
     opened: Opened,
     rule: Optimizer,
     max_grad_norm: float | None,
@@ -137,18 +137,17 @@ def _rings(
     accelerator: Accelerator | None,
     wishes: Wishes,
     update_share: float | None,
-) -> tuple[int, float, float]:
-    """How deep the ring of optimizer state is best, which share of the state is best written in the backward pass, and
-    which share of the updates the accelerator makes best, by the prediction of a step."""
+) -> Choice:
+    """What is best by the prediction of a step, after a look at the machine."""
     spec, base = opened.spec, rss_bytes()
     profile = load_profile(opened.checkpoint.directory) or preset("cpu-ddr5-nvme4")
     if rule.cost.state_bytes * spec.params > budget - base:  # else the disk is hardly used, and nothing to choose
         profile = glance(profile, spec, tokens, max(opened.checkpoint.files, key=os.path.getsize))
     batch = Batch(rows=1, tokens=tokens)
     if accelerator is not None and not accelerator.is_known(profile):
-        return SLOTS, 0.0, update_share or 0.0
+        return Choice(update_share=update_share or 0.0)
     try:
-        found = forecast(
+        return forecast(
             spec,
             rule,
             profile,
@@ -159,7 +158,6 @@ def _rings(
             accelerator=accelerator,
             wishes=wishes,
             update_share=update_share,
-        )
+        ).choice
     except BudgetError:  # what does not fit is said later, by what is measured
-        return SLOTS, 0.0, update_share or 0.0
-    return found.choice.slots, found.choice.defers, found.update_share
+        return Choice(update_share=update_share or 0.0)
