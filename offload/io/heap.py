@@ -3,7 +3,7 @@
 glibc maps large blocks anew and gives them back until it has learnt better, and it takes small pages. So a first prompt
 meets tens of thousands of page faults. A reserve is a range at the heap's end that is there before:
 
-    heap    | small things, and holes, which are plugged | reserve: resident, huge pages |    mapped: what does not fit
+    heap    | small things; holes are plugged | reserve: resident, huge pages | more of both |   mapped: what does not fit
 
 While there is one, all threads that have no heap of their own yet allocate from this one, and nothing of it goes back
 to the system. Large blocks that find no place in it are mapped, and unmapped when they are freed. Settings are the
@@ -74,7 +74,7 @@ class Reserve:
             libc.mallopt(_MMAP_THRESHOLD, _PLUGS[1])
             libc.mallopt(_MMAP_MAX, _MOST_MAPPED)  # plugs that find no hole shall not
             if is_at_end and _reserves == 1:
-                self._plugs += self._found(*_PLUGS, 0, block)
+                self._plugs += self._found(*_PLUGS, 0, libc.sbrk(0))
             libc.mallopt(_MMAP_THRESHOLD, _MAPPED_FROM)
         if is_at_end:
             self._begin, self.nbytes, self.reason = block, nbytes, None
@@ -87,10 +87,11 @@ class Reserve:
     def _found(self, largest: int, smallest: int, start: int, end: int, most: int = _ALL) -> list[tuple[int, int]]:
         """(address, bytes) of free blocks between two addresses, the largest first, of `most` bytes in all.
 
-        In front of the reserve they would be used before it: many small pages, most of which are not resident. A block
-        that is not written to costs nothing.
+        Elsewhere they would be used before the reserve: many small pages, most of which are not resident. A block that
+        is not written to costs nothing.
         """
         blocks: list[tuple[int, int]] = []
+        others: list[int] = []  # in the heap, but not there: until the end, or they would be found again
         size = min(largest, most)
         while size >= smallest:
             block = self._libc.malloc(size)
@@ -98,9 +99,13 @@ class Reserve:
                 blocks.append((block, size))
                 most -= size
                 size = min(size, most)
-            else:
+            elif block is not None and block < self._libc.sbrk(0):
+                others.append(block)
+            else:  # mapped: no hole is so large
                 self._libc.free(block)
                 size //= 2
+        for block in others:
+            self._libc.free(block)
         return blocks
 
     def _fill(self, start: int, nbytes: int) -> None:

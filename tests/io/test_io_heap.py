@@ -80,6 +80,23 @@ with Reserve(32 * MIB):
 """)
 
 
+def test_holes_behind_it_are_not_used_first_either() -> None:
+    """What is smaller than the reserve fits better, wherever it is."""
+    run("""
+libc.mallopt(-4, 0)
+blocks = [libc.malloc(size * MIB) for size in (40, 1, 21, 1, 24, 1, 12, 1)]
+libc.mallopt(-4, 65536)
+for hole in blocks[::2]:
+    libc.free(hole)
+with Reserve(32 * MIB) as reserve:
+    assert reserve._begin < blocks[2]
+    met = faults()
+    libc.free(used(20))
+    libc.free(used(10))
+    assert faults() - met < 600, faults() - met
+""")
+
+
 def test_while_it_is_lent_the_system_has_it() -> None:
     run("""
 with Reserve(64 * MIB) as reserve:
