@@ -3,7 +3,7 @@
 glibc maps large blocks anew and gives them back until it has learnt better, and it takes small pages. So a first prompt
 meets tens of thousands of page faults. A reserve is a range at the heap's end that is there before:
 
-    heap    | small things; holes are plugged | reserve: resident, huge pages | more of both |   mapped: what does not fit
+    heap    | small things; holes are plugged | reserve: resident, huge pages | more of both | mapped: what does not fit
 
 While there is one, all threads that have no heap of their own yet allocate from this one, and nothing of it goes back
 to the system. Large blocks that find no place in it are mapped, and unmapped when they are freed. Settings are the
