@@ -56,6 +56,12 @@ def check(path: str, overrides: Sequence[str], *, quiet: bool, writes: bool = Fa
         if config.budgets.offload_dir is not None:
             check_folder("budgets.offload_dir", config.budgets.offload_dir)
     directory = find_model(config.model)
+    output = Path(config.train.output_dir)
+    if writes and output.exists() and output.samefile(directory):
+        raise UsageError(
+            f"train.output_dir={output} is the folder of the model that is trained, and would be overwritten: "
+            "name another"
+        )
     with bar(Console(stderr=True, quiet=quiet)) as progress:
         return Early(config=config, directory=directory, data=index_data(config.data, progress=progress))
 

@@ -197,6 +197,7 @@ def _train(
     with Journal(output, report_to=train.report_to, keep=keep) as journal, Progress(console, total) as shown:
         if journal.note:
             note(console, journal.note)
+        journal.on_note = lambda text: note(console, text)
         if trainer.step_number:
             say(console, f"going on after step {trainer.step_number} of {total}")
         elif request.resume:

@@ -47,23 +47,21 @@ def export_checkpoint(
     folder: Path,
     engine: Engine,
 ) -> None:
-    """Writes config and weights; a folder with config.json is complete.
+    """Writes config and weights.
 
     Args:
         root: the model, for its configuration and buffers.
         sources: where each parameter lay in the checkpoint.
         entries: the checkpoint's tensors.
         weights: parameter name -> its present value, which is asked for once, when it is written.
+        folder: an empty one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
     export_tensors(_stored(sources, entries, dict(root.named_buffers()), weights), folder, engine)
     _write_config(root, folder)
 
 
 def export_module(root: Any, folder: Path, engine: Engine) -> None:
     """The same for a module that was built by the user: its state dict, tied tensors once."""
-    folder.mkdir(parents=True, exist_ok=True)
     seen: set[tuple[int, int]] = set()
     found = []
     for name, tensor in root.state_dict().items():
@@ -95,8 +93,6 @@ def export_tensors(
         if len(files) == 1
         else [f"{stem}-{k:05d}-of-{len(files):05d}.safetensors" for k in range(1, len(files) + 1)]
     )
-    for old in (*folder.glob(f"{stem}*.safetensors"), folder / f"{stem}.safetensors.index.json"):
-        old.unlink(missing_ok=True)
     for name, inside in zip(names, files, strict=True):
         _write_file(folder / name, inside, engine)
     if len(files) > 1:
@@ -118,7 +114,6 @@ def _write_file(path: Path, tensors: Sequence[_Stored], engine: Engine) -> None:
         for t in tensors:
             for run in t.runs:
                 sink.append(run())
-        path.unlink(missing_ok=True)
         sink.finish((head - 8).to_bytes(8, "little") + text.ljust(head - 8))
 
 

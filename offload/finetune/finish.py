@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from offload.finetune.aside import aside
 from offload.finetune.protocol import Trainer
 from offload.finetune.written import written
 
@@ -16,7 +17,8 @@ CHECKPOINT = "checkpoint-"
 
 
 def save(trainer: Trainer, folder: Path, *, tokenizer: Any, source: Path) -> None:
-    """Writes everything that plain transformers (or PEFT, for adapters) needs to load the model from `folder`.
+    """Writes everything that plain transformers (or PEFT, for adapters) needs to load the model from `folder`, where an
+    older model stays until all is written.
 
     Args:
         tokenizer: with the chat template that was trained on.
@@ -25,11 +27,10 @@ def save(trainer: Trainer, folder: Path, *, tokenizer: Any, source: Path) -> Non
     Raises:
         StorageError: something cannot be written.
     """
-    with written(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        trainer.save(folder)
-        tokenizer.save_pretrained(folder)
-        _generation(folder, tokenizer, source)
+    with aside(folder) as part:
+        trainer.save(part)
+        tokenizer.save_pretrained(part)
+        _generation(part, tokenizer, source)
 
 
 def export(trainer: Trainer, output_dir: Path, step: int, *, keep: int | None, **what: Any) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Journal:
 
     Attributes:
         note: what the user should know.
+        on_note: told what the user should know later on; tensorboard's files are given up when they cannot be written.
 
     Args:
         folder: output_dir; it is made.
@@ -53,20 +54,21 @@ class Journal:
             self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         self.note = ""
+        self.on_note: Callable[[str], None] = lambda text: None
         if report_to != "none":
             if find_spec("tensorboard") is None:
                 self.note = ABSENT
             else:
-                from torch.utils.tensorboard import SummaryWriter
+                with written(folder / "runs"):
+                    from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(folder / "runs"), purge_step=None if keep is None else keep + 1)
+                    self._board = SummaryWriter(str(folder / "runs"), purge_step=None if keep is None else keep + 1)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._board is not None:
-            self._board.close()
+        self._to_board(lambda board: board.close())
         with written(self.path):
             self._file.close()
 
@@ -80,11 +82,21 @@ class Journal:
         with written(self.path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        if self._board is not None:
-            group = "eval" if "eval_loss" in line else "train"
-            for key, value in line.items():
-                if key != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(f"{group}/{key.removeprefix('eval_')}", value, line["step"])
+        group = "eval" if "eval_loss" in line else "train"
+        for key, value in line.items():
+            if key != "step" and isinstance(value, int | float):
+                tag = f"{group}/{key.removeprefix('eval_')}"
+                self._to_board(lambda board, tag=tag, value=value: board.add_scalar(tag, value, line["step"]))
+
+    def _to_board(self, write: Callable[[Any], None]) -> None:
+        """Tensorboard's files are a copy of log.jsonl: no run ends because they cannot be written."""
+        if self._board is None:
+            return
+        try:
+            write(self._board)
+        except OSError as error:
+            self._board = None
+            self.on_note(f"tensorboard's files cannot be written ({error}); from here on only {NAME} is")
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

@@ -101,9 +101,7 @@ def save_adapters(
     folder: Path,
     engine: Engine,
 ) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json, which PEFT loads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").unlink(missing_ok=True)
+    """Writes adapter_model.safetensors and adapter_config.json, which PEFT loads, to an empty folder."""
     named = {f"base_model.model.{name}.weight": view for name, view in views.items()}
     export_tensors([stored(n, t) for n, t in named.items()], folder, engine, stem="adapter_model")
     config = {

@@ -15,9 +15,9 @@ from torch import nn
 
 from offload.errors import ClosedError, ModelError, UsageError
 from offload.finetune.activations import plan_swaps
+from offload.finetune.aside import aside
 from offload.finetune.memory import Spare, Wishes, fit_first, give_back, plan_memory
 from offload.finetune.rehearsal import rehearse, working
-from offload.finetune.written import written
 from offload.hardware import peak_rss_bytes, reset_peak_rss
 from offload.io.engine import Engine
 from offload.optim.base import Numbers, Optimizer
@@ -74,7 +74,7 @@ class Trainer:
         finish: Callable[[bool], None],
     ) -> None:
         """Args, of those that are not attributes:
-        save: writes the model to a folder.
+        save: writes the model to a folder, which is empty.
         finish: gives memory and files back, told whether weights are those of the last step.
         """
         self.training, self.optimizer, self.learning_rate = training, optimizer, learning_rate
@@ -207,12 +207,14 @@ class Trainer:
     def save(self, folder: str | Path) -> None:
         """Writes the model as it is now: config and weights in the layout of the checkpoint that it came from.
 
+        An older model in the folder stays until all of the new one is written.
+
         Raises:
             StorageError: something cannot be written.
         """
         self.flush()
-        with written(Path(folder)):
-            self._save(Path(folder))
+        with aside(Path(folder)) as part:
+            self._save(part)
 
     def close(self) -> None:
         """Gives memory and files back. What was not committed is lost. A module that was given has the last weights, or

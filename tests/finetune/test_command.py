@@ -11,7 +11,7 @@ import torch
 import transformers
 from command_line import TALK, facts, finetune, same, weights
 
-from offload.finetune.journal import read_journal
+from offload.finetune.journal import Journal, read_journal
 
 FIELDS = {
     "step", "loss", "grad_norm", "learning_rate", "step_s", "tokens_per_s", "peak_rss_bytes", "read_bytes",
@@ -108,6 +108,31 @@ def test_bad_lines_are_named_and_left_out(config: Path, tmp_path: Path, capsys: 
     assert f"{tmp_path}/chat.jsonl:24: is not JSON" in capsys.readouterr().err
     assert finetune(config, "data.on_bad_line=skip", "--json") == 0
     assert json.loads(capsys.readouterr().out)["data"]["bad_lines"] == 1
+
+
+def test_tensorboard_that_cannot_write_ends_no_run(tmp_path: Path) -> None:
+    class Full:
+        def add_scalar(self, *unused: object) -> None:
+            raise OSError(28, "No space left on device")
+
+    notes: list[str] = []
+    with Journal(tmp_path, report_to="none", keep=None) as journal:
+        journal._board, journal.on_note = Full(), notes.append
+        for step in (1, 2):
+            journal.write({"step": step, "loss": 1.0})
+    assert [line["step"] for line in read_journal(journal.path)] == [1, 2]
+    (note,) = notes
+    assert "No space left on device" in note
+    assert "only log.jsonl" in note
+
+
+def test_the_model_itself_is_no_place_for_what_comes_out(
+    config: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(model.iterdir())
+    assert finetune(config, f"train.output_dir={model}") == 2
+    assert "is the folder of the model that is trained" in capsys.readouterr().err
+    assert sorted(model.iterdir()) == before
 
 
 @pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed")

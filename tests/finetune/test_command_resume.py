@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 from command_line import TALK, facts, finetune, same, weights
 
+from offload.finetune import finish
+from offload.finetune.aside import aside
 from offload.finetune.journal import read_journal
 from offload.finetune.trainer import Trainer
 
@@ -40,21 +43,34 @@ def test_resume_after_a_crash_is_exact(
 
 @pytest.mark.parametrize("name", ["log.jsonl", "tokenizer.json", "tokenizer_config.json"])
 def test_a_disk_that_is_full_for_a_small_file_costs_no_step(
-    config: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    config: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whoever writes it: we, transformers or tokenizers."""
+
+    @contextmanager
+    def no_room(folder: Path) -> Iterator[Path]:
+        with aside(folder) as part:
+            (part / name).symlink_to("/dev/full")
+            yield part
+
     options = ["train.max_steps=4"]
     assert finetune(config, *options, f"train.output_dir={tmp_path / 'whole'}") == 0
     out = tmp_path / "out"
     out.mkdir()
-    (out / name).symlink_to("/dev/full")
     capsys.readouterr()
-    assert finetune(config, *options) == 1
+    with monkeypatch.context() as full:
+        if name == "log.jsonl":
+            (out / name).symlink_to("/dev/full")
+        else:
+            full.setattr(finish, "aside", no_room)
+        assert finetune(config, *options) == 1
     said = capsys.readouterr().err
     assert "No space left on device" in said
     assert str(out) in said
     assert "resume" in said
-    (out / name).unlink()
+    assert [path.name for path in out.iterdir() if path.name not in ("log.jsonl", "state")] == []
+    if (out / name).is_symlink():
+        (out / name).unlink()
     assert finetune(config, *options, "--resume") == 0
     assert facts(out) == facts(tmp_path / "whole")
     assert same(weights(out), weights(tmp_path / "whole"))
