@@ -9,7 +9,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from offload.kernels.cpu.vector import F32, FLOAT, I8, I16, I32, LANES, U16, U32, number, order, unary
+from offload.kernels.cpu.vector import F32, FLOAT, I16, I32, LANES, U16, U32, number, order, unary
 
 
 def like(value: Any, kind: Any) -> Any:
@@ -70,12 +70,6 @@ def pair_up_i8(b: Any, stored: Any) -> Any:
     lanes = stored.type.count
     halves = b.bitcast(widen_i8(b, stored), ir.VectorType(I16, 2 * lanes))
     return pair_up(b, b.shuffle_vector(halves, halves, order(list(range(1, 2 * lanes, 2)))))
-
-
-def join_bytes(b: Any, low: Any, high: Any) -> Any:
-    """The lower bytes of two vectors of 16 bits, as 64 bytes."""
-    halves = [b.trunc(one, ir.VectorType(I8, 32)) for one in (low, high)]
-    return b.shuffle_vector(*halves, order(list(range(64))))
 
 
 as_f32 = unary(F32, U32, lambda b, v: b.bitcast(v, F32.llvm))  # the same bits

@@ -15,7 +15,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from offload.kernels.cpu.convert import (
-    join_bytes,
     narrow_bf16,
     narrow_bf16_pair,
     narrow_f16,
@@ -155,7 +154,6 @@ stream_bf16 = _streamer((F32, F32), I16, narrow_bf16_pair)  # of two vectors, 32
 stream_wide_f32 = _streamer((WIDE_F32,), FLOAT, _same)  # of 64 numbers
 stream_wide_u16 = _streamer((WIDE_U16,), I16, _same)
 stream_u16 = _streamer((U16,), I16, _same)
-stream_bytes = _streamer((U16, U16), I8, join_bytes)  # the low bytes of two vectors, 64 of them
 
 # Single numbers. ------------------------------------------------------------------------------------------------------
 

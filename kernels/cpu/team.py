@@ -160,8 +160,3 @@ def _runner() -> Callable[[int, int, int, int], None] | None:
         return None
     run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
     return run  # type: ignore[no-any-return]
-
-
-def has_team() -> bool:
-    """Whether functions run on more than the calling thread."""
-    return _runner() is not None
