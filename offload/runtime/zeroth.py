@@ -15,6 +15,7 @@ the time. Now and then a pass writes them back as they are (`writeback`), to a n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -94,30 +95,29 @@ class Zeroth:
         outside = set(sources) - {n for used in self._used.values() for n in used}
         if outside:
             raise ModelError(f"{sorted(outside)[0]} is used outside every unit; such models cannot be trained yet")
-        self._sides = TwoSides(self._used, sources, self.device)
-        self.fallbacks = [self._sides.fallback] if self._sides.fallback is not None else []
-        self.streams = Streams(anatomy, sources, placement, engine, kernels, self._present, computes_on=where)
-        self._put_back = move_buffers(root, where)
-        self._bases = Bases(sources, state, self.streams, engine, kernels, disk_limit, self.fallbacks)
-        self._has = self._bases.steps()  # updates that a parameter has where it is
-        self._travelling = [n for u in self.streams.travelling for n in self.streams.bundle(u)]
-        self._staying = [n for n in sources if n not in set(self._travelling)]
-        self._order = [u.name for u in anatomy.units]
-        self._rhythm = WriteBack(sum(sources[n].nbytes for n in self._travelling), write_every)
         self._step = 0  # the step whose direction is used; 0: weights stay as they are
         self._half = 0
         self._apply_s = 0.0
         self._entered = 0.0
-        try:
+        with ExitStack() as undone:  # closed again if nobody will own it
+            self._sides = TwoSides(self._used, sources, self.device)
+            undone.callback(self._sides.close)
+            self.fallbacks = [self._sides.fallback] if self._sides.fallback is not None else []
+            self.streams = Streams(anatomy, sources, placement, engine, kernels, self._present, computes_on=where)
+            undone.callback(self.streams.close)
+            self._put_back = move_buffers(root, where)
+            undone.callback(self._put_back)
+            self._bases = Bases(sources, state, self.streams, engine, kernels, disk_limit, self.fallbacks)
+            self._has = self._bases.steps()  # updates that a parameter has where it is
+            self._travelling = [n for u in self.streams.travelling for n in self.streams.bundle(u)]
+            self._staying = [n for n in sources if n not in set(self._travelling)]
+            self._order = [u.name for u in anatomy.units]
+            self._rhythm = WriteBack(sum(sources[n].nbytes for n in self._travelling), write_every)
             self.streams.fill()
             self.streams.start(self.timeline)
             self.flush()
-        except BaseException:
-            self.streams.close()
-            self._sides.close()
-            self.device.close()
-            raise
-        self.backprop = Backprop(root, [(u.name, u.module) for u in anatomy.units], self, seed, where)
+            self.backprop = Backprop(root, [(u.name, u.module) for u in anatomy.units], self, seed, where)
+            undone.pop_all()
 
     # What a trainer calls.
 

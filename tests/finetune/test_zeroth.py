@@ -6,6 +6,8 @@ import itertools
 import math
 import re
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from test_full import batches, plain
 import offload
 from offload.kernels import choose
 from offload.kernels.reference import Along
+from offload.runtime import zeroth
 from offload.tiers.commit import MANIFEST
 
 EPS, RATE, SEED = 1e-2, 1e-2, 7
@@ -113,6 +116,42 @@ def test_a_log_belongs_to_its_seed(tmp_path: Path) -> None:
         offload.finetuning(tmp_path / "model", seed=2, resume=True, **options)
     with pytest.raises(offload.UsageError, match="resume"):
         offload.finetuning(tmp_path / "model", seed=1, **options)
+
+
+@pytest.mark.parametrize("part", ["Streams", "WriteBack", "Backprop"])
+def test_what_was_opened_is_closed_where_a_part_fails(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MODELS["llama"].save(tmp_path / "model", torch.bfloat16)
+    options: dict[str, Any] = {
+        "method": "zo", "device": "emulated", "gpu_memory": "4MiB", "tokens": 64, "resident_weights": 0,
+        "offload_dir": tmp_path / "state",
+    }  # fmt: skip
+    opened, closed = list[object](), list[object]()
+    for kind in (zeroth.TwoSides, zeroth.Streams):
+        monkeypatch.setattr(kind, "__init__", _noting(kind.__init__, opened))
+        monkeypatch.setattr(kind, "close", _noting(kind.close, closed))
+
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("a part failed")
+
+    before = threading.active_count()
+    with monkeypatch.context() as broken:
+        broken.setattr(zeroth, part, failing)
+        with pytest.raises(RuntimeError, match="a part failed"):
+            offload.finetuning(tmp_path / "model", **options)
+    assert closed == opened[::-1]
+    assert len(opened) == (1 if part == "Streams" else 2)
+    assert threading.active_count() == before
+    offload.finetuning(tmp_path / "model", **options).close()
+
+
+def _noting(method: Callable[..., None], made: list[object]) -> Callable[..., None]:
+    def noted(self: object, *parts: Any, **options: Any) -> None:
+        method(self, *parts, **options)
+        made.append(self)
+
+    return noted
 
 
 def test_sparse_mezo_leaves_the_largest_weights_alone(tmp_path: Path) -> None:
