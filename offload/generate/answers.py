@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from offload.errors import DataError, StorageError, UsageError
 from offload.tiers.durable import sync_folder, write_durably
+from offload.tiers.locking import lock
 
 Identity = Mapping[str, Any]
 
@@ -44,7 +44,7 @@ class Answers:
         except OSError as error:
             raise StorageError(f"cannot be written: {error.strerror}", path=str(path), errno=error.errno) from error
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._fd, path, f"another process writes to {path}")
             before = identity_of(path)  # again: nobody else writes now
             if before is None:
                 write_durably(_beside(path), json.dumps(identity, indent=1).encode())
@@ -54,9 +54,6 @@ class Answers:
             self._order, end = _read(path, count)
             if end < os.fstat(self._fd).st_size:
                 os.ftruncate(self._fd, end)
-        except BlockingIOError:
-            os.close(self._fd)
-            raise UsageError(f"another process writes to {path}") from None
         except BaseException:
             os.close(self._fd)
             raise

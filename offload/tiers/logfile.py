@@ -9,7 +9,6 @@ commit with all its files.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from offload.errors import StorageError, UsageError
 from offload.tiers.commit import MANIFEST, Commit, read_commit, write_commit
 from offload.tiers.durable import remove_durably, sync_folder
 from offload.tiers.images import Base
+from offload.tiers.locking import lock
 from offload.tiers.statefile import check_identity
 
 BASES = "weights-*.bin"
@@ -51,10 +51,7 @@ class LogFile:
                 f"the training state cannot be kept here: {error.strerror}", path=str(folder), errno=error.errno
             ) from error
         try:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UsageError(f"another process trains with the state in {folder}; name another one") from error
+            lock(self._lock, folder, f"another process trains with the state in {folder}; name another offload_dir")
             commit = None if overwrite else read_commit(folder)
             if commit is not None and not resume:
                 raise UsageError(
@@ -102,11 +99,16 @@ class LogFile:
         return sum(path.stat().st_size for path in self.folder.glob(BASES))
 
     def sweep(self, used: Sequence[str]) -> None:
-        """Removes files of weights that neither the last commit has nor `used` names."""
+        """Removes files of weights that neither the last commit has nor `used` names. Raises StorageError."""
         known = {base.file for base in self.bases} | set(used)
         for path in self.folder.glob(BASES):
             if path.name not in known:
-                path.unlink(missing_ok=True)
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    raise StorageError(
+                        f"cannot be removed: {error.strerror}", path=str(path), errno=error.errno
+                    ) from error
 
     def close(self) -> None:
         """Unlocks the folder."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -27,6 +26,7 @@ from offload.io.extents import ALIGNMENT
 from offload.tiers.commit import MANIFEST, Commit, read_commit, write_commit
 from offload.tiers.durable import remove_durably
 from offload.tiers.host import as_tensor
+from offload.tiers.locking import lock
 from offload.units import format_bytes
 
 DATA = "state.bin"
@@ -249,7 +249,7 @@ def open_state(
             f"the training state cannot be kept here: {error.strerror}", path=str(path), errno=error.errno
         ) from error
     try:
-        _lock(fd, folder)
+        lock(fd, path, f"another process trains with the state in {folder}; name another offload_dir")
         commit = read_commit(folder) if not overwrite else None
         if commit is not None and not resume:
             raise UsageError(
@@ -270,13 +270,6 @@ def open_state(
         raise
     file = engine.open(path, writable=True, fd=fd)  # the descriptor is its own from here on
     return StateFile(folder, file, engine, shards, identity, checksum, commit)
-
-
-def _lock(fd: int, folder: Path) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UsageError(f"another process trains with the state in {folder}; name another offload_dir") from error
 
 
 def _take_room(fd: int, folder: Path, nbytes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -118,6 +119,25 @@ def test_a_disk_that_fails_at_the_start_is_named(
     elif call in ("unlink", "fsync"):
         with pytest.raises(StorageError, match="Input/output error"):
             LogFile(tmp_path, IDENTITY, resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize("kind", ["shards", "log"])
+def test_a_folder_that_cannot_be_locked_is_not_said_to_be_in_use(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", failing)
+    with Engine() as engine, pytest.raises(StorageError, match="cannot be locked") as failed:
+        opened(tmp_path, engine) if kind == "shards" else LogFile(tmp_path, IDENTITY, resume=True, overwrite=False)
+    assert failed.value.errno == errno.ENOLCK
+
+
+def test_a_file_that_cannot_be_swept_is_named(tmp_path: Path) -> None:
+    (tmp_path / "weights-1-0.bin").mkdir()
+    with pytest.raises(StorageError, match=r"cannot be removed: .*weights-1-0\.bin"):
+        LogFile(tmp_path, IDENTITY, resume=True, overwrite=False)
 
 
 def test_every_damaged_byte_is_found_and_named(tmp_path: Path) -> None:
