@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from forks import Forks
 from models import MODELS
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -203,3 +204,26 @@ def test_attention_masks_with_holes_are_left_to_the_model(tmp_path: Path) -> Non
     with (handle := offload.load(checkpoint, context=32)) as model:
         torch.testing.assert_close(step(model), step(plain), rtol=1e-4, atol=1e-4)
         assert "a mask with holes" in handle.session.kernels.report()["decode_attention"]
+
+
+LATE = """
+import sys
+import torch
+from numba.core import caching
+from offload.api import load
+handle = load(sys.argv[1], cpu_memory="2GiB", context=16, prompt_tokens=12)
+late, own = [], caching.Cache.load_overload
+def noted(self, *arguments):
+    late.append(self._name)
+    return own(self, *arguments)
+caching.Cache.load_overload = noted
+with handle:
+    handle.model.generate(torch.ones(1, 12, dtype=torch.int64), max_new_tokens=2, do_sample=False)
+print(late)
+"""
+
+
+def test_no_kernel_is_loaded_in_a_first_prompt(tmp_path: Path, forks: Forks) -> None:
+    """Each takes milliseconds to fetch from its cache, which loading the model hides."""
+    done = forks.run(LATE, MODELS["llama"].save(tmp_path, torch.bfloat16))
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

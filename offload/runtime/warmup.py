@@ -30,6 +30,8 @@ def compile_kernels(kernels: Kernels, sources: Iterable[Source], *, has_transpos
             _try(kernels, op, torch.zeros(_WIDTH, _WIDTH, dtype=dtype, device=kernels.device), dtype, rows)
         if kernels.device == "cpu":
             _try_token(kernels, dtype)
+            if kernels.choice("silu_mul").implementation == "cpu":
+                kernels.attempt("silu_mul", *torch.zeros(2, MANY, _WIDTH, dtype=dtype))
     for dtype in {s.dtype for s in found if s.form is None and len(s.shape) == 3}:
         x, stack = (torch.zeros(*shape, _WIDTH, dtype=dtype) for shape in ((MANY + 1,), (2, _WIDTH)))
         if kernels.device == "cpu" and kernels.choice("linear_groups").implementation != "torch":
