@@ -77,7 +77,8 @@ def test_everything_else_in_any_order(kind: str) -> None:
         append(caches, batch, choices.choice([1, 1, 2]))
     for cache in caches:
         cache.reset()
-    append(caches, 1, 4)
+    emptied = caches[0].get_seq_length() == 0  # earlier transformers fill full layers with zeros, which keep their batch
+    append(caches, 1 if emptied else batch, 4)
 
 
 def test_a_cache_in_use_is_taken_over() -> None:

@@ -17,7 +17,6 @@ from test_full import B
 
 import offload
 from offload.finetune.rehearsal import THREAD, Needs, rehearse, working
-from offload.units import parse_bytes
 
 CHILD = Path(__file__).with_name("memory_child.py")
 
@@ -71,17 +70,17 @@ def test_the_widest_point() -> None:
     assert one.nbytes == one.waits + one.at_once
 
 
-@pytest.mark.parametrize(("rows", "micro_batches", "budget"), [(8, 1, "1180MiB"), (1, 8, "1240MiB")])
+@pytest.mark.parametrize(("rows", "micro_batches", "above"), [(8, 1, 945 << 20), (1, 8, 1005 << 20)])
 def test_the_peak_stays_under_the_budget_and_is_foretold(
-    rows: int, micro_batches: int, budget: str, tmp_path: Path
+    rows: int, micro_batches: int, above: int, tmp_path: Path
 ) -> None:
     """Tight budgets, in which weights have to travel, and eight times a micro-batch that would be small."""
     path = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
-        [sys.executable, str(CHILD), str(tmp_path), str(rows), str(micro_batches), budget],
+        [sys.executable, str(CHILD), str(tmp_path), str(rows), str(micro_batches), str(above)],
         env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=HANGS_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["peak"] <= parse_bytes(budget, "budget"), found
+    assert found["peak"] <= found["budget"], found
     assert found["predicted"] == pytest.approx(found["first"], rel=0.1), found
