@@ -2,7 +2,7 @@
 
 memory_child.py FOLDER ROWS MICRO_BATCHES BYTES
 
-BYTES come on top of what the process takes already, nearly 300 MiB more with torch's CUDA build than with its CPU build.
+BYTES come on top of what the process takes already, which is more with torch's CUDA build than with its CPU build.
 """
 
 from __future__ import annotations

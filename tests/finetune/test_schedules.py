@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -22,10 +24,9 @@ def test_equal_to_transformers(name: str, warmup: int, total: int) -> None:
 
 
 def test_warm_up_as_a_share() -> None:
-    arguments = {"output_dir": "unused", "use_cpu": True, "report_to": "none"}
     for value in (0, 0.1, 0.25, 1, 10):
-        expected = transformers.TrainingArguments(warmup_steps=value, **arguments).get_warmup_steps(33)
-        assert warmup_steps(value, 33) == expected
+        arguments = SimpleNamespace(warmup_steps=value)  # a TrainingArguments cannot be made without accelerate
+        assert warmup_steps(value, 33) == transformers.TrainingArguments.get_warmup_steps(arguments, 33)
 
 
 def test_an_unknown_name_lists_the_known() -> None:
