@@ -15,7 +15,7 @@ from statistics import mean, median
 
 from offload.bench.ledger import Line
 
-AGREE = 0.06  # how far two visits may lie apart that need no third one
+AGREE = 0.1  # how far two visits may lie apart that need no third one
 Pair = tuple[Line, Line]
 """What was predicted of a cell, and what was measured."""
 
