@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from math import prod
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from offload.errors import BudgetError, ModelError, UsageError
 from offload.finetune.accelerator import Accelerator
 from offload.finetune.activations import prepare, press
-from offload.finetune.choice import SLOTS
+from offload.finetune.choice import Choice
 from offload.finetune.memory import ACTIVATIONS, Wishes, plan_first
+from offload.finetune.subject import Subject
 from offload.finetune.trainer import Trainer
 from offload.io.engine import Engine
 from offload.io.heap import share_heap
@@ -26,12 +25,10 @@ from offload.optim.there import on_device
 from offload.planner.training import asides
 from offload.planner.update_share import spread
 from offload.runtime.adapted import Adapted
-from offload.runtime.discovery import Anatomy
-from offload.runtime.streams import Streams
 from offload.runtime.training import Training
 from offload.runtime.training_lanes import LOOSE
 from offload.runtime.updates_there import ShareThere
-from offload.tiers.cells import SHARD_COUNT, Cells, Shapes, lay_out_cell, page
+from offload.tiers.cells import SHARD_COUNT, Cells, lay_out_cell, page
 from offload.tiers.device import Device
 from offload.tiers.device_state import SLOTS as STATE_SLOTS
 from offload.tiers.device_state import DeviceState
@@ -41,22 +38,14 @@ from offload.tiers.statefile import open_state, room
 from offload.units import format_bytes
 
 DTYPES = (torch.bfloat16, torch.float32)
-OPS = ("square_sum", "checksum")
 
 
 def assemble(
-    root: nn.Module,
-    anatomy: Anatomy,
-    parameters: Shapes,
+    subject: Subject,
     optimizer: Optimizer,
     engine: Engine,
     kernels: Kernels,
     *,
-    fill: Callable[[Mapping[str, torch.Tensor]], None],
-    streams: Streams | None = None,
-    save: Callable[[Mapping[str, torch.Tensor], Path], None],
-    put_back: Callable[[Mapping[str, torch.Tensor]], None] | None = None,
-    travels: bool = True,
     learning_rate: float,
     max_grad_norm: float | None,
     cpu_memory: int,
@@ -65,33 +54,22 @@ def assemble(
     seed: int,
     resume: bool,
     overwrite: bool,
-    shard_count: int = SHARD_COUNT,
-    slots: int = SLOTS,
-    defers: float = 0.0,
-    belongs: Mapping[str, Any] | None = None,
+    choice: Choice,
     accelerator: Accelerator | None = None,
-    update_share: float = 0.0,
+    shard_count: int = SHARD_COUNT,
 ) -> Trainer:
     """A trainer whose state is new, or that of the last commit.
 
     Args:
-        root: the model; its parameters may be on meta.
-        anatomy: from `dissect(root, shares=False)`.
-        parameters: dtype and shape of each that is trained.
-        fill: puts initial weights into tensors by name; called several times, each with some of them.
-        streams: all others, which are frozen; filled.
-        save: writes the model, given its weights, to a folder.
-        put_back: gets the last weights when the trainer is closed, unless a step failed.
-        travels: weights may travel where they do not fit in memory.
-        belongs: what else the state belongs to, beside parameters and optimizer.
+        subject: what is trained.
+        choice: how deep the ring of state is, and who writes and updates when.
         accelerator: what computes; None: the CPU.
-        update_share: of the updates that it makes itself.
-        slots: of the ring of state.
-        defers: share of the state that is written in the backward pass, see `Training.defer`.
+        shard_count: parameters of a shard.
 
     Raises:
         BudgetError, ModelError, UsageError, StorageError, CheckpointError: see offload.errors.
     """
+    anatomy, parameters = subject.anatomy, subject.parameters
     strange = sorted({str(dtype) for dtype, _ in parameters.values() if dtype not in DTYPES})
     if strange:
         raise ModelError(f"parameters in {', '.join(strange)} cannot be trained; load the model as bfloat16 or float32")
@@ -115,20 +93,20 @@ def assemble(
         "dtype": sorted({str(dtype) for dtype, _ in parameters.values()}),
         "optimizer": optimizer.name,
         "shard": shard_count,
-    } | dict(belongs or {})
+    } | dict(subject.belongs)
     share_heap()
     _warm(optimizer, kernels)
     going_up: frozenset[str] = frozenset()
     if accelerator is not None:
         cpu_memory += accelerator.host_nbytes
-        going_up = spread(((s.name, s.count) for cell in layouts for s in cell.shards), update_share)
+        going_up = spread(((s.name, s.count) for cell in layouts for s in cell.shards), choice.update_share)
         if going_up:
             accelerator = accelerator.updating(max(shards[name] for name in going_up))
-    ring = min(slots, len(shards)) * max(shards.values())
+    ring = min(choice.slots, len(shards)) * max(shards.values())
     if max_grad_norm is not None:
         largest = max(page(cell.nbytes) for cell in layouts)
-        ring += asides(defers, is_beside=accelerator is not None) * largest
-    plan = plan_first(layouts, ring, cpu_memory, wishes, travels=travels)
+        ring += asides(choice.defers, is_beside=accelerator is not None) * largest
+    plan = plan_first(layouts, ring, cpu_memory, wishes, travels=subject.travels)
 
     def checksum(data: torch.Tensor) -> str:
         return str(kernels.run("checksum", data))
@@ -144,7 +122,7 @@ def assemble(
         spill = Spill(offload_dir, engine, {c.unit: c.nbytes for c in layouts}, checksum)
         undone.callback(spill.close)
         spill.take_room(c.unit for c in layouts if c.places and c.unit not in plan.kept)
-        make = Training if streams is None else partial(Adapted, streams=streams)
+        make = Training if subject.streams is None else partial(Adapted, streams=subject.streams)
         there_kernels = kernels
         if accelerator is not None:
             device, there = accelerator.open(layouts)
@@ -157,12 +135,12 @@ def assemble(
             make = partial(make, device=device, there=there, share=share, overlaps=accelerator.overlaps)
         cells = Cells(layouts, plan.kept, Pins(device))
         training = make(
-            root, anatomy, cells, state, spill, optimizer,
-            slots=slots, cell_slots=(plan.slots, plan.slot_nbytes), max_grad_norm=max_grad_norm, kernels=there_kernels,
-            seed=seed,
+            subject.root, anatomy, cells, state, spill, optimizer,
+            slots=choice.slots, cell_slots=(plan.slots, plan.slot_nbytes), max_grad_norm=max_grad_norm,
+            kernels=there_kernels, seed=seed,
         )  # fmt: skip
         undone.callback(training.close)
-        training.defer(defers)
+        training.defer(choice.defers)
         training.warm_updates(Numbers(step=1, learning_rate=0.0))
         if accelerator is not None and device is not None:
             inputs = accelerator.inputs_nbytes()
@@ -170,7 +148,7 @@ def assemble(
         else:
             prepare(training.backprop, wishes.activations, cpu_memory, offload_dir, engine, left)
         if is_new:
-            training.create(fill)
+            training.create(subject.fill)
         else:
             training.restore()
         undone.pop_all()
@@ -183,13 +161,13 @@ def assemble(
             if device is not None:
                 closing.callback(_close, device, is_whole)
             closing.callback(training.close)
-            if put_back is not None and is_whole:
-                put_back(training.present)
+            if subject.put_back is not None and is_whole:
+                subject.put_back(training.present)
 
     return Trainer(
-        root, training, optimizer, engine,
-        learning_rate=learning_rate, cpu_memory=cpu_memory, wishes=wishes, travels=travels,
-        save=lambda folder: save(training.weights, folder), finish=finish,
+        subject.root, training, optimizer, engine,
+        learning_rate=learning_rate, cpu_memory=cpu_memory, wishes=wishes, travels=subject.travels,
+        save=lambda folder: subject.save(training.weights, folder), finish=finish,
     )  # fmt: skip
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,16 @@ from offload.finetune.forecast import forecast
 from offload.finetune.glance import glance
 from offload.finetune.memory import Wishes
 from offload.finetune.pricing import Batch
+from offload.finetune.subject import Subject, Weights
 from offload.finetune.trainer import Trainer
 from offload.hardware import rss_bytes
 from offload.io.engine import Engine
 from offload.kernels.chosen import Kernels
 from offload.optim.base import Optimizer
 from offload.profile import load_profile, preset
-from offload.runtime.discovery import Anatomy, dissect
+from offload.runtime.discovery import dissect
 from offload.specs import Budgets
 from offload.tiers.transit import bring_into
-
-_Weights = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is trained: see `assemble` for its parts."""
-
-    root: nn.Module
-    anatomy: Anatomy
-    parameters: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-    fill: Callable[[_Weights], None]
-    save: Callable[[_Weights, Path], None]
-    put_back: Callable[[_Weights], None] | None = None
 
 
 def assemble_full(
@@ -83,10 +69,8 @@ def assemble_full(
         if accelerator is not None:
             accelerator = accelerator.sized(opened.spec, tokens)
     return assemble(
-        subject.root, subject.anatomy, subject.parameters, rule, engine, kernels,
-        fill=subject.fill, save=subject.save, put_back=subject.put_back, travels=subject.put_back is None,
-        max_grad_norm=max_grad_norm, cpu_memory=budgets.cpu_memory, wishes=wishes, accelerator=accelerator,
-        **asdict(choice), **options,
+        subject, rule, engine, kernels, max_grad_norm=max_grad_norm, cpu_memory=budgets.cpu_memory, wishes=wishes,
+        choice=choice, accelerator=accelerator, **options,
     )  # fmt: skip
 
 
@@ -95,11 +79,11 @@ def _module(root: nn.Module, engine: Engine) -> Subject:
     anatomy = dissect(root, shares=False)
     given = {n: p for n, o in anatomy.owners.items() if (p := o[0].module._parameters[o[0].attribute]) is not None}
 
-    def fill(views: _Weights) -> None:
+    def fill(views: Weights) -> None:
         for name, view in views.items():
             view.copy_(given[name].detach())
 
-    def put_back(weights: _Weights) -> None:
+    def put_back(weights: Weights) -> None:
         for name, parameter in given.items():
             parameter.data.copy_(weights[name])
 
@@ -116,7 +100,7 @@ def _module(root: nn.Module, engine: Engine) -> Subject:
 def _checkpoint(opened: Opened, engine: Engine) -> Subject:
     """A checkpoint, which is read once and written elsewhere."""
 
-    def save(views: _Weights, folder: Path) -> None:
+    def save(views: Weights, folder: Path) -> None:
         export_checkpoint(opened.model, opened.sources, opened.checkpoint.entries, views, folder, engine)
 
     return Subject(

@@ -10,8 +10,10 @@ from offload.checkpoint import Opened
 from offload.checkpoint.fingerprint import fingerprint
 from offload.finetune.accelerator import Accelerator
 from offload.finetune.assemble import assemble
+from offload.finetune.choice import Choice
 from offload.finetune.lora import Lora, adapt, begin, save_adapters
 from offload.finetune.place_lora import place_lora
+from offload.finetune.subject import Subject
 from offload.finetune.trainer import Trainer
 from offload.io.engine import Engine
 from offload.kernels.chosen import Kernels
@@ -67,12 +69,18 @@ def assemble_lora(
         streams = Streams(anatomy, sources, place.placement, engine, there_kernels, device=device)
         undone.callback(streams.close)
         streams.fill()
-        trainer = assemble(
-            root, anatomy, place.shapes, rule, engine, kernels,
-            fill=lambda views: begin(views, seed), streams=streams, travels=False,
+        subject = Subject(
+            root=root,
+            anatomy=anatomy,
+            parameters=place.shapes,
+            fill=lambda views: begin(views, seed),
             save=lambda views, folder: save_adapters(root, lora, targets, views, folder, engine),
-            seed=seed, cpu_memory=budgets.cpu_memory, accelerator=accelerator, **options,
+            streams=streams,
             belongs={"adapters": lora.adds, "checkpoint": fingerprint(opened.checkpoint)},
+        )
+        trainer = assemble(
+            subject, rule, engine, kernels,
+            seed=seed, cpu_memory=budgets.cpu_memory, choice=Choice(), accelerator=accelerator, **options,
         )  # fmt: skip
         undone.pop_all()
     return trainer

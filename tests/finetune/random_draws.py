@@ -83,11 +83,12 @@ def rings(rng: random.Random, drawn: Draw) -> dict[str, Any]:
     """Of one part of a run: how deep the ring of state is, and which share of it is written in the backward pass."""
     if drawn.method != "full":
         return {}
-    found: dict[str, Any] = {"slots": rng.choice((1, 2, 3, 8, 40))}
+    choice: dict[str, Any] = {"slots": rng.choice((1, 2, 3, 8, 40))}
+    found: dict[str, Any] = {"choice": choice}
     if drawn.shard_count is not None:
         found["shard_count"] = drawn.shard_count
     if drawn.options["max_grad_norm"] is not None:
-        found["defers"] = rng.choice((0.0, 0.0, 0.3, 0.6, 1.0))
+        choice["defers"] = rng.choice((0.0, 0.0, 0.3, 0.6, 1.0))
     return found
 
 

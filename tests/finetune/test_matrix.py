@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,11 @@ def test_every_way_equals_the_plain_loop(
     for tier, overlaps in itertools.product(TIERS, (True, False)):
         forced = {"defers": DEFERS.get(tier, 0.0) if clip is not None else 0.0} | ({} if overlaps else {"slots": 1})
         monkeypatch.setattr(
-            assemble_full, "assemble", lambda *parts, forced=forced, **options: assemble(*parts, **options | forced)
+            assemble_full,
+            "assemble",
+            lambda *parts, forced=forced, choice, **options: assemble(
+                *parts, choice=replace(choice, **forced), **options
+            ),
         )
         seen.clear()
         options = {"offload_dir": tmp_path / f"{tier}-{overlaps}", "max_grad_norm": clip, "seed": 3, "dtype": dtype}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import offload
 from offload.finetune import assemble_full
+from offload.finetune.choice import Choice
 from offload.finetune.trainer import Trainer
 from offload.kernels.chosen import Kernels
 from offload.optim import make
@@ -103,7 +104,12 @@ def run(seed: int, folder: Path, patch: pytest.MonkeyPatch) -> None:
     MODELS[drawn.kind].save(folder / "model", drawn.dtype)
     truth = truth_of(drawn, folder)
     assemble, forced = assemble_full.assemble, dict[str, Any]()
-    patch.setattr(assemble_full, "assemble", lambda *parts, **options: assemble(*parts, **options | forced))
+
+    def assembled(*parts: Any, choice: Choice, **options: Any) -> Trainer:
+        mine = replace(choice, **forced.get("choice", {}))
+        return assemble(*parts, **options | forced | {"choice": mine})
+
+    patch.setattr(assemble_full, "assemble", assembled)
     whole = {"dtype": drawn.dtype, "offload_dir": folder / "state", "resume": True, **drawn.options}
     committed = 0
     while committed < STEPS:
