@@ -176,7 +176,10 @@ def pack(
     json: Json = False,
 ) -> None:
     """Write a checkpoint with its weights in fewer bits, once; it is used where it lies from then on."""
-    from offload.commands.pack import execute
+    from offload.commands.early import check_pack
+
+    check_pack(model, out, weights, io)
+    from offload.commands.pack import execute  # needs torch
 
     raise typer.Exit(execute(model, out, weights, io, as_json=json))
 

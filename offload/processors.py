@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from offload.errors import UsageError
 from offload.kernels.chosen import Kernels
 from offload.planner.ops import OpCosts
-from offload.planner.processors import balanced_share
+from offload.planner.processors import balanced_share, parse_share
 from offload.profile import Profile
 from offload.runtime.apart import FEW
 from offload.runtime.rates import cpu_rate
@@ -15,27 +14,6 @@ from offload.tiers.devices import link_rate
 from offload.tiers.layout import Source
 
 LEAST = 0.05  # a smaller share is not worth crossing the link for
-
-
-def parse_share(asked: float | str | None, device: str, exact: bool) -> float | None:
-    """What `cpu_share` means: a number from 0 to 1, or None where rates shall decide.
-
-    Raises:
-        UsageError: not such a number; or there is nothing to share; or results shall be exact.
-    """
-    if asked is None or asked == "auto":
-        return 0.0 if exact or device == "cpu" else None
-    try:
-        share = float(asked)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise UsageError(f'cpu_share={asked!r}: a number from 0 (all on the device) to 1 (all on the CPU), or "auto"')
-    if share and device == "cpu":
-        raise UsageError(f"cpu_share={asked!r} divides work between the CPU and an accelerator; the device is the CPU")
-    if share and exact:
-        raise UsageError(f"cpu_share={asked!r} and exact: another processor rounds otherwise; leave one of them out")
-    return share
 
 
 def choose_share(

@@ -1,5 +1,6 @@
 """Importing offload is free: no heavy library, no thread, no GPU."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,12 @@ def test_help_loads_no_torch() -> None:
 
 def test_what_is_wrong_with_a_command_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
     model = headers.write(tmp_path / "model", headers.LLAMA_70B)
+    torn = headers.write(tmp_path / "torn", headers.LLAMA_70B)
+    for file in torn.glob("*.safetensors*"):
+        file.unlink()
+    (torn / "a.safetensors").write_bytes(b"")
+    shards = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (torn / "model.safetensors.index.json").write_text(json.dumps(shards))
     (tmp_path / "bare").mkdir()
     prompts, config, a_file = tmp_path / "p.txt", tmp_path / "c.yaml", tmp_path / "file"
     for file in (prompts, a_file, tmp_path / "d.jsonl"):
@@ -106,6 +113,18 @@ def test_what_is_wrong_with_a_command_is_said_before_torch_is_loaded(tmp_path: P
         ((*run_it, "--device", "emulated"), "needs gpu_memory"),
         ((*run_it, "--device", "tpu"), "not known"),
         ((*run_it, "--link", "8GB/s"), "this machine's own"),
+        ((*run_it, "--dtype", "int7"), "bfloat16"),
+        ((*run_it, "--io", "pigeons"), "known are threads, uring, aiofiles"),
+        ((*run_it, "--weights", "int5"), "lossless, int8, int4"),
+        ((*run_it, "--cpu-share", "2"), "from 0 (all on the device) to 1"),
+        ((*run_it, "--max-new-tokens", "0"), "at least 1"),
+        ((*run_it, "--sample", "--temperature", "-1"), "above 0"),
+        ((*run_it, "--sample", "--top-p", "3"), "at most 1"),
+        (("run", torn, "--prompt", "x"), "1 of 2 shards are missing: b.safetensors"),
+        (("pack", torn, tmp_path / "packed"), "1 of 2 shards are missing"),
+        (("pack", model, tmp_path / "packed", "--weights", "int5"), "lossless, int8, int4"),
+        (("generate", torn, prompts, *out), "1 of 2 shards are missing"),
+        (("finetune", config, f"model={torn}"), "1 of 2 shards are missing"),
         ((*run_it, "--trace", "/no/trace.json"), "no folder /no"),
         ((*run_it, "--plan", a_file), "is no plan"),
         (("generate", "/no/model", prompts, *out), "not a folder"),

@@ -19,9 +19,9 @@ from offload.errors import UsageError
 from offload.io.extents import Extent
 from offload.kernels.chosen import Kernels
 from offload.planner.placement import Placement, Tier, place
-from offload.planner.processors import GRANULE, balanced_share, cut, host_part
+from offload.planner.processors import GRANULE, balanced_share, cut, host_part, parse_share
 from offload.planner.schedule import Compute, Upload, emit
-from offload.processors import choose_share, known_rates, parse_share
+from offload.processors import choose_share, known_rates
 from offload.profile import Curve, OpTable, preset
 from offload.specs import ModelSpec, TensorSpec, UnitSpec
 from offload.tiers.layout import Piece, Source

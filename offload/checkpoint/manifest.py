@@ -19,7 +19,8 @@ from offload.checkpoint.conversion import stored_dtype
 from offload.errors import CheckpointError, UsageError
 from offload.io.safetensors import Entry
 from offload.kernels.formats.form import ALIGNMENT, KINDS, Form
-from offload.kernels.formats.weights import GROUPS, WeightFormat
+from offload.kernels.formats.names import GROUPS
+from offload.kernels.formats.weights import WeightFormat
 from offload.tiers.layout import Piece, Source
 
 MANIFEST = "offload.json"

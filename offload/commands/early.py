@@ -13,12 +13,14 @@ from offload.checkpoint import find
 from offload.checkpoint.finding import check_config
 from offload.commands.bar import bar
 from offload.commands.generate_options import GenerateRequest
-from offload.commands.options import check_folder
+from offload.commands.options import check_backend, check_folder
 from offload.commands.run_options import RunRequest
 from offload.errors import UsageError
 from offload.finetune.config import Config
 from offload.finetune.files import DataFiles, index_data
 from offload.finetune.reading import read_config
+from offload.io.checkpoint import read_checkpoint
+from offload.kernels.formats.names import read_name
 from offload.plan import load_plan
 from offload.tiers.names import OWN, check_name, parse_link
 
@@ -62,6 +64,8 @@ def check(path: str, overrides: Sequence[str], *, quiet: bool, writes: bool = Fa
             f"train.output_dir={output} is the folder of the model that is trained, and would be overwritten: "
             "name another"
         )
+    if writes:
+        read_checkpoint(directory)
     with bar(Console(stderr=True, quiet=quiet)) as progress:
         return Early(config=config, directory=directory, data=index_data(config.data, progress=progress))
 
@@ -75,7 +79,9 @@ def check_run(request: RunRequest) -> tuple[RunRequest, Path]:
     request = _planned(request)
     request.check()
     directory = find_model(request.model)
-    return replace(request, prompt=_text(request)), directory
+    request = replace(request, prompt=_text(request))
+    read_checkpoint(directory)
+    return request, directory
 
 
 def check_generate(request: GenerateRequest) -> tuple[GenerateRequest, Path]:
@@ -85,7 +91,21 @@ def check_generate(request: GenerateRequest) -> tuple[GenerateRequest, Path]:
         UsageError, CheckpointError: see offload.errors.
     """
     request.check()
-    return request, find_model(request.model)
+    directory = find_model(request.model)
+    read_checkpoint(directory)
+    return request, directory
+
+
+def check_pack(model: str, out: str, weights: str, io: str) -> None:
+    """The model's folder, what is to be made of it, and the place for it.
+
+    Raises:
+        UsageError, CheckpointError: see offload.errors.
+    """
+    read_name(weights)
+    check_backend(io)
+    check_folder("OUT", out)
+    read_checkpoint(find_model(model))
 
 
 def find_model(model: str) -> Path:

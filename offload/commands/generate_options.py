@@ -23,8 +23,6 @@ class GenerateRequest(Running):
         if self.batch != "auto" and (not self.batch.isdecimal() or int(self.batch) < 1):
             raise UsageError(f'--batch {self.batch}: a number of prompts from 1, or "auto"')
         super().check()
-        if self.max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
         prompts, output = Path(self.prompts), Path(self.output)
         check_place("-o", output)
         if output.exists() and prompts.exists() and output.samefile(prompts):

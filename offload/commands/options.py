@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from offload.budgets import parse_resident, resolve
 from offload.errors import UsageError
 from offload.hardware import gpus
+from offload.io.backends import probe
 from offload.tiers.names import OWN, check_name, parse_link
 from offload.units import parse_memory
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +50,17 @@ class Running:
         """
         if self.slots is not None and self.slots < 1:
             raise UsageError(f"--slots {self.slots}: must be at least 1")
+        if self.max_new_tokens < 1:
+            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"--dtype {self.dtype}: there are {', '.join(DTYPES)}")
+        check_backend(self.io)
         if not self.sample and (self.temperature is not None or self.top_p is not None):
             raise UsageError("--temperature and --top-p need --sample")
+        if self.temperature is not None and not 0 < self.temperature < inf:
+            raise UsageError(f"--temperature {self.temperature}: above 0; leave out --sample for the likeliest token")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p {self.top_p}: above 0, and at most 1, which keeps all tokens")
         if self.device is not None:
             check_name(self.device)
         parse_link(self.link, self.device or OWN)
@@ -74,6 +87,16 @@ class Running:
         if self.sample:
             return {"do_sample": True, **self.drawing()}
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def check_backend(name: str) -> None:
+    """Whether the I/O backend can be used here.
+
+    Raises:
+        UsageError: it cannot, or there is none of that name.
+    """
+    if (reason := probe(name)) is not None:
+        raise UsageError(f"--io {name} cannot be used here: {reason}; use --io threads")
 
 
 def check_place(option: str, file: str | Path) -> None:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from offload.commands.options import Running, check_place
 from offload.errors import UsageError
+from offload.hardware import gpus
+from offload.kernels.formats.names import read_name
+from offload.planner.processors import parse_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ class RunRequest(Running):
             raise UsageError("--chat talks in the terminal: it goes with none of --json, --batch and --prompt-ids")
         self.ids()
         super().check()
+        read_name(self.weights)
+        parse_share(self.cpu_share, self.device or ("cuda" if gpus() else "cpu"), self.exact)
         if self.trace is not None:
             check_place("--trace", self.trace)
 

@@ -111,7 +111,7 @@ class Budgets(Section):
     activations: Literal["auto", "keep", "recompute", "disk"] = "auto"
     device: str | None = None
     link: str | None = None
-    update_share: float | Literal["auto"] = "auto"
+    update_share: Annotated[float, Meta(ge=0, le=1)] | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("gpu_memory", "cpu_memory", "disk_limit", "drive_tbw"):

@@ -121,13 +121,14 @@ def _check_key(key: str, where: str) -> None:
 
 
 def _words(key: str) -> tuple[str, ...]:
-    """What a key may say, where it takes one of a few words."""
+    """What a key may say, where it takes one of a few words, or a number instead."""
     kind: Any = Config
     for part in key.split("."):
         kind = next((f.type for f in msgspec.structs.fields(kind) if f.encode_name == part), None)
         if not (isinstance(kind, type) and issubclass(kind, Section)):
             break
-    return get_args(kind)
+    parts = [a for part in get_args(kind) for a in (get_args(part) or (part,))]
+    return tuple(a for a in parts if isinstance(a, str)) + ("a number",) * (float in parts or int in parts)
 
 
 def _plain(message: str) -> str:

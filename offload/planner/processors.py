@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from offload.errors import UsageError
 from offload.specs import TensorSpec, UnitSpec
 
 GRANULE = 16  # rows: less is not worth a cut
@@ -38,6 +39,27 @@ class Cut:
     @property
     def host_nbytes(self) -> int:
         return sum(t.nbytes for ts in self.host_parts.values() for t in ts)
+
+
+def parse_share(asked: float | str | None, device: str, exact: bool) -> float | None:
+    """What `cpu_share` means: a number from 0 to 1, or None where rates shall decide.
+
+    Raises:
+        UsageError: not such a number; or there is nothing to share; or results shall be exact.
+    """
+    if asked is None or asked == "auto":
+        return 0.0 if exact or device == "cpu" else None
+    try:
+        share = float(asked)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UsageError(f'cpu_share={asked!r}: a number from 0 (all on the device) to 1 (all on the CPU), or "auto"')
+    if share and device == "cpu":
+        raise UsageError(f"cpu_share={asked!r} divides work between the CPU and an accelerator; the device is the CPU")
+    if share and exact:
+        raise UsageError(f"cpu_share={asked!r} and exact: another processor rounds otherwise; leave one of them out")
+    return share
 
 
 def balanced_share(cpu_bytes_per_s: float, link_bytes_per_s: float) -> float:

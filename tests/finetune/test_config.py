@@ -70,6 +70,8 @@ def test_overrides(path: Path) -> None:
         ("zo.sparcity=0.5", r"did you mean zo.sparsity\?"),
         ("zo.sparsity=1", "zo.sparsity: expected float < 1"),
         ("method=half", "method: invalid enum value 'half'"),
+        ("budgets.update_share=most", "update_share: invalid enum value 'most'; there are auto, a number"),
+        ("budgets.update_share=2", "update_share: expected float <= 1"),
         ("budgets.cpu_memory=lots", "budgets: cpu_memory='lots' is not a size"),
         ("budgets.cpu_memory=-5", "not a size"),
         ("data.train=null", "data.train: expected str | array, got null"),

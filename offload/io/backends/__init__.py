@@ -39,5 +39,5 @@ def create(name: str, *, threads: int) -> Backend:
 
 def _module(name: str) -> str:
     if name not in BACKENDS:
-        raise UsageError(f"there is no I/O backend {name!r}; known are {', '.join(BACKENDS)}")
+        raise UsageError(f"there is no I/O backend {name!r}; known are {', '.join(n for n in BACKENDS if n != 'fake')}")
     return BACKENDS[name]

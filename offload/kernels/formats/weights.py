@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 
-from offload.errors import UsageError
 from offload.kernels.formats.form import Form
+from offload.kernels.formats.names import read_name
 
-GROUPS = (32, 64, 128)
 _ROOM = 64  # a lossless matrix made while loading has room for one patch in so many weights
-_NAME = re.compile(r"(lossless|int8|int4)(?:-(\d+))?(-symmetric)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +56,5 @@ def parse_weights(text: str | None) -> WeightFormat | None:
     Raises:
         UsageError: anything else.
     """
-    if text is None or text == "none":
-        return None
-    match = _NAME.fullmatch(text)
-    if match is None or (match[1] != "int4" and (match[2] or match[3])) or (match[2] and int(match[2]) not in GROUPS):
-        raise UsageError(
-            f"weights={text!r} is not a format; there are none, lossless, int8, int4, int4-64, int4-128, each int4 "
-            "also with -symmetric"
-        )
-    if match[1] != "int4":
-        return WeightFormat(match[1])
-    return WeightFormat("int4", int(match[2] or 32), match[3] is not None)
+    found = read_name(text)
+    return None if found is None else WeightFormat(*found)
