@@ -81,7 +81,7 @@ class _Targets:
 
     def __init__(self, model: nn.Module, wanted: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
         self._wanted, self._dtype = wanted, dtype
-        plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda _: {})(dtype)
+        plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)  # type: ignore[operator]
         self._plan = [(re.compile(pattern.replace("*", ".*")), kept) for pattern, kept in plan.items()]
         self._buffers = {name for name, _ in model.named_buffers()}
 
