@@ -13,7 +13,7 @@ from torch import nn
 
 from offload.budgets import Size, parse_resident, resolve
 from offload.checkpoint import find, open_checkpoint
-from offload.errors import UsageError
+from offload.errors import StrictError, UsageError
 from offload.finetune.accelerator import Accelerator
 from offload.finetune.assemble_full import assemble_full
 from offload.finetune.assemble_lora import assemble_lora
@@ -146,6 +146,9 @@ def finetuning(
         )  # fmt: skip
     kind = accelerator.kind if accelerator is not None else "cpu"
     share = parse_share(update_share, method=method, has_device=accelerator is not None, rule=rule, kind=kind)
+    why = why_not_on(rule, kind) if update_share == AUTO else None
+    if why is not None and strict:
+        raise StrictError(f'update_share="auto": {why}; strict mode forbids that the CPU makes all updates. Say 0')
     engine = Engine(io, strict=strict)
     try:
         if method == "lora":
@@ -178,7 +181,7 @@ def finetuning(
             wishes=wishes, tokens=tokens, offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite,
             accelerator=accelerator, update_share=share, dtype=dtype, model_kwargs=model_kwargs,
         )  # fmt: skip
-        if update_share == AUTO and (why := why_not_on(rule, kind)) is not None:
+        if why is not None:
             trainer.note(why)
         return trainer
     except BaseException:

@@ -136,12 +136,13 @@ class Trainer:
             learning_rate: of this step.
 
         Raises:
-            UsageError: there is no label in any of them.
+            UsageError: there is no label in any of them, or a batch is not what the model is called with.
             ModelError: the gradient is not finite. The state on disk is the last commit's.
         """
         self._check()
         began, before = time.perf_counter(), self._engine.statistics()
         batches = [batch] if isinstance(batch, Mapping) else list(batch)
+        self._check_batches(batches)
         counts = [_labels_of(b) for b in batches]
         learnt = [(b, n) for b, n in zip(batches, counts, strict=True) if n]
         total = sum(counts)
@@ -272,6 +273,14 @@ class Trainer:
             return loss
 
         return loss
+
+    def _check_batches(self, batches: Sequence[object]) -> None:
+        """Refuses what would fail in the middle of a step, after which nothing more may come of the trainer."""
+        for batch in batches:
+            if not isinstance(batch, Mapping):
+                raise UsageError(f"a batch is a {type(batch).__name__}; give a dictionary with input_ids and labels")
+            if hasattr(self._root, "config") and batch.get("labels") is None:
+                raise UsageError(f"a batch has {', '.join(batch) or 'nothing'} and no labels, so there is no loss")
 
     def _check(self) -> None:
         if self._is_closed:

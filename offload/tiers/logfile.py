@@ -51,7 +51,11 @@ class LogFile:
                 f"the training state cannot be kept here: {error.strerror}", path=str(folder), errno=error.errno
             ) from error
         try:
-            lock(self._lock, folder, f"another process trains with the state in {folder}; name another offload_dir")
+            lock(
+                self._lock,
+                folder,
+                f"another process or trainer works on the state in {folder}; name another offload_dir",
+            )
             commit = None if overwrite else read_commit(folder)
             if commit is not None and not resume:
                 raise UsageError(

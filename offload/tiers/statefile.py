@@ -249,7 +249,7 @@ def open_state(
             f"the training state cannot be kept here: {error.strerror}", path=str(path), errno=error.errno
         ) from error
     try:
-        lock(fd, path, f"another process trains with the state in {folder}; name another offload_dir")
+        lock(fd, path, f"another process or trainer works on the state in {folder}; name another offload_dir")
         commit = read_commit(folder) if not overwrite else None
         if commit is not None and not resume:
             raise UsageError(

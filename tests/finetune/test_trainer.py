@@ -155,3 +155,15 @@ def test_models_that_cannot_be_trained_are_refused(kind: Any, words: str, tmp_pa
         pytest.raises(offload.ModelError, match=words),
     ):
         mine.step({"x": torch.ones(2, 8)})
+
+
+def test_a_batch_that_makes_no_sense_costs_nothing(tmp_path: Path) -> None:
+    (batch,) = batches(1, 1)
+    with trainer(tmp_path) as mine:
+        with pytest.raises(offload.UsageError, match="a batch is a Tensor; give a dictionary"):
+            mine.step([batch["input_ids"]])
+        with pytest.raises(offload.UsageError, match="a batch has input_ids and no labels"):
+            mine.step({"input_ids": batch["input_ids"]})
+        with pytest.raises(offload.UsageError, match="a batch is a Tensor"):
+            mine.step(batch["input_ids"])
+        assert mine.step(batch).loss > 0

@@ -187,3 +187,10 @@ def test_what_cannot_be_is_said(options: dict[str, Any], why: str, tmp_path: Pat
         options = options | {"gpu_memory": "1GiB"}
     with pytest.raises(offload.UsageError, match=why):
         offload.finetuning(tmp_path, offload_dir=tmp_path / "state", **options)
+
+
+def test_strict_refuses_updates_that_a_card_cannot_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload.finetune.finetuning.why_not_on", lambda rule, kind: "Triton is missing")
+    given: dict[str, Any] = {"device": "emulated", "gpu_memory": "1GiB", "offload_dir": tmp_path / "state"}
+    with pytest.raises(offload.StrictError, match=r"Triton is missing; strict mode forbids .* Say 0"):
+        offload.finetuning(tmp_path, strict=True, **given)
