@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,17 @@ def test_the_clock_finds_the_updates_in_the_time_of_the_closed_form(clips: bool,
     assert alone >= 0.99 * seconds_per_param(0.0, params_per_s, bytes_per_s)
     assert shared >= 0.99 * seconds_per_param(0.5, params_per_s, bytes_per_s)
     assert shared < 0.85 * alone
+
+
+def test_cells_that_travel_come_back_to_their_ring_behind_their_slot_on_the_device() -> None:
+    """Where nothing is written back, a cell's slot goes back once the device's has."""
+    order = [replace(unit(f"u{k}", stays_there=False, going_up=2), stays=False) for k in range(8)]
+    schedule = emit_training(order, None, clips=False, is_due=False, reads="masters", holds_there=True)
+    found = step_cost(
+        schedule, preset("cpu-ddr5-nvme4"), slots={"device": 3, "device state": 4, "cells": 3}, forward_s={},
+        backward_s={}, update_s=lambda step: 0.0, crossing_s=lambda nbytes: nbytes / 16e9,
+    )  # fmt: skip
+    assert found.seconds > 0
 
 
 def test_a_share_is_chosen_where_it_pays(tmp_path: Path) -> None:

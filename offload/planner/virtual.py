@@ -109,10 +109,12 @@ class Clock:
         self._slots, self._between, self._waking = dict(slots), between_s, waking_s
         sharing = sharing or Sharing()
         releases: dict[int, list[str]] = {}
+        ends: dict[int, int] = {}  # release -> what it follows, since it takes no time itself: one may follow another
         for step in schedule:
-            if isinstance(step, Release) and step.ring in slots:
-                releases.setdefault(step.after[0], []).append(step.ring)
-        ends = {step.index: step.after[0] for step in schedule if isinstance(step, Release)}  # takes no time itself
+            if isinstance(step, Release):
+                ends[step.index] = end = ends.get(step.after[0], step.after[0])
+                if step.ring in slots:
+                    releases.setdefault(end, []).append(step.ring)
         lanes: dict[str, list[Step]] = {name: [] for name in NAMES}
         for step in schedule:
             if lane := lane_of(step):
