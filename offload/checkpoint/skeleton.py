@@ -26,7 +26,7 @@ def read_config(directory: Path) -> Any:
     check_config(directory)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, TypeError) as error:  # TypeError: a file that is no table
         raise CheckpointError(
             f"{directory}/config.json cannot be used: {error}. Models with code of their own "
             "(trust_remote_code) are not run; build the module yourself and use offload.wrap"
