@@ -213,6 +213,11 @@ def test_two_loads_in_one_process(checkpoint: Path) -> None:
         assert torch.equal(second(ids).logits, first(ids).logits)
 
 
+def test_a_misspelt_argument_is_named(checkpoint: Path) -> None:
+    with pytest.raises(offload.UsageError, match="cpu_memroy is an option neither of offload nor"):
+        offload.load(checkpoint, cpu_memroy="1GiB")
+
+
 def test_transformers_spellings(checkpoint: Path, tmp_path: Path) -> None:
     memory = {"cpu": "4GiB"}
     with offload.load(

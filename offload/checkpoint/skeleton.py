@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,12 @@ def build(config: Any, dtype: torch.dtype, **kwargs: Any) -> nn.Module:
 
     Raises:
         CheckpointError: transformers has no class for it.
+        UsageError: it does not know one of kwargs.
     """
     import transformers
 
     causal = transformers.AutoModelForCausalLM
-    with _parameters_on_meta():
+    with _known(kwargs), _parameters_on_meta():
         if type(config) in causal._model_mapping:
             model = causal.from_config(config, dtype=dtype, **kwargs)
         else:
@@ -84,6 +85,18 @@ def build(config: Any, dtype: torch.dtype, **kwargs: Any) -> nn.Module:
                 )
             model = cls._from_config(config, dtype=dtype, **kwargs)
     return model.eval()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _known(kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """A misspelt option of ours ends up with transformers: says so in place of its TypeError."""
+    try:
+        yield
+    except TypeError as error:
+        unknown = [name for name in kwargs if f"unexpected keyword argument '{name}'" in str(error)]
+        if not unknown:
+            raise
+        raise UsageError(f"{unknown[0]} is an option neither of offload nor of the model in transformers") from error
 
 
 @contextmanager
