@@ -102,6 +102,7 @@ def train_and_kill(model: Path, folder: Path, seed: int, kills: int) -> None:
         child = os.fork()
         if child == 0:
             try:
+                torch.set_num_threads(1)  # makes torch's pool anew here: two threads at once would fail
                 if k is not None:
                     arm(k)
                 train(model, folder)
