@@ -225,13 +225,18 @@ def probe(
     json: Json = False,
 ) -> None:
     """Measure this machine once: what plans rest on. Shows what was measured before unless told to measure anew."""
-    from offload.commands.probe import execute, forget_runs
+    from offload.commands.early import check_probe
     from offload.errors import UsageError
 
     if forget:
+        from offload.commands.probe import forget_runs
+
         raise typer.Exit(forget_runs(model))
     if quick and full:
         raise UsageError("--quick and --full were both given; give one of them")
+    check_probe(model, weights, offload_dir, out)
+    from offload.commands.probe import execute  # needs torch
+
     effort = "quick" if quick else "full" if full else None
     raise typer.Exit(execute(model, effort, offload_dir, weights, out, as_json=json))
 
@@ -247,7 +252,10 @@ def bench_plan(
     json: Json = False,
 ) -> None:
     """Predict a grid of runs, then measure them: how far predictions and chosen plans are from the truth."""
-    from offload.commands.bench import execute
+    from offload.commands.early import check_bench
+
+    check_bench(out, cells, folder, regret)
+    from offload.commands.bench import execute  # needs torch
 
     raise typer.Exit(execute(out, cells, folder, regret, as_json=json))
 

@@ -14,8 +14,9 @@ from forks import Forks
 from models import MODELS
 
 import offload
-from offload.checkpoint.manifest import MANIFEST
+from offload.checkpoint.finding import MANIFEST
 from offload.cli import main
+from offload.commands.early import check_pack
 from offload.io.safetensors import read_checkpoint
 from offload.kernels.formats.form import ALIGNMENT
 from offload.tiers.sink import Sink
@@ -89,6 +90,8 @@ def test_too_small_a_disk_is_refused_first(checkpoint: Path, tmp_path: Path, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 1 << 40, 1000))  # type: ignore[attr-defined]
     with pytest.raises(offload.StorageError, match="needs about"):
         offload.pack(checkpoint, tmp_path / "out")
+    with pytest.raises(offload.StorageError, match="needs about"):
+        check_pack(str(checkpoint), str(tmp_path / "out" / "below"), "int4", "threads")
     assert not (tmp_path / "out").exists()
 
 

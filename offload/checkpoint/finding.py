@@ -7,6 +7,8 @@ from pathlib import Path
 
 from offload.errors import CheckpointError
 
+MANIFEST = "offload.json"  # of a packed checkpoint
+
 
 def find(model: str | os.PathLike[str]) -> Path:
     """The folder of a model: a path, or a hub id that is looked up in the cache and then downloaded.

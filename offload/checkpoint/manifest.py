@@ -16,6 +16,7 @@ import msgspec
 import torch
 
 from offload.checkpoint.conversion import stored_dtype
+from offload.checkpoint.finding import MANIFEST
 from offload.errors import CheckpointError, UsageError
 from offload.io.safetensors import Entry
 from offload.kernels.formats.form import ALIGNMENT, KINDS, Form
@@ -23,7 +24,6 @@ from offload.kernels.formats.names import GROUPS
 from offload.kernels.formats.weights import WeightFormat
 from offload.tiers.layout import Piece, Source
 
-MANIFEST = "offload.json"
 METHOD = "offload"  # quant_method in config.json
 VERSION = 1
 _MOST_NBYTES = 64 << 20

@@ -17,9 +17,11 @@ import torch
 
 from offload.checkpoint import open_checkpoint
 from offload.checkpoint.conversion import DTYPES
-from offload.checkpoint.manifest import MANIFEST, METHOD, VERSION, Manifest, PackedTensor
+from offload.checkpoint.finding import MANIFEST
+from offload.checkpoint.manifest import METHOD, VERSION, Manifest, PackedTensor
 from offload.checkpoint.packable import packable
-from offload.errors import StorageError, UsageError
+from offload.checkpoint.target import check_target
+from offload.errors import StorageError
 from offload.io.engine import Engine
 from offload.io.extents import ALIGNMENT
 from offload.kernels.chosen import Kernels
@@ -32,7 +34,7 @@ from offload.tiers.packing import error_of, pack_into
 from offload.tiers.sink import Sink
 from offload.tiers.transit import Put
 from offload.tiers.wholes import bring_wholes
-from offload.units import MIB, format_bytes
+from offload.units import MIB
 
 WORTH = 0.9  # of a matrix's plain bytes: one that does not get smaller than this stays as it is
 _SMALL_FILE = 64 * MIB  # tokenizers and the like; weights in other formats are larger
@@ -73,21 +75,18 @@ def pack_checkpoint(
         UsageError: `out` has something in it, or the checkpoint is packed already.
         StorageError: no room, or the disk failed. Nothing is left behind then, and nothing after a kill.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists already; name a folder that does not, or an empty one")
-    if (directory / MANIFEST).is_file():
-        raise UsageError(f"{directory} is packed already; pack the checkpoint that it was made from")
+    check_target(directory, out, 0)
     opened = open_checkpoint(directory, engine)
     began = time.perf_counter()
     names = list(packable(opened.anatomy, opened.sources, opened.model.config, format, blocks_only=False))
     kernels = Kernels("cpu", exact=False)
+    check_target(directory, out, _expected_nbytes(opened.sources, names, format))
     is_new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"the folder cannot be made: {error.strerror}", path=str(out), errno=error.errno) from error
     try:
-        _check_room(out, _expected_nbytes(opened.sources, names, format))
         buffers = {n: b for n, b in opened.model.state_dict().items() if n not in opened.sources and not b.is_meta}
         writer = _Writer(opened.sources, names, format, kernels)
         report = writer.write(out, engine, buffers, progress)
@@ -207,16 +206,6 @@ def _expected_nbytes(sources: dict[str, Source], names: list[str], format: Weigh
     """What will be written, about: a matrix of unusual weights takes more."""
     packed = set(names)
     return sum(min(s.nbytes, format.form(s.shape).nbytes) if n in packed else s.nbytes for n, s in sources.items())
-
-
-def _check_room(out: Path, need: int) -> None:
-    free = shutil.disk_usage(out).free
-    if need > free:
-        raise StorageError(
-            f"packing needs about {format_bytes(need)} but {format_bytes(free)} are free; free some space or name "
-            "another folder",
-            path=str(out),
-        )
 
 
 def _copy_small_files(directory: Path, out: Path) -> None:

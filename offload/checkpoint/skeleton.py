@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.checkpoint.finding import check_config
-from offload.checkpoint.manifest import MANIFEST
+from offload.checkpoint.finding import MANIFEST, check_config
 from offload.errors import CheckpointError, UsageError
 
 

@@ -15,25 +15,20 @@ from offload.bench.ledger import Ledger
 from offload.bench.page import page
 from offload.bench.planning import PlanBench
 from offload.bench.scores import scores
-from offload.errors import UsageError
+from offload.commands.early import beside
 
 
 def execute(output: str, cells: int | None, folder: str | None, regrets: int, *, as_json: bool) -> int:
     """Runs what is left of the grid and writes three files: OUTPUT.jsonl, OUTPUT.json and OUTPUT.md.
 
     Raises:
-        UsageError: numbers that make no sense, or files of something else.
+        UsageError: files of something else.
     """
-    if cells is not None and cells < 4:
-        raise UsageError(f"--cells {cells}: at least 4, of which some are held out")
-    if regrets < 0:
-        raise UsageError(f"--regret {regrets}: a number of cells from 0")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     chosen = grid() if cells is None else some(grid(), cells)
     stem = Path(output)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(_with(stem, ".jsonl"))
+    ledger = Ledger(beside(stem, ".jsonl"))
     where = Path(folder) if folder is not None else Path(tempfile.gettempdir()) / "offload-bench"
     where.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True, quiet=as_json)
@@ -46,14 +41,10 @@ def execute(output: str, cells: int | None, folder: str | None, regrets: int, *,
 
         PlanBench(cells=chosen, models=MODELS, folder=where, ledger=ledger, regrets=regrets, progress=show).run()
     found = scores(ledger, chosen)
-    _with(stem, ".json").write_text(json.dumps(found, indent=1) + "\n")
-    _with(stem, ".md").write_text(page(found))
+    beside(stem, ".json").write_text(json.dumps(found, indent=1) + "\n")
+    beside(stem, ".md").write_text(page(found))
     if as_json:
         print(json.dumps(found))
     else:
         print(page(found))
     return 0
-
-
-def _with(stem: Path, suffix: str) -> Path:
-    return stem.with_name(stem.name + suffix)

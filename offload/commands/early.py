@@ -11,16 +11,17 @@ from rich.console import Console
 
 from offload.checkpoint import find
 from offload.checkpoint.finding import check_config
+from offload.checkpoint.target import check_target
 from offload.commands.bar import bar
 from offload.commands.generate_options import GenerateRequest
-from offload.commands.options import check_backend, check_folder
+from offload.commands.options import check_backend, check_folder, check_place
 from offload.commands.run_options import RunRequest
 from offload.errors import UsageError
 from offload.finetune.config import Config
 from offload.finetune.files import DataFiles, index_data
 from offload.finetune.reading import read_config
 from offload.io.checkpoint import read_checkpoint
-from offload.kernels.formats.names import read_name
+from offload.kernels.formats.names import BITS, read_name
 from offload.plan import load_plan
 from offload.tiers.names import OWN, check_name, parse_link
 
@@ -100,12 +101,49 @@ def check_pack(model: str, out: str, weights: str, io: str) -> None:
     """The model's folder, what is to be made of it, and the place for it.
 
     Raises:
+        UsageError, CheckpointError, StorageError: see offload.errors.
+    """
+    form = read_name(weights)
+    check_backend(io)
+    check_folder("OUT", out)
+    params = read_checkpoint(directory := find_model(model)).params
+    check_target(directory, Path(out), params * BITS[form[0]] // 8 if form is not None else 0)
+
+
+def check_probe(model: str | None, weights: str | None, offload_dir: str | None, out: str | None) -> None:
+    """What is measured: the model's files, a format, the disk of a folder; and the place for the profile.
+
+    Raises:
         UsageError, CheckpointError: see offload.errors.
     """
     read_name(weights)
-    check_backend(io)
-    check_folder("OUT", out)
-    read_checkpoint(find_model(model))
+    if offload_dir is not None and not Path(offload_dir).is_dir():
+        raise UsageError(f"--offload-dir {offload_dir} is no folder; make it, or name another on the same disk")
+    if out is not None:
+        check_place("-o", out)
+    if model is not None:
+        read_checkpoint(find_model(model))
+
+
+def check_bench(output: str, cells: int | None, folder: str | None, regrets: int) -> None:
+    """The places of what a benchmark writes, and its numbers.
+
+    Raises:
+        UsageError: one of them cannot be.
+    """
+    if cells is not None and cells < 4:
+        raise UsageError(f"--cells {cells}: at least 4, of which some are held out")
+    if regrets < 0:
+        raise UsageError(f"--regret {regrets}: a number of cells from 0")
+    for suffix in (".jsonl", ".json", ".md"):
+        check_place("-o", beside(Path(output), suffix))
+    if folder is not None:
+        check_folder("--folder", folder)
+
+
+def beside(stem: Path, suffix: str) -> Path:
+    """The file that has a suffix more."""
+    return stem.with_name(stem.name + suffix)
 
 
 def find_model(model: str) -> Path:

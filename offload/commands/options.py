@@ -99,18 +99,23 @@ def check_backend(name: str) -> None:
         raise UsageError(f"--io {name} cannot be used here: {reason}; use --io threads")
 
 
-def check_place(option: str, file: str | Path) -> None:
+def check_place(option: str, file: str | Path, *, replaces: bool = False) -> None:
     """Whether a file can be made there.
+
+    Args:
+        replaces: it is written beside the old one, whose name it takes.
 
     Raises:
         UsageError: there is no such folder, or it cannot be written.
     """
     path = Path(file)
     if not path.parent.is_dir():
-        raise UsageError(f"{option} {path}: there is no folder {path.parent}")
+        raise UsageError(f"{option} {path}: there is no folder {path.parent}; make it, or name another")
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder; name a file in it")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if replaces and path.exists() and not path.is_file():
+        raise UsageError(f"{option} {path} is no plain file, and would be replaced by one; name another")
+    if not os.access(path if path.exists() and not replaces else path.parent, os.W_OK):
         raise UsageError(f"{option} {path} cannot be written; name another")
 
 

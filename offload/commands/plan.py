@@ -12,6 +12,7 @@ from offload.budgets import parse_resident, resolve
 from offload.checkpoint import find
 from offload.checkpoint.numbers import numbers
 from offload.commands.early import Early, check
+from offload.commands.options import check_place
 from offload.commands.plan_options import PlanRequest
 from offload.commands.plan_text import show
 from offload.errors import UsageError
@@ -51,6 +52,8 @@ def execute(request: PlanRequest) -> int:
             f"{request.overrides[0]!r} is laid over a fine-tuning configuration, and {request.model} is none (a .yaml "
             "file); of a model, options say what to plan for: see offload plan --help"
         )
+    if request.output is not None:
+        check_place("-o", request.output, replaces=True)
     plan = plan_of(request)
     if request.output is not None:
         save(_saved(plan, request), request.output)

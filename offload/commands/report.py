@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from offload.commands.options import check_place
 from offload.errors import UsageError
 from offload.report import page, read_run, read_trace
 from offload.units import format_bytes
@@ -12,6 +13,7 @@ from offload.units import format_bytes
 
 def execute(run: str, trace: str | None, out: str) -> int:
     """Writes the page; returns the exit status. Errors are raised."""
+    check_place("-o", out, replaces=True)
     text = page(read_run(run), read_trace(trace) if trace is not None else None).encode()
     target = Path(out)
     part = target.with_name(target.name + ".part")

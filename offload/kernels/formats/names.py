@@ -7,6 +7,7 @@ import re
 from offload.errors import UsageError
 
 GROUPS = (32, 64, 128)
+BITS = {"lossless": 12, "int8": 8, "int4": 4}  # of a weight, without scales and the like
 _NAME = re.compile(r"(lossless|int8|int4)(?:-(\d+))?(-symmetric)?")
 
 
