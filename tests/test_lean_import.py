@@ -145,6 +145,7 @@ def test_what_is_wrong_with_a_command_is_said_before_torch_is_loaded(tmp_path: P
         (("finetune", config, "model=/no/model"), "not a folder"),
         (("finetune", config, f"model={tmp_path / 'bare'}"), "no config.json"),
         (("finetune", config, "budgets.device=tpu"), "not known"),
+        (("finetune", config, "train.optim=adafactory"), "did you mean adafactor? There are adamw, "),
         (("finetune", config, "budgets.link=8GB/s"), "this machine's own"),
         (("finetune", config, f"train.output_dir={a_file}/out"), "is a file"),
     ]

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from offload.errors import BudgetError, ModelError, UsageError
+from offload.errors import BudgetError, ModelError
 from offload.finetune.accelerator import Accelerator
 from offload.finetune.activations import prepare, press
 from offload.finetune.choice import Choice
-from offload.finetune.memory import ACTIVATIONS, Wishes, plan_first
+from offload.finetune.memory import Wishes, plan_first
 from offload.finetune.subject import Subject
 from offload.finetune.trainer import Trainer
 from offload.io.engine import Engine
@@ -75,10 +75,6 @@ def assemble(
         raise ModelError(f"parameters in {', '.join(strange)} cannot be trained; load the model as bfloat16 or float32")
     if not parameters:
         raise ModelError("the model has no parameters, so there is nothing to train")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise UsageError(f"max_grad_norm={max_grad_norm}: give a positive number, or None for no clipping")
-    if wishes.activations not in ACTIVATIONS:
-        raise UsageError(f"activations={wishes.activations!r} is not known; there are {', '.join(ACTIVATIONS)}")
     loose = [n for n in anatomy.loose if n in parameters]
     groups = {u.name: u.tensors for u in anatomy.units} | ({LOOSE: tuple(loose)} if loose else {})
     layouts = [

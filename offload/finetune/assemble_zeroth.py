@@ -10,7 +10,7 @@ from typing import Any
 
 from offload.checkpoint import Opened
 from offload.checkpoint.fingerprint import fingerprint
-from offload.errors import ModelError, UsageError
+from offload.errors import ModelError
 from offload.finetune.assemble import DTYPES
 from offload.finetune.export import export_checkpoint
 from offload.finetune.room import check_there, place_beside, spec_of, step_nbytes
@@ -55,12 +55,6 @@ def assemble_zeroth(
     Args:
         device: makes where the model computes, given bytes for weights there.
     """
-    if not eps > 0:
-        raise UsageError(f"eps={eps}: weights are moved by a positive distance")
-    if write_every is not None and write_every < 1:
-        raise UsageError(f"zo_write_every={write_every}: give a number of steps from 1 on, or None")
-    if not 0 <= sparsity < 1:
-        raise UsageError(f"zo_sparsity={sparsity}: give the share of weights that do not move, from 0 to below 1")
     root, sources = opened.model, opened.sources
     strange = sorted({str(s.dtype) for s in sources.values() if s.dtype not in DTYPES})
     if strange:

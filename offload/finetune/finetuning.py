@@ -15,6 +15,7 @@ from offload.budgets import Size, parse_resident, resolve
 from offload.checkpoint import find, open_checkpoint
 from offload.errors import StrictError, UsageError
 from offload.finetune.accelerator import Accelerator
+from offload.finetune.arguments import check_arguments
 from offload.finetune.assemble_full import assemble_full
 from offload.finetune.assemble_lora import assemble_lora
 from offload.finetune.assemble_zeroth import assemble_zeroth
@@ -117,8 +118,11 @@ def finetuning(
     Raises:
         BudgetError, CheckpointError, ModelError, StorageError, UsageError: see offload.errors.
     """
-    if method not in ("full", "lora", "zo"):
-        raise UsageError(f"method={method!r} is not known; there are full, lora and zo")
+    check_arguments(
+        lora, method=method, zo_eps=zo_eps, zo_write_every=zo_write_every, zo_sparsity=zo_sparsity, optimizer=optimizer,
+        learning_rate=learning_rate, max_grad_norm=max_grad_norm, weight_decay=weight_decay, betas=betas, eps=eps,
+        update_share=update_share, seed=seed, tokens=tokens, micro_batches=micro_batches, activations=activations,
+    )  # fmt: skip
     if lora is not None and method != "lora":
         raise UsageError(f'lora= was given, but method={method!r}; say method="lora"')
     if method == "zo" and activations != "auto":
@@ -155,13 +159,9 @@ def finetuning(
             if isinstance(model, nn.Module):
                 raise UsageError('method="lora" takes a checkpoint: a folder or a hub id')
             opened = open_checkpoint(find(model), engine, dtype=dtype, **model_kwargs)
-            try:
-                wanted = Lora(**(lora or {}))
-            except TypeError as error:
-                known = "r, lora_alpha, lora_dropout, target_modules"
-                raise UsageError(f"lora={dict(lora or {})}: known are {known}") from error
             return assemble_lora(
-                opened, wanted, rule, engine, kernels, learning_rate=learning_rate, max_grad_norm=max_grad_norm,
+                opened, Lora(**(lora or {})), rule, engine, kernels,
+                learning_rate=learning_rate, max_grad_norm=max_grad_norm,
                 budgets=replace(budgets, resident=wishes.weights), wishes=replace(wishes, weights=None), tokens=tokens,
                 micro_batches=micro_batches,
                 offload_dir=Path(offload_dir), seed=seed, resume=resume, overwrite=overwrite, accelerator=accelerator,

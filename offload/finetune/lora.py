@@ -37,12 +37,6 @@ class Lora:
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] = "all-linear"
 
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise UsageError(f"r={self.r}: the rank of adapters is at least 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise UsageError(f"lora_dropout={self.lora_dropout} is not a share from 0 to 1")
-
     @property
     def adds(self) -> str:
         """What adapters compute: trained ones are of no use with another."""

@@ -24,7 +24,6 @@ NEAR = 0.75  # of the budget
 RESERVE = 0.25  # of the budget: for activations, before they are measured
 HOLES = 0.35  # of graphs: memory between their tensors that nothing fits into; 0.31 as measured with glibc 2.36
 UNLIMITED = 1 << 62
-ACTIVATIONS = ("auto", "keep", "recompute", "disk")
 
 
 @dataclass(frozen=True, slots=True)

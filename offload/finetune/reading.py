@@ -55,7 +55,7 @@ def make_config(values: dict[str, Any], where: str = "configuration") -> Config:
         UsageError: see read_config; the message begins with `where`.
     """
     for key in _keys(values, Config, ()):
-        _check_key(key, where)
+        check_key(key, where)
     try:
         return msgspec.convert(values, Config, strict=False)  # YAML reads 1e-5 as a text, which strict would refuse
     except msgspec.ValidationError as error:
@@ -78,7 +78,7 @@ def _lay_over(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UsageError(f"{override!r} is not an override; write it like train.learning_rate=2e-5")
-    _check_key(key, "override")
+    check_key(key, "override")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -103,7 +103,7 @@ def _keys(values: dict[Any, Any], section: type[Section], prefix: tuple[str, ...
             yield ".".join(path)
 
 
-def _check_key(key: str, where: str) -> None:
+def check_key(key: str, where: str) -> None:
     known = list(known_keys())
     sections = {k.partition(".")[0] for k in known if "." in k}
     if key in known or key in sections:
@@ -120,13 +120,30 @@ def _check_key(key: str, where: str) -> None:
     raise UsageError(f"{where}: {key} is not known; {hint}")
 
 
-def _words(key: str) -> tuple[str, ...]:
-    """What a key may say, where it takes one of a few words, or a number instead."""
+def check_value(name: str, value: Any, kind: Any) -> None:
+    """Whether a value is of a kind, as fields of the configuration have one.
+
+    Raises:
+        UsageError: it is not; says what `name` may be.
+    """
+    try:
+        msgspec.convert(value.item() if hasattr(value, "item") else value, kind)  # a number of numpy is one
+    except msgspec.ValidationError as error:
+        raise UsageError(_said(name, f"{name}={value!r}", str(error).partition(" - at ")[0], kind)) from None
+
+
+def _kind(key: str) -> Any:
+    """Of a dotted key; None where there is none."""
     kind: Any = Config
     for part in key.split("."):
         kind = next((f.type for f in msgspec.structs.fields(kind) if f.encode_name == part), None)
         if not (isinstance(kind, type) and issubclass(kind, Section)):
             break
+    return kind
+
+
+def _words(kind: Any) -> tuple[str, ...]:
+    """Those of a kind that is one of a few words, or a number instead."""
     parts = [a for part in get_args(kind) for a in (get_args(part) or (part,))]
     return tuple(a for a in parts if isinstance(a, str)) + ("a number",) * (float in parts or int in parts)
 
@@ -137,7 +154,18 @@ def _plain(message: str) -> str:
     text, key = (found[1], found[2]) if found else (message, "")
     if missing := re.fullmatch(r"Object missing required field `(\w+)`", text):
         return f"{key + '.' if key else ''}{missing[1]} is missing"
-    text = text.replace("`", "")
-    if text.startswith("Invalid enum value") and (words := _words(key)):
-        text += f"; there are {', '.join(words)}"
-    return f"{key}: {text[0].lower() + text[1:]}" if key else text
+    return _said(key, key, text, _kind(key))
+
+
+def _said(name: str, place: str, text: str, kind: Any) -> str:
+    """One sentence of msgspec about a value; of a word that is not known, with the words that are.
+
+    Args:
+        place: how to name what it is about, where the sentence does not have the value.
+    """
+    text, words = text.replace("`", ""), _words(kind)
+    if words and (unknown := re.fullmatch("Invalid enum value (.*)", text)):
+        near = difflib.get_close_matches(unknown[1].strip("'"), words, 1, 0.5)
+        hint = f"did you mean {near[0]}? There are" if near else "there are"
+        return f"{name}={unknown[1]} is not known; {hint} {', '.join(words)}"
+    return f"{place}: {text[0].lower() + text[1:]}" if place else text

@@ -23,13 +23,12 @@ def parse_share(
         kind: of the accelerator's kernels: cpu, cuda.
 
     Raises:
-        UsageError: it is no share, or one was asked for that cannot be; says why.
+        UsageError: one was asked for that cannot be; says why.
     """
     why = why_not_there(rule) or why_not_on(rule, kind)
     if asked == AUTO:
         return None if method == "full" and has_device and why is None else 0.0
-    if isinstance(asked, str) or not 0 <= asked <= 1:
-        raise UsageError(f'update_share={asked!r}: give "auto" or a share of the updates from 0 to 1')
+    asked = float(asked)
     if not asked:
         return 0.0
     if not has_device:
@@ -41,7 +40,7 @@ def parse_share(
     if why is not None:
         other = ", or take adamw" if why_not_there(rule) else ""
         raise UsageError(f'update_share={asked:g}: {why}. Say 0 or "auto"{other}')
-    return float(asked)
+    return asked
 
 
 def likely_shares(rule: Optimizer, profile: Profile, accelerator: Accelerator) -> tuple[float, ...]:

@@ -89,7 +89,7 @@ def test_copies_of_the_model_on_the_way(config: Path, tmp_path: Path) -> None:
         ("data.format=text", 1, "chat.jsonl:1: lacks 'text'"),
         ("data.max_length=3", 2, "nothing of the training data can be learnt"),
         ("train.lerning_rate=1", 2, "did you mean train.learning_rate?"),
-        ("method=qlora", 2, "invalid enum value 'qlora'; there are full, lora, zo"),
+        ("method=qlora", 2, "method='qlora' is not known; did you mean lora? There are full, lora, zo"),
         ("budgets.activations=none", 2, "there are auto, keep, recompute, disk"),
         ("budgets.cpu_memory=4", 2, 'cpu_memory=4 means 4 bytes; did you mean "4GiB"?'),
         ("model=/nowhere", 1, "is not a folder"),

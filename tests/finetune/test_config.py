@@ -5,14 +5,20 @@ from __future__ import annotations
 import ast
 import inspect
 from pathlib import Path
+from typing import Any, get_args
 
 import msgspec
+import numpy as np
 import pytest
 
+import offload
 from offload.errors import UsageError
 from offload.finetune import config as sections
+from offload.finetune.arguments import KINDS, check_arguments
 from offload.finetune.config import Config, Section
 from offload.finetune.reading import ELSEWHERE, known_keys, make_config, read_config
+from offload.finetune.schedules import SCHEDULES
+from offload.optim import OPTIMIZERS
 
 WRITTEN = """
 model: path-or-hub-id
@@ -65,12 +71,14 @@ def test_overrides(path: Path) -> None:
         ("train.adam_beta1=1", "train.adam_beta1: expected float < 1"),
         ("train.gradient_accumulation_steps=0", "gradient_accumulation_steps: expected int >= 1"),
         ("train.warmup_steps=-1", "train.warmup_steps: expected float >= 0"),
-        ("train.lr_scheduler_type=cosinus", "known are constant, constant_with_warmup, linear, cosine"),
-        ("data.format=csv", "data.format: invalid enum value 'csv'"),
+        ("train.lr_scheduler_type=cosinus", r"='cosinus' is not known; did you mean cosine\? There are constant"),
+        ("data.format=csv", "data.format='csv' is not known; there are auto, messages"),
         ("zo.sparcity=0.5", r"did you mean zo.sparsity\?"),
         ("zo.sparsity=1", "zo.sparsity: expected float < 1"),
-        ("method=half", "method: invalid enum value 'half'"),
-        ("budgets.update_share=most", "update_share: invalid enum value 'most'; there are auto, a number"),
+        ("method=half", "method='half' is not known; there are full, lora, zo"),
+        ("budgets.update_share=most", "update_share='most' is not known; there are auto, a number"),
+        ("train.optim=adamw_8bits", r"='adamw_8bits' is not known; did you mean adamw_8bit\? There are adamw, "),
+        ("train.optim=3", "train.optim: expected str, got int"),
         ("budgets.update_share=2", "update_share: expected float <= 1"),
         ("budgets.cpu_memory=lots", "budgets: cpu_memory='lots' is not a size"),
         ("budgets.cpu_memory=-5", "not a size"),
@@ -80,6 +88,44 @@ def test_overrides(path: Path) -> None:
 def test_what_errors_say(path: Path, override: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         read_config(path, [override])
+
+
+def test_choices_are_what_there_is() -> None:
+    kinds = {f.name: f.type for f in msgspec.structs.fields(sections.Train)}
+    assert list(get_args(kinds["optim"])) == list(OPTIMIZERS)
+    assert list(get_args(kinds["lr_scheduler_type"])) == list(SCHEDULES)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"learning_rate": -1}, "learning_rate=-1: expected float > 0"),
+        ({"learning_rate": None}, "learning_rate=None: expected float, got null"),
+        ({"optimizer": "adamv"}, r"optimizer='adamv' is not known; did you mean adamw\?"),
+        ({"method": None}, "method=None: expected str"),
+        ({"betas": (0.9, 1)}, "expected float < 1"),
+        ({"betas": 0.9}, "expected array"),
+        ({"eps": 0}, "eps=0: expected float > 0"),
+        ({"weight_decay": -1}, "weight_decay=-1: expected float >= 0"),
+        ({"max_grad_norm": 0}, "max_grad_norm=0: expected float > 0"),
+        ({"seed": "x"}, "seed='x': expected int, got str"),
+        ({"tokens": 0}, "tokens=0: expected int >= 1"),
+        ({"micro_batches": 0}, "micro_batches=0: expected int >= 1"),
+        ({"update_share": 2}, "update_share=2: expected float <= 1"),
+        ({"activations": "kept"}, r"activations='kept' is not known; did you mean keep\?"),
+        ({"method": "zo", "zo_eps": -1.0}, "zo_eps=-1.0: expected float > 0"),
+        ({"method": "zo", "zo_write_every": 0}, "zo_write_every=0: expected int >= 1"),
+    ],
+)
+def test_arguments_are_held_to_the_same_rules(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        offload.finetuning("no/model", **given)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    known = inspect.signature(offload.finetuning).parameters
+    given = {name: known[name].default for name in KINDS}
+    check_arguments({"r": np.int64(4)}, **given | {"learning_rate": np.float32(0.5), "seed": np.int64(3)})
 
 
 def test_constant_has_no_warm_up(path: Path) -> None:

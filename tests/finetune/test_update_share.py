@@ -175,8 +175,8 @@ def is_down(step: Any) -> bool:
     ("options", "why"),
     [
         ({"device": "cpu", "update_share": 0.5}, "without an accelerator"),
-        ({"device": "emulated", "update_share": 1.5}, "from 0 to 1"),
-        ({"device": "emulated", "update_share": "half"}, "from 0 to 1"),
+        ({"device": "emulated", "update_share": 1.5}, "expected float <= 1"),
+        ({"device": "emulated", "update_share": "half"}, "there are auto, a number"),
         ({"device": "emulated", "update_share": 0.5, "optimizer": "adamw_8bit"}, "has no kernel for accelerators"),
         ({"device": "emulated", "update_share": 0.5, "optimizer": "sgd"}, "has no kernel for accelerators"),
         ({"device": "emulated", "update_share": 0.5, "method": "lora"}, "the CPU makes all updates"),
