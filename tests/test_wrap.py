@@ -251,3 +251,10 @@ def test_gradients_are_refused_where_they_would_be_wrong(tmp_path: Path) -> None
         pytest.raises(offload.ModelError, match="no_grad"),
     ):
         wrapped(inputs["input"].clone().requires_grad_())
+
+
+def test_what_is_no_module_is_named() -> None:
+    with pytest.raises(offload.UsageError, match=r"this is a str; a folder or hub id goes to offload\.load"):
+        offload.wrap("folder")  # type: ignore[arg-type]
+    with pytest.raises(offload.UsageError, match=r"this is a Linear; a module .* runs with offload\.wrap"):
+        offload.load(nn.Linear(2, 2))  # type: ignore[arg-type]

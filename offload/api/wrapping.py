@@ -14,7 +14,7 @@ from torch import nn
 from offload.api.choices import budgets_for, ready_kernels, share_for
 from offload.budgets import Size, divide
 from offload.checkpoint.describe import describe
-from offload.errors import ModelError
+from offload.errors import ModelError, UsageError
 from offload.handle import Offloaded, Progress, start
 from offload.io.engine import Engine
 from offload.io.extents import Extent
@@ -60,11 +60,17 @@ def wrap(
         cpu_memory: what the process may use from then on; other arguments as for `load`.
 
     Raises:
+        UsageError: it is no module.
         ModelError: the module has no parameters, or they are not on the CPU.
         StorageError: offload_dir is not writable or full; the module is untouched then.
         BudgetError: the budget is too small.
     """
     began = time.perf_counter()
+    if not isinstance(module, nn.Module):
+        raise UsageError(
+            f"wrap takes a torch module that is in memory, but this is a {type(module).__name__}; a folder or hub id "
+            "goes to offload.load"
+        )
     if not any(True for _ in module.parameters()):
         raise ModelError("the module has no parameters, so there is nothing to offload")
     foreign = sorted({str(p.device) for p in module.parameters() if p.device.type != "cpu"})

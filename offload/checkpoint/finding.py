@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from offload.errors import CheckpointError
+from offload.errors import CheckpointError, UsageError
 
 MANIFEST = "offload.json"  # of a packed checkpoint
 
@@ -15,7 +15,13 @@ def find(model: str | os.PathLike[str]) -> Path:
 
     Raises:
         CheckpointError: there is no such folder and no such model can be had.
+        UsageError: it is no name at all.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise UsageError(
+            f"a model is a folder with config.json and safetensors, or a hub id, but this is a {type(model).__name__}; "
+            "a module that is in memory runs with offload.wrap, and is trained with offload.finetuning(method='full')"
+        )
     path = Path(model)
     if path.is_dir():
         return path
