@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,10 @@ from torch import nn
 from offload.errors import ClosedError, ModelError, UsageError
 from offload.finetune.activations import plan_swaps
 from offload.finetune.aside import aside
+from offload.finetune.encoding import IGNORED
 from offload.finetune.memory import Spare, Wishes, fit_first, give_back, plan_memory
 from offload.finetune.rehearsal import rehearse, working
+from offload.finetune.sound import Sound
 from offload.hardware import peak_rss_bytes, reset_peak_rss
 from offload.io.engine import Engine
 from offload.optim.base import Numbers, Optimizer
@@ -27,7 +30,6 @@ from offload.runtime.training import Training
 from offload.runtime.zeroth import Zeroth
 
 MicroBatch = Mapping[str, torch.Tensor]
-IGNORED = -100  # labels that are not to be learnt
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class Trainer:
         self.training, self.optimizer, self.learning_rate = training, optimizer, learning_rate
         self._root, self._engine, self._save, self._finish = root, engine, save, finish
         self._cpu_memory, self._wishes, self._travels = cpu_memory, wishes, travels
+        self._sound = Sound(root)
         self._where = training.device.torch_device
         self.extra: dict[str, Any] = dict(training.state.extra)
         self._step = training.state.step
@@ -141,14 +144,16 @@ class Trainer:
         """
         self._check()
         began, before = time.perf_counter(), self._engine.statistics()
-        batches = [batch] if isinstance(batch, Mapping) else list(batch)
-        self._check_batches(batches)
+        batches = [batch] if isinstance(batch, Mapping | torch.Tensor) else list(batch)
+        self._sound.check(batches)
         counts = [_labels_of(b) for b in batches]
         learnt = [(b, n) for b, n in zip(batches, counts, strict=True) if n]
         total = sum(counts)
         if not total:
             raise UsageError("no micro-batch of this step has a label to learn; check labels and what is masked")
         rate = self.learning_rate if learning_rate is None else learning_rate
+        if not 0 <= rate < math.inf:
+            raise UsageError(f"learning_rate={rate}: a step's is a number from 0 on")
         step = self._step + 1
         is_first = self._spare is None and self._wishes is not None
         predicted: int | None = None
@@ -188,8 +193,13 @@ class Trainer:
         )
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        """Sum of the label tokens' losses in nats and their number, with the present weights. Nothing changes."""
+        """Sum of the label tokens' losses in nats and their number, with the present weights. Nothing changes.
+
+        Raises:
+            UsageError: a batch is not what the model is called with.
+        """
         self._check()
+        self._sound.check(batches)
         self._root.eval()
         pairs = [(b, n) for b in batches if (n := _labels_of(b))]
         with self._whole(f"an evaluation after step {self._step}"):  # it applies what is due, unit by unit
@@ -273,14 +283,6 @@ class Trainer:
             return loss
 
         return loss
-
-    def _check_batches(self, batches: Sequence[object]) -> None:
-        """Refuses what would fail in the middle of a step, after which nothing more may come of the trainer."""
-        for batch in batches:
-            if not isinstance(batch, Mapping):
-                raise UsageError(f"a batch is a {type(batch).__name__}; give a dictionary with input_ids and labels")
-            if hasattr(self._root, "config") and batch.get("labels") is None:
-                raise UsageError(f"a batch has {', '.join(batch) or 'nothing'} and no labels, so there is no loss")
 
     def _check(self) -> None:
         if self._is_closed:

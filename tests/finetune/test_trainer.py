@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from reference_loop import ReferenceLoop
 from test_full import B, batches, check, plain
 
 import offload
+
+Batch = dict[str, torch.Tensor]
 
 
 def trainer(folder: Path, kind: str = "llama", **options: Any) -> Any:
@@ -157,13 +161,46 @@ def test_models_that_cannot_be_trained_are_refused(kind: Any, words: str, tmp_pa
         mine.step({"x": torch.ones(2, 8)})
 
 
+def changed(**values: Any) -> Callable[[Batch], Batch]:
+    return lambda batch: batch | {name: change(batch["input_ids"]) for name, change in values.items()}
+
+
+WRONG: list[tuple[Callable[[Batch], Any], str]] = [
+    (lambda b: b["input_ids"], "it is a Tensor; give a dictionary"),
+    (lambda b: {"input_ids": b["input_ids"]}, "it has input_ids and no labels"),
+    (lambda b: {n: t[:0] for n, t in b.items()}, r"input_ids are of shape \(0, 24\); give rows of at least one token"),
+    (lambda b: {n: t[0] for n, t in b.items()}, r"input_ids are of shape \(24,\)"),
+    (changed(input_ids=lambda t: t + 10**6), "input_ids hold 1,000,[0-9]+, but the model has tokens 0 to 319; was"),
+    (changed(input_ids=lambda t: t - 400), "input_ids hold -[0-9]+, but"),
+    (changed(input_ids=torch.Tensor.float), r"input_ids are torch\.float32, and must be torch\.int64"),
+    (changed(labels=lambda t: t.clone().fill_(320)), "labels hold 320, but the model has tokens 0 to 319; -100 is"),
+    (changed(labels=lambda t: t.clone().fill_(-1)), "labels hold -1, but"),
+    (changed(labels=torch.Tensor.int), r"labels are torch\.int32"),
+    (changed(labels=lambda t: t[:, 1:]), r"labels are of shape \(2, 23\), but input_ids of \(2, 24\)"),
+    (changed(attention_mask=lambda t: torch.ones(2, 23)), r"attention_mask are of shape \(2, 23\)"),
+    (changed(position_ids=lambda t: t[:, 1:]), r"position_ids are of shape \(2, 23\)"),
+    (changed(attention_mask=torch.Tensor.tolist), "attention_mask is a list; give a tensor"),
+]
+
+
 def test_a_batch_that_makes_no_sense_costs_nothing(tmp_path: Path) -> None:
     (batch,) = batches(1, 1)
     with trainer(tmp_path) as mine:
-        with pytest.raises(offload.UsageError, match="a batch is a Tensor; give a dictionary"):
-            mine.step([batch["input_ids"]])
-        with pytest.raises(offload.UsageError, match="a batch has input_ids and no labels"):
-            mine.step({"input_ids": batch["input_ids"]})
-        with pytest.raises(offload.UsageError, match="a batch is a Tensor"):
-            mine.step(batch["input_ids"])
-        assert mine.step(batch).loss > 0
+        for wrong, says in WRONG:
+            for give in (mine.step, lambda b: mine.step([batch, b]), lambda b: mine.evaluate([b])):
+                with pytest.raises(offload.UsageError, match=says):
+                    give(wrong(batch))
+        for rate in (-1.0, math.nan, math.inf):
+            with pytest.raises(offload.UsageError, match="from 0 on"):
+                mine.step(batch, rate)
+        assert mine.step_number == 0
+        with trainer(tmp_path / "same") as other:
+            assert mine.step(batch).loss == other.step(batch).loss
+
+
+def test_a_table_of_positions_ends_somewhere(tmp_path: Path) -> None:
+    with trainer(tmp_path, "gpt2") as mine:
+        (batch,) = batches(1, 1, length=129)
+        with pytest.raises(offload.UsageError, match="rows of 129 tokens, but the model has 128 positions"):
+            mine.step(batch)
+        assert mine.step(batches(1, 1, length=128)).loss > 0
