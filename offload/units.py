@@ -86,18 +86,34 @@ def format_bytes(nbytes: float) -> str:
     raise AssertionError("unreachable")
 
 
-def format_rate(bytes_per_s: float) -> str:
-    """Decimal units, as disks and links are sold: 3.52 GB/s."""
-    rate = float(bytes_per_s)
-    for unit in ("B/s", "kB/s", "MB/s", "GB/s"):
-        if abs(rate) < 1000 or unit == "GB/s":
-            return f"{rate:.2f} {unit}"
-        rate /= 1000
+def format_moved(nbytes: float) -> str:
+    """Bytes that pass, in the units of rates: 58.52 GB, 11.85 MB."""
+    size = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000 or unit == "GB":
+            return f"{size:.2f} {unit}"
+        size /= 1000
     raise AssertionError("unreachable")
 
 
+def format_rate(bytes_per_s: float) -> str:
+    """Decimal units, as disks and links are sold: 3.52 GB/s."""
+    return f"{format_moved(bytes_per_s)}/s"
+
+
+def format_count(count: int) -> str:
+    """A number of parameters with three figures: 9.48 M, 672 M, 70.6 B."""
+    for size, unit in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
+        if count >= 0.9995 * size:
+            amount = count / size
+            return f"{amount:,.{2 if amount < 9.995 else 1 if amount < 99.95 else 0}f}{unit}"
+    return str(count)
+
+
 def format_seconds(seconds: float) -> str:
-    """0.83 s, 12.1 ms, 3 min 20 s."""
+    """0.83 s, 12.1 ms, 24.0 us, 3 min 20 s."""
+    if 0 < seconds < 0.000_995:
+        return f"{seconds * 1e6:.1f} us"
     if seconds < 0.1:
         return f"{seconds * 1e3:.1f} ms"
     if seconds < 120:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from offload import units
 from offload.errors import UsageError
-from offload.units import format_bytes, format_rate, format_seconds, parse_bytes, parse_rate
+from offload.units import format_bytes, format_count, format_moved, format_rate, format_seconds, parse_bytes, parse_rate
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,11 @@ def test_formatted_sizes(nbytes: int, text: str) -> None:
 def test_other_formats() -> None:
     assert format_rate(3.52e9) == "3.52 GB/s"
     assert format_rate(12) == "12.00 B/s"
+    assert [format_moved(n) for n in (0, 11_850_000, 58.52e9)] == ["0.00 B", "11.85 MB", "58.52 GB"]
+    assert [format_count(n) for n in (12, 9_475_328, 672_188_416, 999_600_000, 3_020_000_000, 70_553_706_496)] == [
+        "12", "9.48 M", "672 M", "1.00 B", "3.02 B", "70.6 B",
+    ]  # fmt: skip
+    assert [format_seconds(s) for s in (0, 24e-6, 0.000996)] == ["0.0 ms", "24.0 us", "1.0 ms"]
     assert [format_seconds(s) for s in (0.0121, 0.83, 12.34, 200)] == ["12.1 ms", "0.83 s", "12.3 s", "3 min 20 s"]
 
 

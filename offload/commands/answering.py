@@ -14,6 +14,7 @@ from rich.console import Console
 from offload.api import load
 from offload.commands.bar import bar
 from offload.commands.options import Running
+from offload.commands.telling import note, say
 from offload.generate import Answers, Block, Prompt, arrange, ended, generate, seed_of
 from offload.handle import Offloaded
 from offload.runtime.session import SessionStatistics
@@ -120,13 +121,13 @@ class Job:
         return handle
 
     def say(self, text: str) -> None:
-        self.console.print(text, style="dim", highlight=False)
+        say(self.console, text)
 
     def conclude(self, handle: Offloaded) -> None:
         """Says what did not go the fast way, and keeps it in the report."""
         self.report.fallbacks += handle.fallbacks
         for fallback in handle.fallbacks:
-            self.console.print(f"note: {fallback}", style="yellow", highlight=False)
+            note(self.console, fallback)
 
 
 class Meter:

@@ -19,7 +19,8 @@ from offload.checkpoint import read_config
 from offload.commands.bar import bar
 from offload.commands.early import Early, check
 from offload.commands.outlook import outlook_of, tokens_of
-from offload.commands.training import Progress, announce, note, place, say, summarise
+from offload.commands.telling import note, say
+from offload.commands.training import Progress, announce, place, summarise
 from offload.errors import UsageError
 from offload.finetune import finish
 from offload.finetune.choice import announced

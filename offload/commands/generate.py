@@ -20,6 +20,7 @@ from offload.commands.generate_options import GenerateRequest
 from offload.commands.plan import ask_of
 from offload.commands.plan_options import PlanRequest
 from offload.commands.sharing import by_passes
+from offload.commands.telling import note, say
 from offload.errors import BudgetError, UsageError
 from offload.generate import Answers, Limits, Prompt, digest_of, even, identity_of, read_prompts, tokenizer_of
 from offload.generate.prompts import AS_ASKED, NAMED
@@ -31,7 +32,7 @@ from offload.plan.planning import BATCHES
 from offload.runtime.linears import WIDE, is_same_unpacked
 from offload.runtime.ragged import refuses
 from offload.specs import ModelSpec
-from offload.units import MIB, format_bytes, format_seconds
+from offload.units import MIB, format_bytes, format_moved, format_seconds
 
 TELLS = 256 * MIB  # of a file: as much as tells how fast a disk reads
 UNPACED = "1TB/s"  # of an emulated link without a pace: memory is slower, and a plan knows how slow
@@ -69,9 +70,9 @@ def execute(request: GenerateRequest, directory: Path) -> int:
         report = Report(prompts=len(prompts), before=len(answers.done))
         job = Job(request, directory, tokenizer, prompts, answers, report, console)
         if report.before:
-            console.print(f"{report.before:,} of {len(prompts):,} prompts have their answers in {output}", style="dim")
+            say(console, f"{report.before:,} of {len(prompts):,} prompts have their answers in {output}")
         if job.left() and batch is not None:
-            console.print(f"note: in batches of {batch}, because {why}", style="yellow", highlight=False)
+            note(console, f"in batches of {batch}, because {why}")
             by_blocks(job, batch)
         elif job.left():
             bad += _share_passes(request, job)
@@ -134,9 +135,9 @@ def _no_room(prompt: Prompt, request: GenerateRequest, longest: Prompt | None) -
 def _name(bad: Sequence[tuple[int, str]], request: GenerateRequest, console: Console) -> None:
     """Says which lines are left out, and why."""
     for line, why in bad[:NAMED]:
-        console.print(f"left out: {request.prompts}:{line}: {why}", style="yellow", highlight=False, soft_wrap=True)
+        say(console, f"left out: {request.prompts}:{line}: {why}", "yellow")
     if len(bad) > NAMED:
-        console.print(f"left out: {len(bad) - NAMED:,} more lines", style="yellow", highlight=False)
+        say(console, f"left out: {len(bad) - NAMED:,} more lines", "yellow")
 
 
 def _why_blocks(request: GenerateRequest, directory: Path, before: Mapping[str, Any] | None) -> str | None:
@@ -213,11 +214,11 @@ def _summarise(report: Report, output: Path, console: Console) -> None:
     if report.answered:
         line += (
             f", {report.answered:,} of them new: {report.new_tokens:,} tokens in {format_seconds(report.generate_s)} "
-            f"({report.tokens_per_s or 0:.2f} tokens/s), {report.read_bytes / 1e9:.2f} GB read"
+            f"({report.tokens_per_s or 0:.2f} tokens/s), {format_moved(report.read_bytes)} read"
         )
         if report.predicted_s:
             line += (
-                f"; at most {format_seconds(report.predicted_s)} were predicted "
+                f"; predicted, if no answer ends early: {format_seconds(report.predicted_s)} "
                 f"({report.predicted_tokens_per_s:.2f} tokens/s)"
             )
-    console.print(line + f"; peak memory {format_bytes(report.peak_rss_bytes)}", style="dim", highlight=False)
+    say(console, line + f"; peak memory {format_bytes(report.peak_rss_bytes)}")

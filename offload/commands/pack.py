@@ -10,6 +10,7 @@ from rich.console import Console
 
 from offload.api import pack
 from offload.commands.bar import bar
+from offload.commands.telling import note, say
 from offload.units import format_bytes, format_seconds
 
 
@@ -29,16 +30,15 @@ def execute(model: str, out: str, weights: str, io: str, *, as_json: bool) -> in
         }  # fmt: skip
         print(json.dumps(facts))
         return 0
-    console.print(
+    say(
+        console,
         f"{out}: {len(errors)} matrices packed as {weights}; {format_bytes(report.read_nbytes)} became "
         f"{format_bytes(report.written_nbytes)} in {format_seconds(report.seconds)}",
-        highlight=False,
+        style="",
     )
     if worst is not None and errors[worst]:
-        console.print(
-            f"relative error of a matrix: {mean(errors.values()):.2%} on average, {errors[worst]:.2%} in {worst}",
-            highlight=False,
-        )
+        found = f"{mean(errors.values()):.2%} on average, {errors[worst]:.2%} in {worst}"
+        say(console, f"relative error of a matrix: {found}", style="")
     for name in report.kept:
-        console.print(f"note: {name} would not get smaller and stays as it is", style="yellow", highlight=False)
+        note(console, f"{name} would not get smaller and stays as it is")
     return 0

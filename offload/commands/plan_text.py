@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from rich.console import Console
 from rich.table import Table
 
+from offload.commands.telling import note, say
 from offload.plan import Plan, Variant, tiers_of, totals
 from offload.plan.classes import Classes
 from offload.planner.prediction import origin_of
-from offload.units import format_bytes, format_rate, format_seconds
+from offload.units import format_bytes, format_count, format_moved, format_rate, format_seconds
 
 SHOWN = 6  # rejected plans, best first; --json has them all
 LANES = {
@@ -27,16 +28,12 @@ def show(plan: Plan, console: Console) -> None:
     spec, profile = ask.spec, ask.profile
     weights = f"{format_bytes(spec.nbytes)} of weights" + (f" ({ask.weights})" if ask.weights != "none" else "")
     known = "measured" if profile.source == "measured" else "estimate"
-    console.print(
-        f"{spec.params / 1e9:.2f} B parameters, {weights}; machine: {profile.name} ({known})",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(console, f"{format_count(spec.params)} parameters, {weights}; machine: {profile.name} ({known})", style="")
     notes = list(ask.notes)
     if ask.basis == "config" and not notes:
         notes.append("there are no headers; sizes follow from config.json")
-    for note in (*notes, *(profile.notes if profile.source == "estimate" else ())):
-        console.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
+    for text in (*notes, *(profile.notes if profile.source == "estimate" else ())):
+        note(console, text)
     if plan.found.fits:
         console.print("It fits in memory: nothing streams, no offloading is needed.", highlight=False)
     for table in (_places(plan), _times(plan), _lanes(plan), _helps(plan), _rejected(plan)):
@@ -44,8 +41,7 @@ def show(plan: Plan, console: Console) -> None:
             console.print()
             console.print(table)
     console.print()
-    said = f"Planned in {format_seconds(plan.planned_s)}; {origin_of(prediction)}."
-    console.print(said, style="dim", highlight=False, soft_wrap=True)
+    say(console, f"Planned in {format_seconds(plan.planned_s)}; {origin_of(prediction)}.")
 
 
 def _table(*names: str) -> Table:
@@ -98,7 +94,7 @@ def _lanes(plan: Plan) -> Table:
     table = _table("a step", "bytes", "at", "takes", "busy")
     for lane, found in plan.lanes().items():
         nbytes, seconds = found["bytes"], found["seconds"]
-        moved = (f"{nbytes / 1e9:.2f} GB", format_rate(nbytes / seconds)) if nbytes else ("", "")
+        moved = (format_moved(nbytes), format_rate(nbytes / seconds)) if nbytes else ("", "")
         table.add_row(LANES[lane][0], *moved, format_seconds(seconds), f"{found['busy']:.0%}")
     return table
 
@@ -142,4 +138,4 @@ def _range(interval: tuple[float, float]) -> str:
 
 def _figures(rate: float) -> str:
     """Three figures at least, never a power of ten."""
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+    return f"{rate:,.0f}" if rate >= 99.95 else f"{rate:#.3g}"

@@ -15,6 +15,7 @@ from rich.table import Table
 from offload.api import probe
 from offload.bench.rehearsal import rehearse
 from offload.checkpoint import find
+from offload.commands.telling import say
 from offload.errors import UsageError
 from offload.profile import OpTable, Profile, dump, forget, load_profile, own_profile
 from offload.units import format_bytes, format_rate, format_seconds
@@ -55,17 +56,17 @@ def execute(
         print(json.dumps(asdict(profile)))
         return 0
     console.print(table(profile), highlight=False)
-    for note in profile.notes:
-        console.print(f"note: {note}", style="yellow" if note.startswith("not quiet") else "dim", highlight=False)
+    for text in profile.notes:
+        say(console, f"note: {text}", "yellow" if text.startswith("not quiet") else "dim")
     drift = f"key figures moved by {profile.drift:.1%} while it was measured"
-    console.print(f"{profile.describe()}; {profile.versions.get('effort', '')}, {profile.date}; {drift}", style="dim")
+    say(console, f"{profile.describe()}; {profile.versions.get('effort', '')}, {profile.date}; {drift}")
     return 0
 
 
 def forget_runs(model: str | None) -> int:
     """`offload probe --forget`: removes what runs have taught; returns the exit status."""
     count = forget(find(model) if model is not None else None)
-    Console(stderr=True).print(f"forgot what runs have taught of {count} profile{'s' * (count != 1)}", highlight=False)
+    say(Console(stderr=True), f"forgot what runs have taught of {count} profile{'s' * (count != 1)}", style="")
     return 0
 
 
@@ -115,7 +116,7 @@ def _figure(op: OpTable, amount: float, seconds: float) -> str:
         rate = f", {format_rate(amount / seconds)}"
     elif op.over == "params":
         rate = f", {amount / seconds / 1e9:.2f} G/s"
-    return (format_seconds(seconds) if seconds >= 1e-4 else f"{seconds * 1e6:.1f} us") + rate
+    return format_seconds(seconds) + rate
 
 
 def _rest(profile: Profile) -> Iterator[Row]:
@@ -123,7 +124,8 @@ def _rest(profile: Profile) -> Iterator[Row]:
         yield "software", name, f"{seconds * 1e6:,.1f} us", ""
     for family, residual in profile.learned.families.items():
         what = f"as predicted x {residual.factor:.2f}" if family not in ("prefill", "decode") else ""
-        yield "learned", f"{family}, {residual.runs:.0f} runs", what, _part(residual.deviation(0.0))
+        runs = f"{residual.runs:.0f} run" + "s" * (residual.runs != 1)
+        yield "learned", f"{family}, {runs}", what, _part(residual.deviation(0.0))
     for who, others in profile.interference.items():
         for other, kept in others.items():
             yield f"{who} keeps", f"beside {other}", f"{kept:.0%}", ""

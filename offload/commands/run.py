@@ -16,6 +16,7 @@ from offload.checkpoint import read_config
 from offload.commands.bar import bar
 from offload.commands.live import live
 from offload.commands.run_options import RunRequest
+from offload.commands.telling import note, say
 from offload.errors import UsageError
 from offload.generate import Generated, check_ids, check_length, encode, generate, tokenizer_of
 from offload.handle import Offloaded
@@ -27,7 +28,7 @@ from offload.planner.prediction import Prediction, origin_of
 from offload.planner.schedule import explain
 from offload.profile import Profile, learn
 from offload.runtime.linears import unpack_nbytes
-from offload.units import format_bytes, format_rate, format_seconds
+from offload.units import format_bytes, format_count, format_moved, format_rate, format_seconds
 
 CHAT_CONTEXT = 4096
 
@@ -68,7 +69,7 @@ def execute(request: RunRequest, directory: Path) -> int:
                 _summarise(handle, result, console, predicted)
         if request.trace:
             handle.session.timeline.write_chrome_trace(request.trace)
-            console.print(f"trace written to {request.trace}")
+            say(console, f"trace written to {request.trace}", style="")
     return 0
 
 
@@ -235,13 +236,12 @@ def _converse(request: RunRequest, handle: Offloaded, tokenizer: Any, console: C
 def _announce(handle: Offloaded, console: Console) -> None:
     spec, placement = handle.spec, handle.division.placement
     ring = placement.device_ring if placement.device_ring.slots else placement.host_ring
-    console.print(
-        f"{spec.params / 1e9:.2f} B parameters, {format_bytes(spec.nbytes)}: {format_bytes(handle.resident_nbytes)} in "
-        f"memory, {format_bytes(handle.streamed_nbytes)} on disk"
+    say(
+        console,
+        f"{format_count(spec.params)} parameters, {format_bytes(spec.nbytes)}: "
+        f"{format_bytes(handle.resident_nbytes)} in memory, {format_bytes(handle.streamed_nbytes)} on disk"
         + (f", through {ring.slots} slots of {format_bytes(ring.slot_nbytes)}" if ring.slots else "; nothing streams")
         + f"; ready in {format_seconds(handle.ready_s)}",
-        style="dim",
-        highlight=False,
     )
 
 
@@ -251,11 +251,11 @@ def _summarise(handle: Offloaded, result: Generated, console: Console, predicted
     if step:
         line += f", then {format_seconds(step)} a token ({result.tokens_per_s:.2f} tokens/s)"
         if result.read_bytes_per_token:
-            line += f", {result.read_bytes_per_token / 1e9:.2f} GB read for each"
+            line += f", {format_moved(result.read_bytes_per_token)} read for each"
         if result.upload_bytes_per_token:
-            line += f", {result.upload_bytes_per_token / 1e9:.2f} GB uploaded"
+            line += f", {format_moved(result.upload_bytes_per_token)} uploaded"
         if handle.cpu_nbytes:
-            line += f", {handle.cpu_nbytes / 1e9:.2f} GB multiplied by the CPU"
+            line += f", {format_moved(handle.cpu_nbytes)} multiplied by the CPU"
         if handle.disk_bytes_per_s:
             line += f" at a measured {format_rate(handle.disk_bytes_per_s)}"
         if result.fraction_of_bound:
@@ -263,16 +263,15 @@ def _summarise(handle: Offloaded, result: Generated, console: Console, predicted
                 f"; bound {format_seconds(result.bound.seconds)} ({result.bound.binding}), "
                 f"{result.fraction_of_bound:.0%} of it reached"
             )
-    console.print(line + f"; peak memory {format_bytes(peak_rss_bytes())}", style="dim", highlight=False)
+    say(console, line + f"; peak memory {format_bytes(peak_rss_bytes())}")
     if predicted is not None and step:
         expected = predicted[0]
-        console.print(
+        say(
+            console,
             f"predicted ({origin_of(expected)}): prefill "
             f"{format_seconds(expected.prefill_s)}, then {format_seconds(expected.decode_s_per_token)} a token "
             f"({expected.decode_s_per_token / step - 1:+.0%}), {expected.binding} binds; peak memory "
             f"{format_bytes(expected.peak_rss_bytes)}",
-            style="dim",
-            highlight=False,
         )
     for fallback in handle.fallbacks:
-        console.print(f"note: {fallback}", style="yellow", highlight=False)
+        note(console, fallback)

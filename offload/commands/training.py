@@ -9,12 +9,13 @@ from typing import Any
 from rich import progress as rich_progress
 from rich.console import Console
 
+from offload.commands.telling import note, say
 from offload.finetune.config import Config
 from offload.finetune.forecast import Forecast
 from offload.finetune.outlook import Outlook
 from offload.finetune.prepare import Prepared
 from offload.runtime.streams import Whereabouts
-from offload.units import format_bytes, format_seconds
+from offload.units import format_bytes, format_count, format_seconds
 
 
 def announce(config: Config, prepared: Prepared, total: int, outlook: Outlook, console: Console) -> None:
@@ -79,7 +80,7 @@ def _predicted(found: Forecast, outlook: Outlook) -> str:
 
 def _plan(outlook: Outlook) -> str:
     """Bytes per tier, and what they mean for the drive."""
-    text = f"{outlook.params / 1e6:,.1f} M parameters to train; weights of {format_bytes(outlook.weight_nbytes)}"
+    text = f"{format_count(outlook.params)} parameters to train; weights of {format_bytes(outlook.weight_nbytes)}"
     if outlook.state_nbytes:
         text += f", optimizer state of {format_bytes(outlook.state_nbytes)} on disk, twice"
     if outlook.activation_nbytes:
@@ -159,11 +160,3 @@ def summarise(report: Mapping[str, Any], output: Path, console: Console) -> None
         say(console, f"the model is in {output}")
     else:
         say(console, f"stopped and committed at step {report['steps']} of {report['total_steps']}; --resume goes on")
-
-
-def say(console: Console, text: str) -> None:
-    console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
-
-
-def note(console: Console, text: str) -> None:
-    console.print(f"note: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)

@@ -7,6 +7,7 @@ import importlib
 from rich.console import Console
 from rich.status import Status
 
+from offload.commands.telling import say
 from offload.kernels import available
 from offload.units import format_seconds
 
@@ -14,9 +15,9 @@ from offload.units import format_seconds
 def execute(console: Console) -> None:
     """Compiles what is not in the cache and says how long it took."""
     if (state := available()["cpu"]) != "yes":
-        console.print(f"no CPU kernels to compile: {state}")
+        say(console, f"no CPU kernels to compile: {state}", style="")
         return
     warm = importlib.import_module("offload.kernels.cpu.warm")
     with Status("compiling kernels", console=console) as shown:
         seconds = warm.compile_all(lambda name, k, n: shown.update(f"compiling kernels: {name}, {k + 1} of {n}"))
-    console.print(f"CPU kernels are compiled ({format_seconds(seconds)}) and in the cache", highlight=False)
+    say(console, f"CPU kernels are compiled ({format_seconds(seconds)}) and in the cache", style="")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from offload.report.recorded import number
-from offload.units import format_bytes, format_rate, format_seconds
+from offload.units import format_bytes, format_count, format_rate, format_seconds
 
 Rows = list[tuple[str, str]]
 
@@ -14,7 +14,7 @@ Rows = list[tuple[str, str]]
 def asked(run: Mapping[str, Any]) -> Rows:
     """Model, machine and budgets."""
     found: Rows = [("model", str(run.get("model")))]
-    _add(found, "parameters", number(run, "params"), lambda v: f"{v / 1e9:.2f} B")
+    _add(found, "parameters", number(run, "params"), lambda v: format_count(int(v)))
     _add(found, "checkpoint", number(run, "checkpoint_bytes"), format_bytes)
     for key, label in (("cpu_memory", "budget, main memory"), ("gpu_memory", "budget, device")):
         source = _mapping(_mapping(run.get("budgets")).get("sources")).get(key)
@@ -55,7 +55,7 @@ def said(run: Mapping[str, Any]) -> str:
     """The run in a line."""
     parts = [str(run.get("model"))]
     if (params := number(run, "params")) is not None:
-        parts.append(f"{params / 1e9:.2f} B parameters")
+        parts.append(f"{format_count(int(params))} parameters")
     if run.get("device") is not None:
         parts.append(f"on {run['device']}")
     if (batch := number(run, "batch")) is not None:
