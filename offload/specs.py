@@ -16,6 +16,8 @@ class TensorSpec:
         nbytes: bytes in memory while it is bound.
         read_nbytes: bytes read from disk to get it.
         slot_nbytes: bytes of a slot that it needs when it streams; an upper bound.
+        staged_nbytes: bytes that are read beside their place in the slot and copied there, of a tensor that is stored
+            in small pieces or in another dtype; the slot has room for both.
         is_table: used by gathering rows, so that a run which leaves it on disk reads only the rows it needs.
         outputs, inputs: shape of a matrix that linear layers multiply by, and nothing else uses; 0 for all others.
         is_packed: stored in a packed form, whose rows do not lie apart in the file.
@@ -32,6 +34,7 @@ class TensorSpec:
     nbytes: int
     read_nbytes: int
     slot_nbytes: int
+    staged_nbytes: int = 0
     is_table: bool = False
     outputs: int = 0
     inputs: int = 0
@@ -43,12 +46,6 @@ class TensorSpec:
     is_transposed: bool = False
     experts: int = 0
     chosen: int = 0
-
-    @property
-    def staged_nbytes(self) -> int:
-        """Bytes that are read beside their place and copied there: of a tensor that is stored in pieces, or in another
-        dtype. Such a tensor needs room for both in a slot."""
-        return self.read_nbytes if self.slot_nbytes >= self.nbytes + self.read_nbytes else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -239,7 +239,8 @@ def test_what_is_put_together_arrives_whole_on_a_device() -> None:
     """A stack of experts is stored in pieces: a slot of main memory holds them, too, one of a device does not."""
     size = 64 * MB
     stacks = [
-        TensorSpec(name=f"{k}.experts", nbytes=size, read_nbytes=size, slot_nbytes=2 * size + 12288) for k in range(8)
+        TensorSpec(name=f"{k}.experts", nbytes=size, read_nbytes=size, slot_nbytes=2 * size + 12288, staged_nbytes=size)
+        for k in range(8)
     ]
     spec = ModelSpec(units=tuple(UnitSpec(name=t.name, tensors=(t,)) for t in stacks))
     found = place(spec, host_nbytes=4 * size + 4 * 12288, device_nbytes=4 * size)

@@ -50,6 +50,7 @@ def describe(anatomy: Anatomy | Layers, sources: Mapping[str, Source | Plain], c
             nbytes=source.nbytes,
             read_nbytes=source.read_nbytes,
             slot_nbytes=source.unpacked.slot_nbytes,
+            staged_nbytes=source.unpacked.staged_nbytes,
             is_table=name in anatomy.tables and source.nbytes * 64 > mean and len(source.pieces) == 1,
             outputs=outputs,
             inputs=inputs,

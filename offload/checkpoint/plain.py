@@ -26,6 +26,7 @@ class Plain(NamedTuple):
     shape: Shape
     pieces: tuple[int, ...]
     slot_nbytes: int
+    staged_nbytes: int = 0
     form: None = None
     is_stored_packed: bool = False
 

@@ -8,7 +8,7 @@ not, there is no answer, and the caller takes the model's own modules (`outline`
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from offload.checkpoint.describe import EXPERTS, describe
 from offload.checkpoint.plain import Dtype, Group, Layers, Plain
 from offload.io.safetensors import Entry
 from offload.specs import ModelSpec
-from offload.tiers.slots import slot_nbytes
+from offload.tiers.slots import Run, Way, slot_nbytes, way_of
 
 _TABLE, _NORM, _HEAD = "model.embed_tokens", "model.norm", "lm_head"
 _REFUSED = ("quantization_config", "auto_map", "is_encoder_decoder")
@@ -123,7 +123,7 @@ def _nominal(params: list[Param], dtype: Dtype) -> dict[str, Plain]:
     found = {}
     for param in params:
         nbytes = prod(param.shape) * dtype.itemsize
-        found[param.name] = Plain(dtype, param.shape, (nbytes,), slot_nbytes(nbytes, (nbytes,), is_plain=True))
+        found[param.name] = Plain(dtype, param.shape, (nbytes,), slot_nbytes(nbytes, None))
     return found
 
 
@@ -141,6 +141,17 @@ def _stored(params: list[Param], entries: Mapping[str, Entry], dtype: Dtype) -> 
         nbytes = prod(param.shape) * dtype.itemsize
         first = stored[0]
         is_plain = len(stored) == 1 and _STORED[first.dtype] == dtype and first.offset % dtype.itemsize == 0
+        way = None if is_plain else _way(stored, dtype)
+        staged = way.staged_nbytes if way else 0
         pieces = tuple(e.nbytes for e in stored)
-        found[param.name] = Plain(dtype, param.shape, pieces, slot_nbytes(nbytes, pieces, is_plain=is_plain))
+        found[param.name] = Plain(dtype, param.shape, pieces, slot_nbytes(nbytes, way), staged)
     return found
+
+
+def _way(stored: Sequence[Entry], dtype: Dtype) -> Way:
+    """How a tensor comes to a slot that is stored as these, in its order."""
+    runs, at = [], 0
+    for entry in stored:
+        runs.append(Run(entry.extent, at))
+        at += entry.nbytes // _STORED[entry.dtype].itemsize * dtype.itemsize
+    return way_of(runs, dtype.itemsize, as_stored=all(_STORED[e.dtype] == dtype for e in stored))

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from offload.errors import ClosedError, OffloadError, StorageError, UsageError
-from offload.io.addresses import address_of
 from offload.io.backends import Backend, Block, create
 from offload.io.extents import ALIGNMENT
 from offload.io.file import Fallbacks, File
+from offload.io.parts import Parts
 from offload.io.requests import Lane, Piece, Request, Transfer
 from offload.units import GIB, MIB
 
@@ -129,29 +129,31 @@ class Engine:
         raise ClosedError("the I/O engine was closed")
 
     def read(
-        self, file: File, offset: int, view: memoryview, *, need: int | None = None, priority: int = 0
-    ) -> Future[int]:
+        self, file: File, offset: int, view: memoryview | Sequence[memoryview], *, need: int | None = None,
+        priority: int = 0,
+    ) -> Future[int]:  # fmt: skip
         """Fill `view` from the file's byte `offset`; the future gives the bytes that arrived.
 
         Args:
             file: from open().
             offset: bytes; on a direct file a multiple of its alignment, as are the view's address and length.
-            view: contiguous writable memory, lent until the future resolves.
+            view: contiguous writable memory, lent until the future resolves; or several, filled one after the other.
             need: bytes that must arrive, all by default; the rest may lie past the end of the file.
             priority: the lowest number is served first, equals in order.
 
         Returns:
             A future that fails with StorageError when a transfer fails or the file ends before `need` bytes.
         """
-        assert not view.readonly, "a read needs writable memory"
-        view = view.cast("B")
-        return self._submit(file, offset, view, view.nbytes if need is None else need, priority, is_write=False)
+        views = [one.cast("B") for one in ([view] if isinstance(view, memoryview) else view)]
+        assert not any(one.readonly for one in views), "a read needs writable memory"
+        parts = Parts(views)
+        return self._submit(file, offset, parts, parts.nbytes if need is None else need, priority, is_write=False)
 
     def write(self, file: File, offset: int, view: memoryview, *, priority: int = 0) -> Future[int]:
         """Write `view` at the file's byte `offset`; as read(), in a queue and with a depth of its own."""
         assert file.is_writable, f"{file.path} was opened for reading only"
-        view = view.cast("B")
-        return self._submit(file, offset, view, view.nbytes, priority, is_write=True)
+        parts = Parts([view.cast("B")])
+        return self._submit(file, offset, parts, parts.nbytes, priority, is_write=True)
 
     def fsync(self, file: File) -> None:
         """Wait until what was written is durable. Covers writes whose futures have resolved. Raises StorageError."""
@@ -226,19 +228,18 @@ class Engine:
         self.close()
 
     def _submit(
-        self, file: File, offset: int, view: memoryview, need: int, priority: int, *, is_write: bool
+        self, file: File, offset: int, parts: Parts, need: int, priority: int, *, is_write: bool
     ) -> Future[int]:
-        address, alignment = address_of(view), file.alignment
+        alignment, nbytes = file.alignment, parts.nbytes
         assert offset >= 0, offset
-        assert 0 <= need <= view.nbytes, (need, view.nbytes)
-        assert view.nbytes == 0 or (offset | address | view.nbytes) % alignment == 0, (
-            f"direct I/O on {file.path} needs multiples of {alignment}: offset {offset}, address {address:#x}, "
-            f"length {view.nbytes}"
+        assert 0 <= need <= nbytes, (need, nbytes)
+        assert nbytes == 0 or (offset % alignment == 0 and parts.has_multiples_of(alignment)), (
+            f"direct I/O on {file.path} needs multiples of {alignment}: offset {offset}, {parts}"
         )
         size = -(-self._block_nbytes // file.block_alignment) * file.block_alignment
         future = Transfer(self.cancel)
         file.begin_request()
-        request = Request(file, offset, view, address, need, size, future, self._finish, is_write=is_write)
+        request = Request(file, offset, parts, need, size, future, self._finish, is_write=is_write)
         pieces: list[Piece] = []
         try:
             with self._changed:
@@ -253,7 +254,7 @@ class Engine:
         except ClosedError:
             file.end_request()
             raise
-        if view.nbytes == 0:
+        if nbytes == 0:
             request.resolve()
         self._start(pieces)
         return future

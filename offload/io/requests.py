@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from offload.errors import ClosedError, OffloadError, StorageError
 from offload.io.backends.base import Block
 from offload.io.file import File
+from offload.io.parts import NOTHING, Parts
 from offload.units import MIB
 
 _log = logging.getLogger("offload.io")
@@ -40,15 +41,15 @@ class Request:
     """A range of a file and the memory for it. Its counts change only under the engine's lock."""
 
     __slots__ = (
-        "address", "arrived", "block_nbytes", "cursor", "error", "file", "future", "in_flight", "is_cancelled",
-        "is_write", "need", "offset", "rank", "report", "view",
+        "arrived", "block_nbytes", "cursor", "error", "file", "future", "in_flight", "is_cancelled", "is_write", "need",
+        "offset", "parts", "rank", "report",
     )  # fmt: skip
 
     def __init__(
-        self, file: File, offset: int, view: memoryview, address: int, need: int, block_nbytes: int,
-        future: Transfer, report: Callable[[Piece, int | OSError], None], *, is_write: bool,
+        self, file: File, offset: int, parts: Parts, need: int, block_nbytes: int, future: Transfer,
+        report: Callable[[Piece, int | OSError], None], *, is_write: bool,
     ) -> None:  # fmt: skip
-        self.file, self.offset, self.view, self.address, self.need = file, offset, view, address, need
+        self.file, self.offset, self.parts, self.need = file, offset, parts, need
         self.block_nbytes, self.future, self.report, self.is_write = block_nbytes, future, report, is_write
         self.cursor = self.in_flight = self.arrived = 0
         self.rank = (0, 0)  # its place in the queue
@@ -59,7 +60,7 @@ class Request:
     @property
     def is_queued(self) -> bool:
         """Some of it is still to be started."""
-        return self.cursor < self.view.nbytes and self.error is None and not self.is_cancelled
+        return self.cursor < self.parts.nbytes and self.error is None and not self.is_cancelled
 
     @property
     def is_settled(self) -> bool:
@@ -69,7 +70,7 @@ class Request:
     def next_piece(self) -> Piece:
         """Cut off the next block."""
         begin = self.cursor
-        self.cursor = min(begin + self.block_nbytes, self.view.nbytes)
+        self.cursor = min(begin + self.block_nbytes, self.parts.nbytes)
         self.in_flight += 1
         return Piece(self, begin, self.cursor)
 
@@ -78,7 +79,7 @@ class Request:
         future, error = self.future, self.error
         future.request = None
         self.file.end_request()
-        self.view = memoryview(b"")  # it may sit in a queue a little longer; the caller's memory must not
+        self.parts = NOTHING  # it may sit in a queue a little longer; the caller's memory must not
         try:
             if error is not None:
                 future.set_exception(error)
@@ -91,7 +92,7 @@ class Request:
 
 
 class Piece(Block):
-    """One block of a request: bytes `begin` to `end` of its view, of which those before `position` have arrived."""
+    """One block of a request: bytes `begin` to `end` of its parts, of which those before `position` have arrived."""
 
     __slots__ = ("begin", "end", "position", "request", "stalls")
 
@@ -147,8 +148,7 @@ class Piece(Block):
 
     def _aim(self, begin: int) -> None:
         request = self.request
-        self.offset, self.address = request.offset + begin, request.address + begin
-        self.view = request.view[begin : self.end]
+        self.offset, self.parts = request.offset + begin, request.parts.cut(begin, self.end)
 
     def _stall(self, error: OSError) -> bool:
         self.stalls += 1

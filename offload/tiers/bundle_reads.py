@@ -23,16 +23,17 @@ def read_bundle(
     """
     final, staging = view, view[layout.final_nbytes : layout.nbytes]
     finish = None
-    if layout.copies:
+    if layout.copies or layout.edges:
         target = as_tensor(view[: layout.final_nbytes])
 
         def finish() -> None:
+            for at, to, nbytes in layout.edges:
+                final[to : to + nbytes] = staging[at : at + nbytes]
             assemble(layout, target, as_tensor(staging))
 
     files = [opened(op.path) for op in layout.reads]  # what can fail comes before anything is in flight
     parts = []
     for file, op in zip(files, layout.reads, strict=True):
-        area = staging if op.is_staging else final
-        part = area[op.at : op.at + op.nbytes]
-        parts.append(engine.read(file, op.offset, part, need=op.need, priority=priority))
+        views = [(staging if to.is_staging else final)[to.at : to.at + to.nbytes] for to in op.targets]
+        parts.append(engine.read(file, op.offset, views, need=op.need, priority=priority))
     return join(parts, finish)

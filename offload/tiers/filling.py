@@ -43,9 +43,9 @@ class Filling:
     def read(self, layout: Layout, view: memoryview) -> None:
         """Starts reading what the disk has as it shall be, straight to its place."""
         for op in layout.reads:
-            if not op.is_staging:
-                part = view[op.at : op.at + op.nbytes]
-                self._reads.append(self._engine.read(self._opened(op.path), op.offset, part, need=op.need))
+            if op.is_plain:
+                parts = [view[to.at : to.at + to.nbytes] for to in op.targets]
+                self._reads.append(self._engine.read(self._opened(op.path), op.offset, parts, need=op.need))
 
     def bring(self, source: Source, target: torch.Tensor, *, on_device: bool) -> None:
         """Notes a tensor that `finish` will read by way of a buffer."""

@@ -5,15 +5,17 @@ aligned superset that O_DIRECT asks for, and the tensor is a view into it. It ke
 alignment is that of a memory-mapped file: fp32 matrix-vector kernels round differently at other alignments, and plain
 transformers computes on mapped files.
 
-A tensor that must be assembled (experts that are stored one by one, another dtype) is read to a staging area and copied
-from there, piece by piece, to an address aligned to 64 bytes, as a fresh allocation would be.
+A tensor that must be assembled (experts that are stored one by one, another dtype) is placed behind them. Large pieces
+that are stored as they are used are read straight to their places in it, as `slots.py` says: one transfer goes through
+whole pages of the tensor and, between them, pages of a staging area, from which the ends of pieces are copied. All
+others are read to that area whole and copied from there, to an address aligned to 64 bytes, as a fresh allocation is.
 
     one slot:  | plain extents, page aligned | assembled tensors | staging |
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -21,7 +23,8 @@ import torch
 
 from offload.io.extents import ALIGNMENT, Extent, coalesce
 from offload.kernels.formats.form import Form
-from offload.tiers.slots import VIEW_ALIGNMENT, round_up, slot_nbytes
+from offload.tiers.slots import VIEW_ALIGNMENT, Run, Way, round_up, slot_nbytes, way_of
+from offload.tiers.staging import Edge, ReadOp, Target, stage
 
 MAX_GAP = ALIGNMENT  # reading through a hole this small is cheaper than another request
 
@@ -98,21 +101,24 @@ class Source:
         return sum(p.extent.nbytes for p in self.pieces)
 
     @property
+    def way(self) -> Way | None:
+        """How it comes to a slot; None where it is plain."""
+        if self.is_plain:
+            return None
+        size = self.element.itemsize
+        as_stored = self.form is None and all(p.dtype == self.dtype for p in self.pieces)
+        return way_of((Run(p.extent, p.start * size) for p in self.pieces), size, as_stored=as_stored)
+
+    @property
     def slot_nbytes(self) -> int:
         """Bytes of a slot this tensor needs at most."""
-        return slot_nbytes(self.nbytes, (p.extent.nbytes for p in self.pieces), is_plain=self.is_plain)
+        return slot_nbytes(self.nbytes, self.way)
 
-
-@dataclass(frozen=True, slots=True)
-class ReadOp:
-    """One aligned range to read: `nbytes` from `offset` of a file to `at`; `need` of them must arrive."""
-
-    path: str
-    offset: int
-    nbytes: int
-    need: int
-    at: int
-    is_staging: bool
+    @property
+    def staged_nbytes(self) -> int:
+        """Bytes that are read beside its place in a slot and copied there."""
+        way = self.way
+        return way.staged_nbytes if way is not None else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +170,7 @@ class Layout:
     reads: tuple[ReadOp, ...]
     copies: tuple[CopyOp, ...]
     views: Mapping[str, View]
+    edges: tuple[Edge, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -177,37 +184,53 @@ class Layout:
 def lay_out(sources: Sequence[Source]) -> Layout:
     """Places the tensors of one bundle: plain ones where their extents fall, assembled ones behind them."""
     plain = [s for s in sources if s.is_plain]
-    assembled = [s for s in sources if not s.is_plain]
+    assembled = [(s, way) for s in sources if (way := s.way) is not None]
     views: dict[str, View] = {}
     reads: list[ReadOp] = []
-    copies: list[CopyOp] = []
-    end = _add_reads(reads, [s.pieces[0].extent for s in plain], 0, False, places := {})
+    end = _add_plain(reads, [s.pieces[0].extent for s in plain], places := {})
     for k, source in enumerate(plain):
         views[source.name] = view_of(source, places[k])
-    for source in assembled:
-        end = round_up(end, VIEW_ALIGNMENT)
+    for source, way in assembled:
+        end = round_up(end, VIEW_ALIGNMENT) if way.shift is None else end + (way.shift - end) % ALIGNMENT
         views[source.name] = view_of(source, end)
         end += source.nbytes
-    final_nbytes = round_up(end, ALIGNMENT)
-    pieces = [(s, p) for s in assembled for p in s.pieces]
-    staging_nbytes = _add_reads(reads, [p.extent for _, p in pieces], 0, True, places := {})
-    for k, (source, piece) in enumerate(pieces):
-        to = views[source.name].at + piece.start * source.dtype.itemsize
-        copies.append(CopyOp(places[k], piece.dtype, piece.count, to, source.dtype))
-    return Layout(final_nbytes, staging_nbytes, tuple(reads), tuple(copies), views)
+    runs = [
+        (run, views[s.name].at + run.at if way.is_direct(run) else None) for s, way in assembled for run in way.runs
+    ]
+    staging = stage(runs, MAX_GAP)
+    copies = []
+    for source, way in assembled:
+        for piece in _copied(source, way):
+            to = views[source.name].at + piece.start * source.element.itemsize
+            copies.append(CopyOp(staging.place_of(piece.extent), piece.dtype, piece.count, to, source.dtype))
+    return Layout(
+        final_nbytes=round_up(end, ALIGNMENT),
+        staging_nbytes=staging.nbytes,
+        reads=(*reads, *staging.reads),
+        copies=tuple(copies),
+        views=views,
+        edges=tuple(staging.edges),
+    )
 
 
-def _add_reads(
-    reads: list[ReadOp], extents: Sequence[Extent], end: int, is_staging: bool, places: dict[int, int]
-) -> int:
-    """Appends the aligned reads that cover `extents` from `end` on; fills `places` with where each one begins."""
+def _add_plain(reads: list[ReadOp], extents: Sequence[Extent], places: dict[int, int]) -> int:
+    """Appends the aligned reads that cover `extents`; fills `places` with where each one begins. Returns the end."""
+    end = 0
     for span in coalesce(extents, max_gap=MAX_GAP):
         whole = span.extent.aligned(ALIGNMENT)
-        reads.append(ReadOp(whole.path, whole.offset, whole.nbytes, span.extent.end - whole.offset, end, is_staging))
+        target = Target(end, whole.nbytes, False)
+        reads.append(ReadOp(whole.path, whole.offset, span.extent.end - whole.offset, (target,), True))
         for k in span.members:
             places[k] = end + extents[k].offset - whole.offset
         end += whole.nbytes
     return end
+
+
+def _copied(source: Source, way: Way) -> Iterator[Piece]:
+    """Pieces that are not read to their places."""
+    for piece, k in zip(source.pieces, way.members, strict=True):
+        if not way.is_direct(way.runs[k]):
+            yield piece
 
 
 def assemble(layout: Layout, final: torch.Tensor, staging: torch.Tensor) -> None:

@@ -24,9 +24,10 @@ from offload.tiers.bundle_reads import read_bundle
 from offload.tiers.device import Device, Event
 from offload.tiers.filling import Filling, Progress
 from offload.tiers.host import HostArena, as_bytes, as_tensor
-from offload.tiers.layout import Layout, Piece, ReadOp, Source, View, lay_out, view_of
+from offload.tiers.layout import Layout, Piece, Source, View, lay_out, view_of
 from offload.tiers.rows import URGENT, read_packed_rows, read_rows
 from offload.tiers.slots import VIEW_ALIGNMENT
+from offload.tiers.staging import ReadOp, Target
 
 DEVICE_ALIGNMENT = 512
 
@@ -185,7 +186,7 @@ class Store:
         """The unit's part on disk is an image of its slot from now on. No lane may be reading."""
         layout = self._reads[unit]
         nbytes = layout.final_nbytes
-        read = ReadOp(file.path, offset, nbytes, nbytes, 0, False)
+        read = ReadOp(file.path, offset, nbytes, (Target(0, nbytes, False),), True)
         self._reads[unit] = Layout(nbytes, 0, (read,), (), layout.views)
         for name, view in layout.views.items():
             source = self.sources[name]

@@ -152,9 +152,14 @@ class AiofilesBackend:
         handle = await self.files.lend(block.fd)
         try:
             os.lseek(handle.fileno(), block.offset, os.SEEK_SET)  # waits for nothing, so it needs no thread
-            count: int | None = await (handle.write(block.view) if block.is_write else handle.readinto(block.view))
+            move, moved = handle.write if block.is_write else handle.readinto, 0
+            for part in block.parts:
+                count: int | None = await move(part.view)
+                if count is None and not moved:  # how raw files say EAGAIN
+                    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+                moved += count or 0
+                if count != part.view.nbytes:
+                    break
         finally:
             self.files.give_back(block.fd, handle)
-        if count is None:  # how raw files say EAGAIN
-            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        return count
+        return moved

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from offload.io.parts import Part
+
 
 @dataclass(frozen=True, slots=True)
 class FileStatus:
@@ -19,7 +21,7 @@ class FileStatus:
 class Block:
     """One transfer that a backend is asked to attempt once.
 
-    The engine owns a block and its view, and continues it after a short transfer; the backend may touch the memory
+    The engine owns a block and its parts, and continues it after a short transfer; the backend may touch the memory
     only between start() and complete().
 
     Attributes:
@@ -27,17 +29,15 @@ class Block:
         fd: the descriptor.
         is_direct: fd bypasses the page cache.
         offset: first byte in the file.
-        view: the memory, its length the bytes to transfer.
-        address: of view's first byte.
+        parts: the memory, one part after the other; all their bytes together are what is to be transferred.
     """
 
-    __slots__ = ("address", "fd", "is_direct", "is_write", "offset", "view")
-    address: int
+    __slots__ = ("fd", "is_direct", "is_write", "offset", "parts")
     fd: int
     is_direct: bool
     is_write: bool
     offset: int
-    view: memoryview
+    parts: Sequence[Part]
 
     def complete(self, result: int | OSError) -> None:
         """Report the bytes transferred (0 at the end of file) or the error. Never raises. Called once per start."""

@@ -114,21 +114,26 @@ class FakeDisk:
             self._meet_faults("write" if block.is_write else "read")
             if is_direct:
                 self._check_direct(block)
-            nbytes = block.view.nbytes
+            nbytes = sum(part.view.nbytes for part in block.parts)
             if self._random is not None and nbytes > 1:
                 sector = max(1, self.direct_alignment // 8) if is_direct else 1  # a disk moves whole sectors
                 nbytes = min(nbytes, self._random.randint(1, -(-nbytes // sector)) * sector)
             end = block.offset + nbytes
             if not block.is_write:
-                found = contents[block.offset : end]
-                block.view[: len(found)] = found
-                return len(found)
+                found = memoryview(contents)[block.offset : end]
+                moved = 0
+                for part in block.parts:
+                    piece = found[moved : moved + part.view.nbytes]
+                    part.view[: piece.nbytes] = piece
+                    moved += piece.nbytes
+                found.release()
+                return moved
             if self.capacity is not None:
                 used = sum(map(len, self._contents.values()))
                 if used + max(0, end - len(contents)) > self.capacity:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             contents.extend(bytes(max(0, block.offset - len(contents))))
-            contents[block.offset : end] = block.view[:nbytes]
+            contents[block.offset : end] = b"".join(part.view for part in block.parts)[:nbytes]
             return nbytes
 
     def open(self, path: str, *, is_writable: bool) -> int:
@@ -185,7 +190,8 @@ class FakeDisk:
         return self._next_fd
 
     def _check_direct(self, block: Block) -> None:
-        is_aligned = (block.offset | block.address | block.view.nbytes) % max(self.direct_alignment, 1) == 0
+        alignment = max(self.direct_alignment, 1)
+        is_aligned = not any((block.offset | part.address | part.view.nbytes) % alignment for part in block.parts)
         if self.refuses_direct == "transfer" or not is_aligned:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 

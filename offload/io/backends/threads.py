@@ -81,7 +81,7 @@ def _work(queue: SimpleQueue[Block | None]) -> None:
         result: int | OSError
         try:
             transfer = os.pwritev if block.is_write else os.preadv
-            result = transfer(block.fd, [block.view], block.offset)
+            result = transfer(block.fd, [part.view for part in block.parts], block.offset)
         except OSError as error:
             result = error
         try:

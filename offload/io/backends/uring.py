@@ -24,7 +24,7 @@ _SETUP, _ENTER = 425, 426  # the numbers of the two system calls, the same on ev
 _GETEVENTS = 1
 _FEATURES = 1 << 0 | 1 << 3  # one mapping for both rings; kernel 5.6, which brought plain READ and WRITE
 _RING_OFFSET, _ENTRIES_OFFSET = 0, 0x10000000
-_NOP, _READ, _WRITE = 0, 22, 23
+_NOP, _READV, _WRITEV, _READ, _WRITE = 0, 1, 2, 22, 23
 _ENTRY = struct.Struct("<BBHiQQIIQ24x")  # opcode, flags, ioprio, fd, offset, address, length, rw flags, user data
 _COMPLETION = struct.Struct("<QiI")  # user data, result, flags
 _PAUSE_S = 0.001  # between looks at the ring where the kernel will not wait for us
@@ -68,7 +68,7 @@ class UringBackend:
             os.close(self._fd)
             raise
         self._lock = threading.Lock()  # one submitter at a time
-        self._started: dict[int, Block] = {}
+        self._started: dict[int, tuple[Block, object]] = {}  # and what the kernel reads of it besides
         self._numbers = itertools.count(1)
         self._reaper: threading.Thread | None = None
         self._is_closed = False
@@ -96,15 +96,15 @@ class UringBackend:
             numbers = []
             for block in blocks:
                 number = next(self._numbers)
-                self._started[number] = block
+                opcode, address, count, kept = _order(block)
+                self._started[number] = block, kept
                 numbers.append(number)
-                opcode = _WRITE if block.is_write else _READ
-                self._fill(len(numbers) - 1, opcode, block.fd, block.offset, block.address, block.view.nbytes, number)
+                self._fill(len(numbers) - 1, opcode, block.fd, block.offset, address, count, number)
             done, error = self._submit(len(numbers))
             if error is not None:
                 refused = [(number, error) for number in numbers[done:]]
         for number, failure in refused:
-            self._started.pop(number).complete(failure)
+            self._started.pop(number)[0].complete(failure)
 
     def close(self) -> None:
         """End the reaper, join it, and unmap the rings."""
@@ -163,12 +163,27 @@ class UringBackend:
                 words[self._cq_head] = head + 1 & 0xFFFFFFFF
                 if number == _STOP:
                     return
-                block = self._started.pop(number)
+                block, _ = self._started.pop(number)
                 try:
                     block.complete(outcome if outcome >= 0 else OSError(-outcome, os.strerror(-outcome)))
                 except BaseException:
                     _log.exception("the io_uring thread survived an error in the completion of a block")
                 del block
+
+
+class _Vector(ctypes.Structure):
+    """struct iovec."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("nbytes", ctypes.c_size_t))
+
+
+def _order(block: Block) -> tuple[int, int, int, object]:
+    """What the kernel shall do: opcode, address, and a count of bytes or of parts, which then lie in what is kept."""
+    if len(block.parts) == 1:
+        (part,) = block.parts
+        return _WRITE if block.is_write else _READ, part.address, part.view.nbytes, None
+    vector = (_Vector * len(block.parts))(*[_Vector(part.address, part.view.nbytes) for part in block.parts])
+    return _WRITEV if block.is_write else _READV, ctypes.addressof(vector), len(vector), vector
 
 
 @cache
