@@ -32,10 +32,13 @@ class Sound:
         self._positions: int | None = None
         if not hasattr(config, "get_text_config") or config.get_text_config() is not config:
             return  # ids of images and the like may lie outside of a vocabulary
-        table = model.get_input_embeddings()
+        try:
+            table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        except (AttributeError, NotImplementedError):  # a model of something else than tokens
+            return
         if isinstance(table, nn.Embedding):
             self._table = table.num_embeddings
-        if model.get_output_embeddings() is not None:
+        if head is not None:
             self._vocabulary = getattr(config, "vocab_size", None)
         self._has_encoder = bool(getattr(config, "is_encoder_decoder", False))
         most = getattr(config, "max_position_embeddings", None)

@@ -15,6 +15,7 @@ from reference_loop import ReferenceLoop
 from test_full import B, batches, check, plain
 
 import offload
+from offload.finetune.sound import Sound
 
 Batch = dict[str, torch.Tensor]
 
@@ -196,6 +197,14 @@ def test_a_batch_that_makes_no_sense_costs_nothing(tmp_path: Path) -> None:
         assert mine.step_number == 0
         with trainer(tmp_path / "same") as other:
             assert mine.step(batch).loss == other.step(batch).loss
+
+
+def test_models_of_something_else_than_tokens() -> None:
+    images = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    found = Sound(transformers.ResNetForImageClassification(images))
+    found.check([{"pixel_values": torch.ones(2, 3, 8, 8), "labels": torch.ones(2)}])
+    with pytest.raises(offload.UsageError, match="the model is not called with y: missing a required argument: 'x'"):
+        Sound(Twice()).check([{"y": torch.ones(2)}])
 
 
 def test_a_table_of_positions_ends_somewhere(tmp_path: Path) -> None:
