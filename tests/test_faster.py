@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 import offload
 from offload.kernels.chosen import Kernels
 from offload.runtime import faster, gates, norms, rotaries
+from offload.runtime.lookups import Vanished, said
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 KERNELS = Kernels("cpu", exact=False)
@@ -182,9 +184,34 @@ def test_who_computed_is_told_and_all_is_removed(tmp_path: Path) -> None:
     assert not hasattr(file.apply_rotary_pos_emb, "__wrapped__")
 
 
+@pytest.mark.parametrize(("name", "what", "own"), [("llama", "attn", "sdpa"), ("qwen3_moe", "experts", "grouped_mm")])
+@pytest.mark.parametrize("kept", ["elsewhere", None], ids=["renamed", "unheeded"])
+def test_a_private_name_that_vanishes_is_told(
+    name: str, what: str, own: str, kept: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later transformers keeps it under another name, or has it and does not look."""
+    checkpoint, public = MODELS[name].save(tmp_path / name), f"_{what}_implementation"
+    kept = kept or f"{public}_internal"
+    seen = property(lambda config: own, lambda config, value: config.__dict__.update({kept: value}))
+    monkeypatch.setattr(transformers.PreTrainedConfig, public, seen)
+    told = f"does not heed {public}_internal, so its own ops compute"
+    with (handle := offload.load(checkpoint, context=32, batch=2)) as model:
+        assert [f for f in handle.fallbacks if told in f]
+        generated(model)
+        assert handle.session.kernels.report()["linear"].startswith("cpu")
+    with pytest.raises(offload.StrictError, match=told):
+        offload.load(checkpoint, context=32, batch=2, strict=True)
+
+
+def test_a_configuration_that_says_nothing_is_told() -> None:
+    with pytest.raises(Vanished, match="does not heed _attn_implementation, so"):
+        said(SimpleNamespace(get_text_config=None), "attn")
+    assert said(SimpleNamespace(), "attn") is None
+
+
 def test_exact_kernels_change_products_only() -> None:
     module = nn.Sequential(nn.Linear(32, 32, bias=False), nn.RMSNorm(32, eps=1e-6))
-    remove = faster.install(module, Kernels("cpu", exact=True), has_faces=False, planned_tokens=0)
+    remove = faster.install(module, Kernels("cpu", exact=True), has_faces=False, planned_tokens=0, lacks=[])
     assert "forward" not in module[1].__dict__
     assert not module._forward_pre_hooks
     remove()

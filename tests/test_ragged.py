@@ -113,6 +113,13 @@ def test_a_model_of_other_layers_than_planned_is_refused(tmp_path: Path) -> None
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_model_that_does_not_say_what_it_keeps_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("llama", tmp_path, torch.float32)
+    assert refuses(model) is None
+    monkeypatch.delattr(transformers.PreTrainedModel, "_is_stateful")
+    assert "another state" in str(refuses(model))
+
+
 def test_runs_are_lent_and_joined_again() -> None:
     runs = Runs(10)
     a, b, c = runs.take(3), runs.take(4), runs.take(3)

@@ -18,6 +18,7 @@ from torch import nn
 
 from offload.kernels.chosen import Kernels
 from offload.runtime.linears import needs_gradient
+from offload.runtime.lookups import said, say
 
 _SDPA = "sdpa"
 _numbers = itertools.count(1)
@@ -25,30 +26,28 @@ _ASKS_FOR_SDPA = re.compile(r"_attn_implementation\b.*\bsdpa\b")
 
 
 def install(root: nn.Module, kernels: Kernels) -> Callable[[], None]:
-    """Gives the models below `root` that attention; returns what takes it away again."""
+    """Gives the models below `root` that attention; returns what takes it away again.
+
+    Raises:
+        Vanished: this transformers would not look it up.
+    """
     if "transformers" not in sys.modules or kernels.choice("decode_attention").implementation != "cpu":
         return lambda: None
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    configs: dict[int, Any] = {}
-    for module in root.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == _SDPA:
-            configs[id(config)] = config
+    every = {id(c): c for module in root.modules() if (c := getattr(module, "config", None)) is not None}
+    configs = [config for config in every.values() if said(config, "attn") == _SDPA]
     if not configs or has_its_own_attention(root):
         return lambda: None
     name = f"offload-{next(_numbers)}"
+    restore = say(configs, "attn", name)
     AttentionInterface.register(name, _attention(ALL_ATTENTION_FUNCTIONS[_SDPA], kernels))
     AttentionMaskInterface.register(name, sdpa_mask)
-    for config in configs.values():
-        config._attn_implementation_internal = name
 
     def remove() -> None:
-        for config in configs.values():
-            if config._attn_implementation_internal == name:
-                config._attn_implementation_internal = _SDPA
+        restore()
         for interface in (AttentionInterface, AttentionMaskInterface):
             interface._global_mapping.pop(name, None)
 

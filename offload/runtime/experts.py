@@ -17,6 +17,7 @@ from torch import nn
 
 from offload.kernels.chosen import Kernels
 from offload.runtime.linears import needs_gradient
+from offload.runtime.lookups import said, say
 
 Product = Callable[[torch.Tensor, torch.Tensor, Sequence[int]], torch.Tensor]
 """x [rows of all experts], weight [experts, outputs, inputs], rows of each expert -> y."""
@@ -26,24 +27,27 @@ _numbers = itertools.count(1)
 
 
 def install(root: nn.Module, kernels: Kernels) -> Callable[[], None]:
-    """Gives the models below `root` those experts; returns what takes them away again."""
+    """Gives the models below `root` those experts; returns what takes them away again.
+
+    Raises:
+        Vanished: this transformers would not look them up.
+    """
     if "transformers" not in sys.modules or kernels.choice("linear_groups").implementation == "torch":
         return lambda: None
+    if not any("down_proj" in module._parameters for module in root.modules()):
+        return lambda: None  # no stacks of experts
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    configs = [getattr(module, "config", None) for module in root.modules()]
-    mine = {id(c): c for c in configs if getattr(c, "_experts_implementation", None) == _GROUPED}
+    every = {id(c): c for module in root.modules() if (c := getattr(module, "config", None)) is not None}
+    mine = [config for config in every.values() if said(config, "experts") == _GROUPED]
     if not mine:
         return lambda: None
     name = f"offload-{next(_numbers)}"
+    restore = say(mine, "experts", name)
     ALL_EXPERTS_FUNCTIONS.register(name, _forward(ALL_EXPERTS_FUNCTIONS[_GROUPED], kernels))
-    for config in mine.values():
-        config._experts_implementation_internal = name
 
     def remove() -> None:
-        for config in mine.values():
-            if config._experts_implementation_internal == name:
-                config._experts_implementation_internal = _GROUPED
+        restore()
         ALL_EXPERTS_FUNCTIONS._global_mapping.pop(name, None)
 
     return remove

@@ -34,6 +34,7 @@ from offload.errors import ModelError
 from offload.kernels.chosen import Kernels
 from offload.runtime.attention import has_its_own_attention
 from offload.runtime.last_layer import Enough, among_rows, last_layer, of_rows, replace_forward
+from offload.runtime.lookups import say
 from offload.runtime.pool import KeyValuePool
 
 MIN_ROWS = 8  # more than any kernel for few rows takes (kernels/cpu/linear.py)
@@ -68,7 +69,7 @@ def refuses(model: nn.Module) -> str | None:
         return "it is no transformers model"
     if config.get_text_config(decoder=True) is not config:
         return "it is more than a language model"
-    if not getattr(model, "_supports_attention_backend", False) or getattr(model, "_is_stateful", False):
+    if not getattr(model, "_supports_attention_backend", False) or getattr(model, "_is_stateful", True):
         return "its attention cannot be exchanged, or it keeps another state than keys and values"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention caps scores"  # which some versions of transformers would leave out with sdpa
@@ -98,7 +99,7 @@ class Ragged:
         self._model, self._kernels, self.pool = model, kernels, pool
         self._name = f"offload-ragged-{next(_numbers)}"
         self._configs = {
-            id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is model.config or _is_config(c)
+            id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "get_text_config")
         }
         self._pass: _Pass | None = None
         self._is_proven = False
@@ -128,15 +129,13 @@ class Ragged:
             Logits of each one's last token, [sequences, vocabulary], in the model's dtype.
 
         Raises:
-            Refused: the model did not do what a ragged pass needs.
+            Vanished: this transformers would not look its attention up.
+        Refused: the model did not do what a ragged pass needs.
         """
         order = sorted(range(len(work)), key=lambda i: len(work[i][1]) > 1)  # single tokens first
         now = _Pass([work[i] for i in order], self.pool.scrap, self.pool.torch_device)
-        before = {key: config._attn_implementation for key, config in self._configs.items()}
-        self._pass = now
+        self._pass, restore = now, say(self._configs.values(), "attn", self._name)
         try:
-            for config in self._configs.values():
-                config._attn_implementation_internal = self._name
             with torch.no_grad():
                 logits = self._model(
                     input_ids=now.ids[None],
@@ -146,8 +145,7 @@ class Ragged:
                 ).logits[0]
         finally:
             self._pass = None
-            for key, config in self._configs.items():
-                config._attn_implementation_internal = before[key]
+            restore()
         if not self._is_proven and now.layers != set(range(self.pool.layers)):
             raise Refused(f"{len(now.layers)} of its {self.pool.layers} layers asked for attention")
         self._is_proven = True
@@ -317,7 +315,3 @@ def _band(tokens: int, window: int | None, device: torch.device) -> torch.Tensor
     place = torch.arange(tokens, device=device)
     apart = place[:, None] - place[None]
     return (apart >= 0) & (apart < window)
-
-
-def _is_config(config: Any) -> bool:
-    return hasattr(config, "_attn_implementation_internal")

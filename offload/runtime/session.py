@@ -114,6 +114,7 @@ class Session:
         self._bound: dict[str, torch.Tensor] = {}
         self._active: list[tuple[int, str | None]] = []  # (thread, unit) of running forwards, outermost first
         self._uninstall: Callable[[], None] = lambda: None
+        self._lacks: list[str] = []
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._planned_tokens = planned_tokens
         self._is_closed = False
@@ -134,7 +135,7 @@ class Session:
         has_faces = bool(cut) or any(s.form is not None for s in self.store.sources.values())
         if self.device.torch_device.type == "cpu" or has_faces:
             self._uninstall = faster.install(
-                self.root, self.kernels, has_faces=has_faces, planned_tokens=self._planned_tokens
+                self.root, self.kernels, has_faces=has_faces, planned_tokens=self._planned_tokens, lacks=self._lacks
             )
         if self._executor is not None and all(u.module is not self.root for u in hooked):
             self._handles += [
@@ -188,7 +189,7 @@ class Session:
         touched = tuple(
             f"{name} was read outside its unit {count} times, whole each time" for name, count in self._fetched.items()
         )
-        return (*self.engine.fallbacks, *self.store.fallbacks, *touched)
+        return (*self.engine.fallbacks, *self.store.fallbacks, *self._lacks, *touched)
 
     def statistics(self) -> SessionStatistics:
         device = self.device.statistics()
