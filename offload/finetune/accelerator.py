@@ -131,7 +131,7 @@ def beside_there(cells: Mapping[str, int], asked: Accelerator) -> dict[str, int]
     parts = asked.activations if asked.activations is not None else {"activations": int(UNKNOWN * asked.memory)}
     found = {
         "gradients of the largest part of the model": GRADIENTS * max(sizes.values(), default=0),
-        "parameters that several parts use, with their gradient": (1 + GRADIENTS) * loose,
+        "gradients of parameters that several parts use": GRADIENTS * loose,
         "optimizer state that is updated there": asked.state_nbytes,
     } | dict(parts)
     return {name: nbytes for name, nbytes in found.items() if nbytes}
@@ -164,17 +164,18 @@ def plan_there(cells: Mapping[str, int], asked: Accelerator) -> CellPlan:
     beside, sizes = beside_there(cells, asked), dict(cells)
     loose = sizes.pop(LOOSE, 0)
     largest = max(sizes.values(), default=0)
-    room = asked.memory - sum(beside.values())
+    needed = sum(beside.values()) + loose
     try:
-        plan = plan_cells(sizes, room)
+        plan = plan_cells(sizes, asked.memory - needed)
     except BudgetError:
         ring = FEWEST * largest
-        needed = sum(beside.values()) + ring
+        needed += ring
         if asked.activations is None:
             needed = int((needed - beside["activations"]) / (1 - UNKNOWN)) + 1
         raise BudgetError(
             f"gpu_memory={format_bytes(asked.memory)} is too small for this training, which takes there: "
             + ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in beside.items())
+            + (f", those parameters {format_bytes(loose)}" if loose else "")
             + f", and {FEWEST} slots for the largest part of the model {format_bytes(ring)}. "
             f"Give at least {format_bytes(needed)}, or shorter micro-batches"
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from test_full import NUMBERS, B, F, batches, check, plain
 from test_travel import Backwards, held_out
 
 import offload
+from offload.finetune.accelerator import Accelerator
 from offload.finetune.trainer import Trainer
 from offload.io.buffers import Buffer, BufferPool
 from offload.planner.schedule import Download, Upload
 from offload.planner.training_steps import Update
+from offload.tiers.cells import lay_out_cell
 from offload.tiers.emulated import EmulatedDevice
 
 CASES = [  # model, dtype, micro-batches, clip norm
@@ -282,6 +285,14 @@ def test_inputs_go_on_to_disk(tmp_path: Path) -> None:
         ashore = mine.training.backprop.inputs.stash
         assert ashore._stash.peak_nbytes > 0
         assert (ashore._held, len(ashore._passing)) == (0, 0)
+
+
+def test_a_parameter_of_several_parts_is_counted_once() -> None:
+    cell, asked = 64 * 64 * 2, Accelerator(name="emulated", memory=1 << 20, activations={"inputs of units": 1000})
+    device, there = asked.open([lay_out_cell(u, {f"{u}.weight": (B, (64, 64))}) for u in ("a", "b", "(loose)")])
+    with contextlib.closing(device):
+        gradients = 3 * cell + 3 * cell  # of the larger part, and of what several use
+        assert there.spare_nbytes == asked.memory - 3 * cell - gradients - 1000
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
