@@ -109,11 +109,11 @@ def mix(
     tokens, each = chosen.shape
     experts, order = torch.sort(chosen.reshape(-1), stable=True)
     rows = torch.bincount(experts, minlength=stacks[0].shape[0]).tolist()
-    y = product(hidden[order // each], stacks[0], rows)
+    y = product(hidden.index_select(0, order // each), stacks[0], rows)  # faster than hidden[...] by far
     y = module._apply_gate(y) if getattr(module, "has_gate", True) else module.act_fn(y)
     y = product(y, stacks[1], rows)
     shares = weights.reshape(-1)[order].unsqueeze(-1)
     y = y.mul_(shares) if shares.dtype == y.dtype and not needs_gradient(y, shares) else y * shares
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel())
-    return y[back].view(tokens, each, -1).sum(1).to(hidden.dtype)
+    return y.index_select(0, back).view(tokens, each, -1).sum(1).to(hidden.dtype)
