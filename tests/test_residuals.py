@@ -57,11 +57,10 @@ def found(learned: Learned, slots: int = 2, *, is_first: bool = True) -> dict[st
 def test_each_lane_has_its_own() -> None:
     assert found(Learned()) == pytest.approx(
         {
-            "prefill": log(1.0 / 0.8), "decode": log(0.5 / 0.4), "compute.many.streaming": log(1.0 / 0.5),
-            "compute.few.streaming": log(0.2 / 0.1), "read": 0.0,
+            "prefill": log(1.0 / 0.8), "decode": log(0.5 / 0.4), "compute.many.streaming": log(1.0 / 0.5), "read": 0.0,
         }
-    )  # fmt: skip
-    assert {"compute.many", "compute.few"} <= set(found(Learned(), slots=0))
+    ), "tokens wait for the disk: what computing takes beside it is not seen"  # fmt: skip
+    assert "compute.many" in found(Learned(), slots=0)
     assert "prefill" not in found(Learned(), is_first=False)
 
 

@@ -13,7 +13,7 @@ from offload.profile import Learned
 from offload.runtime.timeline import SPANS, Span
 from offload.specs import Workload
 
-LEAST_PART = 0.1  # of a pass: lanes that are busy for less say nothing that can be trusted
+LEAST_PART = 0.5  # of a pass: what lanes that are busy for less take is hidden, and says little of what others would
 LEAST_STEPS = 3
 
 
