@@ -132,7 +132,7 @@ def test_what_is_wrong_with_a_command_is_said_before_torch_is_loaded(tmp_path: P
         (("plan", model, "-o", "/dev/null"), "is no plain file"),
         (("report", a_file, "-o", "/no/report.html"), "no folder /no"),
         (("probe", "-o", tmp_path), "is a folder; name a file in it"),
-        (("probe", "--offload-dir", a_file), "is no folder; make it"),
+        (("probe", "--offload-dir", a_file), "is a file, where a folder is wanted"),
         (("probe", "--weights", "int5"), "lossless, int8, int4"),
         (("probe", torn), "1 of 2 shards are missing"),
         (("bench", "plan", "-o", "/no/dir/plan"), "there is no folder /no/dir; make it, or name another"),

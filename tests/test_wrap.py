@@ -258,3 +258,11 @@ def test_what_is_no_module_is_named() -> None:
         offload.wrap("folder")  # type: ignore[arg-type]
     with pytest.raises(offload.UsageError, match=r"this is a Linear; a module .* runs with offload\.wrap"):
         offload.load(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_numbers_of_things_begin_with_one() -> None:
+    with pytest.raises(offload.UsageError, match="slots=0: must be at least 1"):
+        offload.wrap(nn.Linear(2, 2), slots=0)
+    for name in ("batch", "context", "prompt_tokens", "slots"):
+        with pytest.raises(offload.UsageError, match=f"{name}=0: must be at least 1"):
+            offload.load("no/model", **{name: 0})

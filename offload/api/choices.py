@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.budgets import Size, from_max_memory, resolve
+from offload.errors import UsageError
 from offload.kernels.chosen import Kernels
 from offload.processors import choose_share
 from offload.profile import load_profile
@@ -14,6 +15,17 @@ from offload.runtime.discovery import Anatomy
 from offload.runtime.warmup import compile_kernels
 from offload.specs import Budgets
 from offload.tiers.layout import Source
+
+
+def check_counts(**given: int | None) -> None:
+    """Numbers of things, of which there is at least one; None: nobody says.
+
+    Raises:
+        UsageError: says which is less.
+    """
+    for name, count in given.items():
+        if count is not None and count < 1:
+            raise UsageError(f"{name}={count}: must be at least 1")
 
 
 def budgets_for(

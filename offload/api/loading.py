@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from offload.api.choices import budgets_for, ready_kernels, share_for
+from offload.api.choices import budgets_for, check_counts, ready_kernels, share_for
 from offload.budgets import Division, Size, divide
 from offload.checkpoint import find, open_checkpoint
 from offload.checkpoint.opening import packed
@@ -102,6 +102,7 @@ def load(
     began = time.perf_counter()
     if device_map not in (None, "auto", "sequential", "balanced"):
         raise UsageError(f'device_map={device_map!r}: only "auto" is understood; say device= and the budgets instead')
+    check_counts(batch=batch, context=context, prompt_tokens=prompt_tokens, slots=slots)
     device = full_name(device)
     budgets = budgets_for(device, cpu_memory, gpu_memory, resident, max_memory)
     rate = parse_link(link, device)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.api.choices import budgets_for, ready_kernels, share_for
+from offload.api.choices import budgets_for, check_counts, ready_kernels, share_for
 from offload.budgets import Size, divide
 from offload.checkpoint.describe import describe
 from offload.errors import ModelError, UsageError
@@ -76,6 +76,7 @@ def wrap(
     foreign = sorted({str(p.device) for p in module.parameters() if p.device.type != "cpu"})
     if foreign:
         raise ModelError(f"the module has parameters on {', '.join(foreign)}; move it to the CPU first: module.cpu()")
+    check_counts(slots=slots)
     device = full_name(device)
     rate = parse_link(link, device)
     budgets = budgets_for(device, cpu_memory, gpu_memory, resident, max_memory)

@@ -117,8 +117,8 @@ def check_probe(model: str | None, weights: str | None, offload_dir: str | None,
         UsageError, CheckpointError: see offload.errors.
     """
     read_name(weights)
-    if offload_dir is not None and not Path(offload_dir).is_dir():
-        raise UsageError(f"--offload-dir {offload_dir} is no folder; make it, or name another on the same disk")
+    if offload_dir is not None:
+        check_folder("--offload-dir", offload_dir)
     if out is not None:
         check_place("-o", out)
     if model is not None:
