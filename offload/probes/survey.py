@@ -45,7 +45,7 @@ class Files:
     """What is read and written: a path and, for files without a name, a descriptor.
 
     Attributes:
-        read: the model's largest file, or the scratch file.
+        read: the model's largest file, or, where it is shorter than a block, the scratch file.
         write: the scratch file; None where there is no room for one.
     """
 
@@ -102,7 +102,8 @@ class Survey:
         """Measures everything. Files it makes have no name, so nothing stays behind whatever happens.
 
         Raises:
-            StorageError: the model's files cannot be read, or without a model the disk is too full for a scratch file.
+            StorageError: the model's files cannot be read, or they are shorter than a block, or there is no model, and
+                the disk is too full for a scratch file.
         """
         self._next("compiling kernels, once")
         self._compile()
@@ -184,16 +185,18 @@ class Survey:
 
     @contextmanager
     def _files(self) -> Iterator[Files]:
+        largest = max((nbytes for nbytes, _ in self._effort.blocks), default=0)
+        long = next((file for file in self._subject.files if file.stat().st_size >= largest), None)
         with ExitStack() as stack:
             try:
                 scratch = stack.enter_context(disk.scratch(self._folder, self._effort.scratch_nbytes))
             except StorageError as error:
-                if not self._subject.files:
+                if long is None:
                     raise
                 self._found.notes.append(f"writing was not measured: {error}")
                 scratch = None
-            if self._subject.files:
-                yield Files((self._subject.files[0], None), scratch)
+            if long is not None:
+                yield Files((long, None), scratch)
             else:
                 assert scratch is not None
                 disk.fill(*scratch, now=self._now)

@@ -19,6 +19,9 @@ from offload.cli import app
 from offload.commands.probe import table
 from offload.errors import UsageError
 from offload.probes import probe as probe_module
+from offload.probes.effort import TINY
+from offload.probes.probe import _subject
+from offload.probes.survey import Survey
 from offload.profile import Profile, dump, load_profile, own_profile, parse, save_profile
 from offload.profile import cache as profile_cache
 
@@ -135,6 +138,14 @@ def test_the_command(measured: Profile, folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["fingerprint"] == measured.fingerprint
     assert parse(out.read_text()) == measured
+
+
+def test_files_shorter_than_a_block_are_not_what_is_read(folder: Path, tmp_path: Path) -> None:
+    for nbytes, is_long in ((64 << 10, True), (64 << 20, False)):
+        effort = replace(TINY, blocks=((nbytes, 1),))
+        with Survey(_subject(folder), effort, tmp_path)._files() as files:
+            assert (files.read[0].parent == folder) == is_long
+            assert (files.read == files.write) != is_long
 
 
 def test_wrong_options() -> None:
