@@ -7,10 +7,12 @@ from concurrent.futures import Future
 
 import torch
 
+from offload.io.buffers import Buffer
 from offload.io.engine import Engine, File
 from offload.kernels.chosen import Kernels
 from offload.kernels.formats.form import Form, Weight
 from offload.tiers import transit
+from offload.tiers.bundle_reads import read_bundle
 from offload.tiers.device import Device
 from offload.tiers.host import Scratch, as_bytes
 from offload.tiers.layout import Layout, Source
@@ -41,7 +43,15 @@ class Filling:
         self.packed: dict[str, tuple[Form, float]] = {}
 
     def read(self, layout: Layout, view: memoryview) -> None:
-        """Starts reading what the disk has as it shall be, straight to its place."""
+        """Starts reading what the disk has as it shall be, straight to its place: all of a layout that copies no more
+        than ends of pieces, else what is plain in it.
+        """
+        if not layout.copies:
+            staging = Buffer(layout.staging_nbytes)
+            future = read_bundle(layout, view, self._engine, self._opened, staging=staging.view)
+            future.add_done_callback(lambda _: staging.discard(0, staging.nbytes))
+            self._reads.append(future)
+            return
         for op in layout.reads:
             if op.is_plain:
                 parts = [view[to.at : to.at + to.nbytes] for to in op.targets]

@@ -128,7 +128,7 @@ class Store:
             area = as_tensor(view)
             for name, place in layout.views.items():
                 target = self._resident[name] = place.of(area)
-                if not self.sources[name].is_plain:
+                if layout.copies and not self.sources[name].is_plain:
                     filling.bring(self.sources[name], target, on_device=False)
             filling.read(layout, view)
         if meanwhile is not None:
