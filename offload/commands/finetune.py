@@ -32,7 +32,7 @@ from offload.finetune.outlook import Outlook
 from offload.finetune.prepare import Prepared, excerpt, prepare
 from offload.finetune.protocol import Trainer
 from offload.generate import tokenizer_of
-from offload.hardware import peak_rss_bytes, versions
+from offload.hardware import versions
 from offload.optim import options_of
 from offload.planner.schedule import explain
 from offload.units import parse_bytes
@@ -285,7 +285,7 @@ def _report(
         "step_s": median(x["step_s"] for x in steps) if steps else None,
         "read_bytes": sum(x["read_bytes"] for x in steps),
         "write_bytes": sum(x["write_bytes"] for x in steps),
-        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_bytes": trainer.peak_nbytes,
         "fallbacks": list(trainer.fallbacks),
         "data": data_of(prepared),
         "versions": versions(),

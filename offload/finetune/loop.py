@@ -11,14 +11,13 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from offload.errors import TrainingError, UsageError
+from offload.errors import BudgetError, TrainingError, UsageError
 from offload.finetune.ahead import ahead
 from offload.finetune.config import Train
 from offload.finetune.feed import Feed
 from offload.finetune.protocol import Trainer
 from offload.finetune.rows import Position
 from offload.finetune.schedules import learning_rate, warmup_steps
-from offload.hardware import peak_rss_bytes
 
 Line = dict[str, Any]
 
@@ -57,6 +56,7 @@ def run(trainer: Trainer, what: Run, stop: Stop) -> bool:
     """Trains until the last step, or until `stop`. The state is committed when it returns. True: it is complete.
 
     Raises:
+        BudgetError: memory has no room for a step; what was done is committed.
         TrainingError: the loss is not finite; the last commit is from before.
         UsageError: the trainer comes from a commit of another run.
     """
@@ -72,7 +72,12 @@ def run(trainer: Trainer, what: Run, stop: Stop) -> bool:
             if done >= total or stop.signal:
                 break
             rate = learning_rate(train.lr_scheduler_type, train.learning_rate, done, warmup=warmup, total=total)
-            result = trainer.step(step.micro_batches, learning_rate=rate)
+            try:
+                result = trainer.step(step.micro_batches, learning_rate=rate)
+            except BudgetError:  # before anything was changed: its rows are longer than any before
+                if done != committed:
+                    trainer.commit()
+                raise
             if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                 raise TrainingError(
                     f"step {done + 1}: the loss is {result.loss} and the gradient's norm {result.grad_norm}; the last "
@@ -90,7 +95,7 @@ def run(trainer: Trainer, what: Run, stop: Stop) -> bool:
                     "step_s": result.step_s,
                     "tokens": step.tokens,
                     "tokens_per_s": step.tokens / result.step_s if result.step_s else 0.0,
-                    "peak_rss_bytes": peak_rss_bytes(),
+                    "peak_rss_bytes": trainer.peak_nbytes,
                     "read_bytes": result.read_bytes,
                     "write_bytes": result.write_bytes,
                 }

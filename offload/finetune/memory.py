@@ -31,7 +31,8 @@ class Spare:
     """How the rest of the budget is used.
 
     Attributes:
-        peak_nbytes: of the first step, which kept nothing.
+        peak_nbytes: of the step that memory was divided after, which kept nothing; with room for longer rows, where
+            it was not the first.
         weights_nbytes: of cells that stay in memory.
         graphs_nbytes: of units whose graphs are kept, so that they run once and not twice.
         state_nbytes: of optimizer state that stays in memory.
@@ -182,6 +183,18 @@ def _divide(training: Training, free: int) -> int:
         return 0
     training.keep_cells(plan.kept, (plan.slots, plan.slot_nbytes))
     return now - plan.nbytes - (staging if plan.slots else 0)
+
+
+def give_up(training: Training, wishes: Wishes) -> None:
+    """Before a step of more tokens than memory was divided for: what was kept, unless somebody asked for it. No update
+    is due."""
+    training.keep_graphs(0)
+    if wishes.state is None:
+        training.drop_state()
+    if wishes.activations == "auto":
+        for part in training.backprop.parts.values():
+            part.swaps = False
+    trim()
 
 
 def plan_memory(training: Training, budget: int, peak: int, wishes: Wishes, *, travels: bool = True) -> Spare:

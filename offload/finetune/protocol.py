@@ -62,6 +62,11 @@ class Trainer(Protocol):
     def step_number(self) -> int: ...
 
     @property
+    def peak_nbytes(self) -> int:
+        """The process's largest resident set so far."""
+        ...
+
+    @property
     def fallbacks(self) -> Sequence[str]:
         """What did not go the fast way, a sentence each."""
         ...

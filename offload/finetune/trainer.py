@@ -18,10 +18,11 @@ from offload.errors import ClosedError, ModelError, UsageError
 from offload.finetune.activations import plan_swaps
 from offload.finetune.aside import aside
 from offload.finetune.encoding import IGNORED
-from offload.finetune.memory import Spare, Wishes, fit_first, give_back, plan_memory
+from offload.finetune.memory import Spare, Wishes, fit_first, give_back, give_up, plan_memory
 from offload.finetune.rehearsal import rehearse, working
 from offload.finetune.sound import Sound
-from offload.hardware import peak_rss_bytes, reset_peak_rss
+from offload.finetune.widest import GROWTH, Tokens, tokens_of
+from offload.hardware import peak_rss_bytes, reset_peak_rss, rss_bytes
 from offload.io.engine import Engine
 from offload.optim.base import Numbers, Optimizer
 from offload.runtime.adapted import Adapted
@@ -91,6 +92,8 @@ class Trainer:
         self._spare: Spare | None = None
         self._notes: list[str] = []
         self._shapes: list[tuple[int, ...]] = []  # of the last step's rows
+        self._room = Tokens()  # that memory was divided for
+        self._peak = 0  # before it was last measured anew
 
     @property
     def step_number(self) -> int:
@@ -99,8 +102,14 @@ class Trainer:
 
     @property
     def spare(self) -> Spare | None:
-        """What became of the memory that the first step left; None before it."""
+        """What became of the memory that the first step left, or the last one that had more tokens than any before;
+        None before it."""
         return self._spare
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The process's largest resident set so far."""
+        return max(self._peak, peak_rss_bytes())
 
     @property
     def model(self) -> nn.Module:
@@ -155,12 +164,19 @@ class Trainer:
         if not 0 <= rate < math.inf:
             raise UsageError(f"learning_rate={rate}: a step's is a number from 0 on")
         step = self._step + 1
+        tokens = tokens_of(batches)
         is_first = self._spare is None and self._wishes is not None
+        is_wider = self._outgrows(tokens)
+        if is_wider and isinstance(self.training, Training) and self._wishes is not None:
+            self.flush()
+            give_up(self.training, self._wishes)
         predicted: int | None = None
-        if is_first:
-            predicted = self._prepare_first([b for b, _ in learnt])
+        if is_first or is_wider:
+            predicted = self._prepare([b for b, _ in learnt])
+            self._peak = self.peak_nbytes
             reset_peak_rss()  # where that cannot be done, the peak is that of the process, and less is kept
-        self.training.backprop.measures = is_first
+        held = rss_bytes()
+        self.training.backprop.measures = is_first or is_wider
         self._root.train()
         with self._whole(f"step {step}"):
             found = self.training.run(
@@ -170,16 +186,21 @@ class Trainer:
                 step,
             )
         self._step = step
-        if is_first and isinstance(self.training, Training) and self._wishes is not None:
+        if (is_first or is_wider) and isinstance(self.training, Training) and self._wishes is not None:
             self.training.backprop.measures = False
+            self._room, peak = tokens, peak_rss_bytes()
+            if is_wider:
+                self._room, peak = tokens.grown(), peak + int((GROWTH - 1) * max(0, peak - held))
+                for part in self.training.backprop.parts.values():
+                    part.graph_nbytes = int(GROWTH * part.graph_nbytes)
             peak = plan_swaps(
-                self.training.backprop, self._wishes.activations, self._cpu_memory, peak_rss_bytes(),
+                self.training.backprop, self._wishes.activations, self._cpu_memory, peak,
                 self.training.state_nbytes, len(learnt), time.perf_counter() - began, self._engine.statistics(),
             )  # fmt: skip
             spare = plan_memory(self.training, self._cpu_memory, peak, self._wishes, travels=self._travels)
             self._spare = replace(spare, predicted_nbytes=predicted)
         shapes = [tuple(b["input_ids"].shape) for b in batches if "input_ids" in b]
-        if is_first or shapes != self._shapes:  # the same step fits into the memory that it has left
+        if is_first or is_wider or shapes != self._shapes:  # the same step fits into the memory that it has left
             give_back(self._cpu_memory)
         self._shapes = shapes
         after = self._engine.statistics()
@@ -189,7 +210,7 @@ class Trainer:
             step_s=time.perf_counter() - began,
             read_bytes=after.read_bytes - before.read_bytes,
             write_bytes=after.write_bytes - before.write_bytes,
-            tokens=sum(b["input_ids"].numel() for b in batches if "input_ids" in b),
+            tokens=tokens.total,
         )
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
@@ -254,8 +275,12 @@ class Trainer:
             self._broken = f"{what} failed: {error}"
             raise
 
-    def _prepare_first(self, batches: Sequence[MicroBatch]) -> int | None:
-        """Makes room for the first step, whose micro-batches show what it will take; returns its peak in bytes."""
+    def _outgrows(self, tokens: Tokens) -> bool:
+        """Whether a step has more tokens than memory was divided for. On an accelerator, memory was divided before."""
+        return self._spare is not None and not self.training.device.has_memory and not self._room.hold(tokens)
+
+    def _prepare(self, batches: Sequence[MicroBatch]) -> int | None:
+        """Makes room for a step whose micro-batches show what it will take; returns its peak in bytes."""
         training, wishes = self.training, self._wishes
         if type(training) is not Training or wishes is None or self._where.type != "cpu":
             return None

@@ -43,6 +43,13 @@ class Holdings:
             taken += need if part.keeps else 0
         return taken
 
+    def drop_state(self) -> None:
+        """Keeps no shards in memory any more. No update is due."""
+        self._lanes.rest()
+        for name in [*self._lanes.kept.views]:
+            self._lanes.kept.drop(name, self._walk.generation)
+        self._tuples.forget()
+
     def keep_state(self, nbytes: int) -> int:
         """Keeps as many shards in memory as fit, spread evenly; returns the bytes that they take."""
         lanes, order = self._lanes, [LOOSE, *self._tuples.order]

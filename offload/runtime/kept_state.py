@@ -42,6 +42,14 @@ class KeptState:
             self._pinned.append(buffer)
             self._pins.add(buffer)
 
+    def drop(self, name: str, generation: int) -> None:
+        """A shard that stays no more is written if it was changed. Nothing crosses a link; no pass is under way."""
+        assert not self._crossing
+        if name in self.dirty:
+            self._state.write(name, self.views[name], generation).result()
+            self.dirty.discard(name)
+        del self.views[name]
+
     def write(self, generation: int) -> None:
         """Begins writing what was changed."""
         for name in [n for n in self._nbytes if n in self.dirty]:

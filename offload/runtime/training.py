@@ -239,6 +239,10 @@ class Training:
         """See Holdings.keep_state."""
         return self._holdings.keep_state(nbytes)
 
+    def drop_state(self) -> None:
+        """See Holdings.drop_state."""
+        self._holdings.drop_state()
+
     def keep_cells(self, kept: Collection[str], cell_slots: tuple[int, int]) -> None:
         """See Holdings.keep_cells."""
         self._between.come_down()

@@ -1,8 +1,9 @@
 """Trains a small model with many words for a few steps in a process of its own: one JSON line of peaks in bytes.
 
-memory_child.py FOLDER ROWS MICRO_BATCHES BYTES
+memory_child.py FOLDER ROWS MICRO_BATCHES BYTES TOKENS...
 
-BYTES come on top of what the process takes already, which is more with torch's CUDA build than with its CPU build.
+A step for each number of TOKENS. BYTES come on top of what the process takes already, which is more with torch's CUDA
+build than with its CPU build.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import transformers
 import offload
 from offload.hardware import peak_rss_bytes, reset_peak_rss
 
-WORDS, TOKENS, STEPS = 12_000, 256, 2
+WORDS = 12_000
 
 
 def save(folder: Path) -> None:
@@ -36,15 +37,16 @@ def save(folder: Path) -> None:
 
 
 def main() -> None:
-    folder, (rows, micro_batches, above) = Path(sys.argv[1]), map(int, sys.argv[2:])
+    folder, (rows, micro_batches, above, *lengths) = Path(sys.argv[1]), map(int, sys.argv[2:])
     budget = psutil.Process().memory_info().rss + above
     save(folder / "model")
-    ids = torch.randint(0, WORDS, (rows, TOKENS), generator=torch.Generator().manual_seed(1))
+    words = torch.randint(0, WORDS, (rows, max(lengths)), generator=torch.Generator().manual_seed(1))
     peaks = []
     with offload.finetuning(
-        folder / "model", offload_dir=folder / "state", cpu_memory=budget, tokens=TOKENS
+        folder / "model", offload_dir=folder / "state", cpu_memory=budget, tokens=max(lengths)
     ) as trainer:
-        for _ in range(STEPS):
+        for length in lengths:
+            ids = words[:, :length]
             reset_peak_rss()
             trainer.step([{"input_ids": ids, "labels": ids}] * micro_batches)
             peaks.append(peak_rss_bytes())

@@ -14,6 +14,7 @@ import pytest
 import torch
 from command_line import TALK, facts, finetune, same, weights
 
+from offload.errors import BudgetError
 from offload.finetune import finish
 from offload.finetune.aside import aside
 from offload.finetune.journal import read_journal
@@ -161,3 +162,23 @@ def test_a_finished_run_leaves_no_state(config: Path, tmp_path: Path, capsys: py
     assert not (tmp_path / "kept" / "state" / "finished.json").exists()
     assert finetune(config, "train.max_steps=5", *kept, "--resume") == 0
     assert read_journal(tmp_path / "kept" / "log.jsonl")[-1]["step"] == 5
+
+
+def test_a_step_without_room_leaves_what_was_done(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(config, f"train.output_dir={tmp_path / 'whole'}") == 0
+    step = Trainer.step
+
+    def refusing(self: Any, *arguments: Any, **more: Any) -> Any:
+        if self.step_number == 5:  # commits are at 3, 6 and 9
+            raise BudgetError("its rows are too long")
+        return step(self, *arguments, **more)
+
+    monkeypatch.setattr(Trainer, "step", refusing)
+    assert finetune(config) == 1
+    monkeypatch.setattr(Trainer, "step", step)
+    capsys.readouterr()
+    assert finetune(config, "--resume") == 0
+    assert "going on after step 5" in capsys.readouterr().err
+    assert facts(tmp_path / "out") == facts(tmp_path / "whole")

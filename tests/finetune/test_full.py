@@ -97,3 +97,27 @@ def test_memory_changes_nothing(clip: float | None, resident: float, activations
     with offload.finetuning(tmp_path / "model", resume=True, **options) as trainer:
         assert (trainer.step_number, trainer.extra) == (STEPS, {"at": 3})
         check(trainer, loop, 1)
+
+
+@pytest.mark.parametrize("clip", [0.5, None], ids=["clip", "no clip"])
+@pytest.mark.parametrize("resident", [None, 0.5], ids=["as fits", "half"])
+def test_longer_rows_change_nothing_but_what_is_kept(
+    clip: float | None, resident: float | None, tmp_path: Path
+) -> None:
+    """Memory is divided again where a step has more tokens than any before, with room for somewhat more."""
+    MODELS["llama-tied"].save(tmp_path / "model", B)
+    loop = ReferenceLoop(plain(tmp_path / "model", B), max_grad_norm=clip, **NUMBERS)
+    options = {"max_grad_norm": clip, "offload_dir": tmp_path / "state", "resident": resident, **NUMBERS}
+    divided = []
+    with offload.finetuning(tmp_path / "model", **options) as trainer:
+        for step, (count, length) in enumerate([(2, 24), (2, 16), (2, 40), (2, 48), (1, 32), (3, 48), (2, 24)]):
+            given, before = batches(step, count, length=length), trainer.spare
+            result = trainer.step(given, rate(step))
+            loop.step(given, rate(step))
+            assert (result.loss, result.grad_norm) == (loop.losses[-1], loop.norms[-1]), step
+            divided.append(trainer.spare is not before)
+            if step == 3:
+                trainer.commit()
+        mine = trainer.weights()
+        assert all(torch.equal(mine[n], p) for n, p in loop.model.named_parameters())
+    assert divided == [True, False, True, False, False, True, False]
