@@ -200,7 +200,7 @@ def finetune(
     """Fine-tune a model whose training state is larger than memory."""
     from offload.commands.early import check
 
-    early = check(config, overrides or (), quiet=json, writes=not (dry_run or explain))
+    early = check(config, overrides or (), quiet=json, writes=not (dry_run or explain), resume=resume)
     from offload.commands.finetune import Request, execute  # needs torch
 
     request = Request(

@@ -101,6 +101,8 @@ def test_what_is_wrong_with_a_command_is_said_before_torch_is_loaded(tmp_path: P
     config.write_text(
         f"model: {model}\ndata: {{train: {tmp_path / 'd.jsonl'}}}\ntrain: {{output_dir: {tmp_path / 'out'}}}"
     )
+    (run_before := tmp_path / "before").mkdir()
+    (run_before / "log.jsonl").write_text("{}")
     run_it, out = ("run", model, "--prompt", "x"), ("-o", tmp_path / "answers.jsonl")
     wrong = [
         (("run", "/no/model", "--prompt", "x"), "not a folder"),
@@ -145,6 +147,8 @@ def test_what_is_wrong_with_a_command_is_said_before_torch_is_loaded(tmp_path: P
         (("finetune", config, "model=/no/model"), "not a folder"),
         (("finetune", config, f"model={tmp_path / 'bare'}"), "no config.json"),
         (("finetune", config, "budgets.device=tpu"), "not known"),
+        (("finetune", config, "data.chat_template=chatlm"), "is not one of auto, chatml, plain, and no file"),
+        (("finetune", config, f"train.output_dir={run_before}"), "holds a run already"),
         (("finetune", config, "train.optim=adafactory"), "did you mean adafactor? There are adamw, "),
         (("finetune", config, "budgets.link=8GB/s"), "this machine's own"),
         (("finetune", config, f"train.output_dir={a_file}/out"), "is a file"),

@@ -19,7 +19,9 @@ from offload.commands.run_options import RunRequest
 from offload.errors import UsageError
 from offload.finetune.config import Config
 from offload.finetune.files import DataFiles, index_data
+from offload.finetune.journal import check_journal
 from offload.finetune.reading import read_config
+from offload.finetune.templates import read_template
 from offload.io.checkpoint import read_checkpoint
 from offload.kernels.formats.names import BITS, read_name
 from offload.plan import load_plan
@@ -41,11 +43,12 @@ class Early:
     data: DataFiles
 
 
-def check(path: str, overrides: Sequence[str], *, quiet: bool, writes: bool = False) -> Early:
+def check(path: str, overrides: Sequence[str], *, quiet: bool, writes: bool = False, resume: bool = False) -> Early:
     """Reads the configuration, looks for the model, and reads every line of the data once.
 
     Args:
         writes: the run will write its folders.
+        resume: what it goes on with may be in them.
 
     Raises:
         UsageError, DataError, CheckpointError: see offload.errors.
@@ -54,8 +57,11 @@ def check(path: str, overrides: Sequence[str], *, quiet: bool, writes: bool = Fa
     if config.budgets.device is not None:
         check_name(config.budgets.device)
     parse_link(config.budgets.link, config.budgets.device or OWN)
+    if config.data.chat_template != "auto":
+        read_template(config.data.chat_template)
     if writes:
         check_folder("train.output_dir", config.train.output_dir)
+        check_journal(Path(config.train.output_dir), report_to=config.train.report_to, resume=resume)
         if config.budgets.offload_dir is not None:
             check_folder("budgets.offload_dir", config.budgets.offload_dir)
     directory = find_model(config.model)

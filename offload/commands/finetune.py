@@ -26,7 +26,7 @@ from offload.finetune import finish
 from offload.finetune.choice import announced
 from offload.finetune.config import Config
 from offload.finetune.disk import Finished, check_room, finish_state, forget_finished, read_finished
-from offload.finetune.journal import Journal, check_journal, read_journal
+from offload.finetune.journal import Journal, read_journal
 from offload.finetune.loop import Run, Stop, finishing_steps, run
 from offload.finetune.outlook import Outlook
 from offload.finetune.prepare import Prepared, excerpt, prepare
@@ -60,12 +60,12 @@ def execute(request: Request, early: Early | None = None) -> int:
     """
     transformers.utils.logging.set_verbosity_error()
     console = Console(stderr=True, quiet=request.json)
-    early = early or check(request.config, request.overrides, quiet=request.json)
+    is_rehearsal = request.dry_run or request.explain
+    early = early or check(
+        request.config, request.overrides, quiet=request.json, writes=not is_rehearsal, resume=request.resume
+    )
     config, directory = early.config, early.directory
     output, limit = Path(config.train.output_dir), config.budgets.disk_limit
-    is_rehearsal = request.dry_run or request.explain
-    if not is_rehearsal:
-        check_journal(output, report_to=config.train.report_to, resume=request.resume)
     tokenizer, prepared, total = read_data(early, console, counts=not request.resume)
     outlook = outlook_of(config, directory, total)
     announce(config, prepared, total, outlook, console)

@@ -24,6 +24,23 @@ PLAIN = (
 BUILT_IN = {"chatml": CHATML, "plain": PLAIN}
 
 
+def read_template(name: str) -> str:
+    """The text of a template: of one that is built in, or a Jinja file's.
+
+    Raises:
+        UsageError: it is none of them, and no file that can be read.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    try:
+        return Path(name).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"data.chat_template={name!r} is not one of auto, {', '.join(BUILT_IN)}, and no file that can be read: "
+            f"{error}"
+        ) from error
+
+
 def use_template(tokenizer: Any, name: str, *, is_needed: bool) -> str:
     """Sets the tokenizer's chat template, and says in words which it is.
 
@@ -42,16 +59,7 @@ def use_template(tokenizer: Any, name: str, *, is_needed: bool) -> str:
                 f"{', '.join(BUILT_IN)} or a Jinja file"
             )
         return "the tokenizer's own" if own else "none"
-    if name in BUILT_IN:
-        tokenizer.chat_template = BUILT_IN[name]
-    else:
-        try:
-            tokenizer.chat_template = Path(name).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"data.chat_template={name!r} is not one of auto, {', '.join(BUILT_IN)}, and no file that can be read: "
-                f"{error}"
-            ) from error
+    tokenizer.chat_template = read_template(name)
     if name == "chatml" and "<|im_end|>" not in tokenizer.get_vocab():
         raise UsageError(
             "data.chat_template=chatml ends a message with the token <|im_end|>, which the tokenizer does not have; "
