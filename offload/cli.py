@@ -43,9 +43,21 @@ benches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure
 app.add_typer(benches, name="bench")
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from offload import __version__
+
+        print(f"offload {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
-    """Keeps `offload run` a command of its own while there are few of them."""
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and stop", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What goes before a command."""
 
 
 @app.command()
@@ -120,7 +132,7 @@ def generate(
     strict: Strict = False,
     json: Json = False,
 ) -> None:
-    """Answer a file of prompts, as many at a time as pay; the same command goes on after a kill."""
+    """Answer a file of prompts, as many at a time as pay. The same command goes on after a kill."""
     from offload.commands.early import check_generate
     from offload.commands.generate_options import GenerateRequest
 
@@ -158,7 +170,7 @@ def plan(
     output: Annotated[str | None, typer.Option("-o", "--output", help="save the plan to this file")] = None,
     json: Json = False,
 ) -> None:
-    """Predict how fast a model will run, what holds it back and what would help, without running it."""
+    """Predict how fast a model will run, and why. Says what holds it back and what would help, without running it."""
     from offload.commands.plan import execute
     from offload.commands.plan_options import PlanRequest
 
@@ -175,7 +187,7 @@ def pack(
     io: Io = "threads",
     json: Json = False,
 ) -> None:
-    """Write a checkpoint with its weights in fewer bits, once; it is used where it lies from then on."""
+    """Write a checkpoint with its weights in fewer bits. It is used where it lies from then on."""
     from offload.commands.early import check_pack
 
     check_pack(model, out, weights, io)
@@ -251,7 +263,7 @@ def bench_plan(
     regret: Annotated[int, typer.Option(help="cells whose rejected plans are measured, too")] = 4,
     json: Json = False,
 ) -> None:
-    """Predict a grid of runs, then measure them: how far predictions and chosen plans are from the truth."""
+    """Predict a grid of runs, then measure them. Says how far predictions and chosen plans are from the truth."""
     from offload.commands.early import check_bench
 
     check_bench(out, cells, folder, regret)
@@ -266,7 +278,7 @@ def report(
     trace: Annotated[str | None, typer.Option(help="the file that offload run --trace wrote in the same run")] = None,
     out: Annotated[str, typer.Option("-o", "--output", help="HTML file to write")] = "report.html",
 ) -> None:
-    """Show a run as one page: lanes and waits, memory, link use, and what was predicted beside it."""
+    """Show a run as one page. It has lanes and waits, memory, link use, and what was predicted beside it."""
     from offload.commands.report import execute
 
     raise typer.Exit(execute(run, trace, out))

@@ -274,3 +274,18 @@ def test_tied_weights_that_differ_are_named(tmp_path: Path) -> None:
         else:
             with pytest.raises(offload.CheckpointError, match="tie_word_embeddings"):
                 offload.load(tmp_path, resident=0.5)
+
+
+def test_a_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"offload {offload.__version__}\n"
+
+
+def test_adapters_are_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(SystemExit) as end:
+        main(["run", str(tmp_path), "--prompt", "x"])
+    assert end.value.code == 1
+    assert "merge_and_unload" in capsys.readouterr().err

@@ -49,5 +49,10 @@ def check_config(directory: Path) -> None:
     Raises:
         CheckpointError: it has none.
     """
+    if not (directory / "config.json").is_file() and (directory / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{directory} holds adapters, no whole model. Put them into their model's weights first, with the package "
+            "peft: PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(out)"
+        )
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} has no config.json; a model is a folder with config.json and safetensors")

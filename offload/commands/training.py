@@ -17,6 +17,8 @@ from offload.finetune.prepare import Prepared
 from offload.runtime.streams import Whereabouts
 from offload.units import format_bytes, format_count, format_seconds
 
+BINDING = {"compute": "computing", "disk": "the disk"}
+
 
 def announce(config: Config, prepared: Prepared, total: int, outlook: Outlook, console: Console) -> None:
     """Says what it will take, and what will be learnt from what. `total` is 0 while nobody has counted."""
@@ -64,10 +66,11 @@ def place(where: Whereabouts) -> str:
 def _predicted(found: Forecast, outlook: Outlook) -> str:
     """A step on this machine."""
     cost, guess = found.cost, " (estimate)" * (outlook.origin != "measured")
+    bound = BINDING.get(cost.binding, cost.binding)
     kept = {"weights": found.weights_nbytes, "state": found.state_nbytes, "graphs": found.graphs_nbytes}
     stays = [f"{format_bytes(nbytes)} of {what}" for what, nbytes in kept.items() if nbytes]
     text = (
-        f"predicted{guess}: a step of full rows takes {format_seconds(cost.seconds)} (bound by the {cost.binding}: "
+        f"predicted{guess}: a step of full rows takes {format_seconds(cost.seconds)} (bound by {bound}: "
         f"{format_seconds(cost.bound_s)}); {', '.join(stays) or 'nothing of it'} stay in memory; "
         f"{format_bytes(cost.read_bytes)} read, {format_bytes(cost.write_bytes)} written"
     )
@@ -134,7 +137,7 @@ class Progress:
         if not self._console.is_terminal and (step == self._total or step % max(1, self._total // 10) == 0):
             took = format_seconds(line["step_s"])
             if "predicted_step_s" in line:
-                took += f" (predicted {format_seconds(line['predicted_step_s'])})"
+                took += f" (predicted for full rows: {format_seconds(line['predicted_step_s'])})"
             say(self._console, f"step {step} of {self._total}: {facts}, {took} a step")
 
     def now(self, text: str) -> None:
@@ -148,15 +151,17 @@ def summarise(report: Mapping[str, Any], output: Path, console: Console) -> None
         note(console, fallback)
     if report["step_s"] is not None:
         forecast = report.get("plan", {}).get("predicted")
-        predicted = f" (predicted {format_seconds(forecast['step_s'])})" if forecast else ""
+        predicted = f" (predicted for full rows: {format_seconds(forecast['step_s'])})" if forecast else ""
         text = f"{report['steps']:,} steps, loss {report['loss_first']:.4f} to {report['loss_last']:.4f}"
         if report["eval_loss_last"] is not None:
             text += f", held out {report['eval_loss_first']:.4f} to {report['eval_loss_last']:.4f}"
         text += f"; median step {format_seconds(report['step_s'])}{predicted}, {report['tokens_per_s']:,.0f} tokens/s"
         if report["read_bytes"] or report["write_bytes"]:
-            text += f"; {format_bytes(report['read_bytes'])} read, {format_bytes(report['write_bytes'])} written in all"
+            moved = f"{format_bytes(report['read_bytes'])} read, {format_bytes(report['write_bytes'])} written"
+            text += f"; {moved} by steps, commits aside"
         say(console, text + f"; peak memory {format_bytes(report['peak_rss_bytes'])}")
     if report["is_complete"]:
-        say(console, f"the model is in {output}")
+        what = "adapters are" if report["method"] == "lora" else "model is"
+        say(console, f"the {what} in {output}")
     else:
         say(console, f"stopped and committed at step {report['steps']} of {report['total_steps']}; --resume goes on")
