@@ -8,6 +8,7 @@ from pathlib import Path
 
 import headers
 import pytest
+import transformers
 from models import MODELS
 from rich.console import Console
 from test_outline import without_weights
@@ -44,6 +45,18 @@ def plan(*arguments: str) -> int:
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:  # type: ignore[type-arg]
     assert plan(*arguments, "--prompt-tokens", "16", "--new-tokens", "8", "--json") == 0
     return json.loads(capsys.readouterr().out)
+
+
+def test_a_faster_link_makes_no_plan_slower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The CPU's shares that are looked at follow from the link's rate, and others may suit less."""
+    transformers.LlamaConfig(
+        architectures=["LlamaForCausalLM"], hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
+        num_attention_heads=24, num_key_value_heads=8, vocab_size=32000, max_position_embeddings=8192, dtype="bfloat16",
+    ).save_pretrained(tmp_path)  # fmt: skip
+    machine = ["--hardware", "rtx4090-gen4-nvme4", "--cpu-memory", "4GiB", "--gpu-memory", "2GiB", "--batch", "8"]
+    assert plan(str(tmp_path), *machine, "--what-if", "link=2x", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["what_if"][0]["decode_s_per_token"] <= found["predicted"]["decode_s_per_token"] * (1 + 1e-9)
 
 
 PREDICTED = {

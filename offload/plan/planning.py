@@ -207,8 +207,8 @@ def make(ask: Ask, changes: Sequence[Change] = (), *, explores: bool = True) -> 
     best = found.best
     prediction = predict(Pricer(ask.spec, ask.work, ask.computer), best.placement, division, ask, later=best.decode)
     plan = Plan(ask=ask, division=division, placement=best.placement, prediction=prediction, found=found)
-    asked = tuple(_variant(ask, change, known) for change in changes)
-    buys = tuple(_variant(ask, change, known) for change in _steps(ask)) if explores else ()
+    asked = tuple(_variant(ask, change, known, best.placement) for change in changes)
+    buys = tuple(_variant(ask, change, known, best.placement) for change in _steps(ask)) if explores else ()
     return replace(plan, asked=asked, buys=buys, planned_s=time.perf_counter() - began)
 
 
@@ -295,12 +295,16 @@ def predict(
     return pricer.predict(placement, peak_rss_bytes=peak, device_beside=beside, later=later)
 
 
-def _variant(ask: Ask, change: Change, known: Known) -> Variant:
+def _variant(ask: Ask, change: Change, known: Known, chosen: Placement) -> Variant:
+    """What a change buys. With other rates the chosen plan still fits, so they give what it gives at least: which other
+    plans are looked at follows from rates."""
     other = replace(ask, budgets=change_budgets(ask.budgets, change), profile=change_profile(ask.profile, change))
     if change.what == "link" and ask.link_bytes_per_s is not None:
         other = replace(other, link_bytes_per_s=ask.link_bytes_per_s * change.factor)
     try:
         seconds = _solve(other, known)[1].best.decode.seconds
+        if change.what in RATES:
+            seconds = min(seconds, Pricer(other.spec, other.work, other.computer).decode(chosen).seconds)
     except BudgetError:
         return Variant(label=str(change), decode_s_per_token=None, tokens_per_s=None)
     return Variant(label=str(change), decode_s_per_token=seconds, tokens_per_s=ask.work.batch / seconds)
