@@ -69,8 +69,9 @@ def outlook_of(config: Config, directory: Path, steps: int, hardware: str | None
     found = _Plan(config, directory, spec, budgets, accelerator, profile, steps, outlook)
     try:
         planned = {"full": found.full, "lora": found.lora, "zo": found.zeroth}[config.method](is_known)
-    except BudgetError:  # the trainer measures, and says what does not fit
-        return outlook
+    except BudgetError as error:  # foretold from counts: what is measured says whether that is so
+        note = f"a full step is foretold not to fit, so the run may end at its first one: {error}"
+        return replace(outlook, notes=(*known.notes, note))
     why = _why(profile, config.model, is_here=hardware is None, is_own=is_own)
     if planned.forecast is None or why is None:
         return planned

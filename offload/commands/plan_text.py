@@ -60,7 +60,9 @@ def places(kinds: Classes, budgets: Mapping[str, int | None]) -> Table:
         table.add_row(kind, *(format_bytes(row[t]) if row.get(t) else "" for t in tiers))
     sums = totals(kinds)
     table.add_row("total", *(format_bytes(sums[t]) for t in tiers), style="bold")
-    table.add_row("of", *(format_bytes(size) if (size := budgets.get(t)) else "" for t in tiers), style="dim")
+    most = [format_bytes(size) if (size := budgets.get(t)) else "" for t in tiers]
+    if any(most):
+        table.add_row("of", *most, style="dim")
     return table
 
 

@@ -55,6 +55,13 @@ def test_plan_of_a_configuration(config: Path, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "out").exists()
 
 
+def test_a_step_that_will_not_fit_is_foretold(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(config, "--hardware", "cpu-ddr5-nvme4", "--cpu-memory", "100MiB") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note: a full step is foretold not to fit, so the run may end at its first one" in said
+    assert "predicted:" not in said
+
+
 def test_a_prediction_without_a_probe_is_an_estimate_and_says_why(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
