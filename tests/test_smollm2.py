@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -70,20 +72,37 @@ def test_fast_kernels_say_the_same_words(checkpoint: Path) -> None:
         found = model.generate(**prompt, **options, return_dict_in_generate=True)
     logits, tokens = torch.cat(found.logits).float(), found.sequences[0]
     best = logits.topk(2).values
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    with torch.no_grad():
-        wide = model(tokens[None, :-1]).logits[0, -200:]
     is_clear = best[:, 0] - best[:, 1] > TOLERANCE
     length = prompt["input_ids"].shape[1]
     for weights in ("none", "lossless"):
         with offload.load(checkpoint, weights=weights, resident=0.25, context=300) as model, torch.no_grad():
-            out = model(tokens[None, :length], logits_to_keep=1)
-            steps = [out.logits[0]]
-            for token in tokens[length:-1]:
-                out = model(token.view(1, 1), past_key_values=out.past_key_values)
-                steps.append(out.logits[0])
-        again = torch.cat(steps).float()
+            again = _in_steps(model, tokens[:-1], length)
         assert int(is_clear.sum()) > 80
         assert torch.equal(again.argmax(1)[is_clear], tokens[length:][is_clear])
         assert float((again - logits).abs().max()) <= TOLERANCE
-        assert (again - wide).norm() <= 1.05 * (logits - wide).norm(), "torch is nearer to float32"
+
+
+def test_fast_kernels_are_as_near_to_float32(checkpoint: Path) -> None:
+    """Of a dozen passages, prompts and single tokens: one alone is 0.7 to 1.2 times as far off as with torch's ops."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer(inspect.getsource(argparse), return_tensors="pt")["input_ids"][0]
+    passages = [ids[k : k + 64] for k in range(0, 12 * 250, 250)]
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        wide = [model(passage[None]).logits[0, 39:] for passage in passages]
+    far = []
+    for exact in (True, False):
+        with offload.load(checkpoint, exact=exact, context=100) as model, torch.no_grad():
+            found = [_in_steps(model, passage, 40) for passage in passages]
+        far.append(torch.tensor([float((f - w).norm()) for f, w in zip(found, wide, strict=True)]))
+    assert float((far[1] / far[0]).log().mean().exp()) <= 1.1
+
+
+def _in_steps(model: transformers.PreTrainedModel, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Logits behind a prompt and behind each later token, one at a time."""
+    out = model(ids[None, :prompt], logits_to_keep=1)
+    steps = [out.logits[0]]
+    for token in ids[prompt:]:
+        out = model(token.view(1, 1), past_key_values=out.past_key_values)
+        steps.append(out.logits[0])
+    return torch.cat(steps).float()
