@@ -130,7 +130,7 @@ class Ragged:
 
         Raises:
             Vanished: this transformers would not look its attention up.
-        Refused: the model did not do what a ragged pass needs.
+            Refused: the model did not do what a ragged pass needs.
         """
         order = sorted(range(len(work)), key=lambda i: len(work[i][1]) > 1)  # single tokens first
         now = _Pass([work[i] for i in order], self.pool.scrap, self.pool.torch_device)

@@ -40,6 +40,7 @@ class Filling:
         self._reads: list[Future[int]] = []
         self._jobs: list[tuple[Source, Put]] = []
         self._scratch = Scratch()
+        self._staging: dict[Future[int], Buffer] = {}  # of reads that nobody has waited for
         self.packed: dict[str, tuple[Form, float]] = {}
 
     def read(self, layout: Layout, view: memoryview) -> None:
@@ -49,7 +50,7 @@ class Filling:
         if not layout.copies:
             staging = Buffer(layout.staging_nbytes)
             future = read_bundle(layout, view, self._engine, self._opened, staging=staging.view)
-            future.add_done_callback(lambda _: staging.discard(0, staging.nbytes))
+            self._staging[future] = staging
             self._reads.append(future)
             return
         for op in layout.reads:
@@ -74,11 +75,20 @@ class Filling:
         try:
             for future in self._reads:
                 done = future.result()
+                self._give_back(future)
                 if progress is not None:
                     progress(done)
         finally:
             for future in self._reads:
                 future.exception()
+                self._give_back(future)
+
+    def _give_back(self, future: Future[int]) -> None:
+        """The memory beside the places of a read that has ended."""
+        staging = self._staging.pop(future, None)
+        if staging is not None:
+            staging.discard(0, staging.nbytes)  # at once, whoever still has a view of it
+            staging.close()
 
     def finish(self, progress: Progress | None) -> None:
         """Reads what `bring` noted. Raises StorageError, as `wait`."""

@@ -47,26 +47,6 @@ def test_buffered_reads_need_no_alignment(world: World) -> None:
         assert memory == contents[begin : begin + len(memory)]
 
 
-@pytest.mark.parametrize("block_nbytes", [PAGE, 3 * PAGE, 1 << 20])
-@pytest.mark.parametrize("direct", [True, False])
-def test_one_read_may_go_to_several_places(world: World, block_nbytes: int, direct: bool) -> None:
-    contents = pattern(40 * PAGE + 99)
-    engine = world.engine(block_nbytes=block_nbytes, direct=direct)
-    file = engine.open(world.put(engine, contents))
-    view, dice = world.buffer(60 * PAGE), random.Random(11)
-    for _ in range(8):
-        begin, views, free = dice.randrange(30), list[memoryview](), list(range(0, 60, 4))
-        dice.shuffle(free)
-        for at in free[: dice.randint(1, 11)]:
-            views.append(view[at * PAGE : (at + dice.randint(1, 4)) * PAGE])
-        view[:] = b"\xee" * len(view)
-        nbytes = sum(map(len, views))
-        there = min(nbytes, len(contents) - begin * PAGE)
-        assert engine.read(file, begin * PAGE, views, need=there).result() == there
-        assert b"".join(views)[:there] == contents[begin * PAGE :][:there]
-        assert bytes(view).count(b"\xee" * PAGE) >= 60 - nbytes // PAGE - 1, "bytes outside were touched"
-
-
 @pytest.mark.parametrize("tail", [1, 511, 512, 513, PAGE - 1, PAGE])
 def test_an_aligned_superset_may_pass_the_end(world: World, tail: int) -> None:
     contents = pattern(3 * PAGE + tail)

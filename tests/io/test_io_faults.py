@@ -163,18 +163,6 @@ def test_strict_mode_has_no_fall_backs(fake) -> None:
     assert file.is_direct
 
 
-def test_short_transfers_end_anywhere_in_several_places(fake) -> None:
-    for seed in range(100):
-        engine, backend = fake(block_nbytes=3 * PAGE)
-        dice = random.Random(seed)
-        contents = pattern(12 * PAGE + dice.randrange(PAGE), seed)
-        file = engine.open(backend.disk.put("file", contents))
-        backend.disk.shorten(seed)
-        views = [memory(dice.randint(1, 4) * PAGE) for _ in range(13)]
-        assert engine.read(file, 0, views, need=len(contents)).result() == len(contents)
-        assert b"".join(views)[: len(contents)] == contents
-
-
 @pytest.mark.parametrize("alignment", [512, 4096, 16384])
 def test_every_alignment(fake, alignment: int) -> None:
     engine, backend = fake(block_nbytes=PAGE)

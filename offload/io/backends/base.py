@@ -8,6 +8,8 @@ from typing import Protocol
 
 from offload.io.parts import Part
 
+MOST_PARTS = 1024  # in one transfer: Linux takes no more (IOV_MAX)
+
 
 @dataclass(frozen=True, slots=True)
 class FileStatus:
@@ -29,7 +31,8 @@ class Block:
         fd: the descriptor.
         is_direct: fd bypasses the page cache.
         offset: first byte in the file.
-        parts: the memory, one part after the other; all their bytes together are what is to be transferred.
+        parts: the memory, one part after the other; all their bytes together are what is to be transferred. A backend
+            may take the first `MOST_PARTS` of them, which is a short transfer.
     """
 
     __slots__ = ("fd", "is_direct", "is_write", "offset", "parts")

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from queue import SimpleQueue
 
-from offload.io.backends.base import Block
+from offload.io.backends.base import MOST_PARTS, Block
 from offload.io.osfiles import OsFiles
 
 _log = logging.getLogger("offload.io")
@@ -81,7 +81,7 @@ def _work(queue: SimpleQueue[Block | None]) -> None:
         result: int | OSError
         try:
             transfer = os.pwritev if block.is_write else os.preadv
-            result = transfer(block.fd, [part.view for part in block.parts], block.offset)
+            result = transfer(block.fd, [part.view for part in block.parts[:MOST_PARTS]], block.offset)
         except OSError as error:
             result = error
         try:

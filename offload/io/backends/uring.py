@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from functools import cache
 
-from offload.io.backends.base import Block
+from offload.io.backends.base import MOST_PARTS, Block
 from offload.io.osfiles import OsFiles
 
 _log = logging.getLogger("offload.io")
@@ -182,7 +182,8 @@ def _order(block: Block) -> tuple[int, int, int, object]:
     if len(block.parts) == 1:
         (part,) = block.parts
         return _WRITE if block.is_write else _READ, part.address, part.view.nbytes, None
-    vector = (_Vector * len(block.parts))(*[_Vector(part.address, part.view.nbytes) for part in block.parts])
+    parts = block.parts[:MOST_PARTS]
+    vector = (_Vector * len(parts))(*[_Vector(part.address, part.view.nbytes) for part in parts])
     return _WRITEV if block.is_write else _READV, ctypes.addressof(vector), len(vector), vector
 
 
